@@ -1,0 +1,37 @@
+# `make up` runs Nimbos; `make test` tests it. Both set themselves up; the environment is .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: up test test-long lint types check clean
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+up: .venv/.installed
+	@$(BIN)/nimbos engine install --if-possible
+	@$(BIN)/nimbos up $(ARGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-long: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m long --timeout 1800 $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv

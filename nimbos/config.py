@@ -1,0 +1,109 @@
+"""Settings, from `NIMBOS_HOME/config.toml` and the environment; an unknown key is an error.
+
+Every folder Nimbos writes to hangs under one: `home`.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from nimbos.errors import ConfigError
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of every engine process.
+
+    `library`: folder of a libllama to use before all others. `threads`: 0 is one for each core.
+    `context_tokens`: longest sequence, 0 is the model's own length but at most `cells`.
+    `cells`: room for tokens of KV that all asks share, 0 is as many as fit in `kv_memory_mib`.
+    `stall_target_ms`: a step that holds an interactive row takes no longer. `inbox`: asks that may wait.
+    """
+
+    library: str = ""
+    threads: int = 0
+    context_tokens: int = 0
+    cells: int = 0
+    kv_memory_mib: int = 1024
+    sequences: int = 128
+    stall_target_ms: int = 150
+    max_step_tokens: int = 512
+    inbox: int = 512
+    restart_limit: int = 5
+    share_prefixes: bool = True
+    fair: bool = True
+
+
+class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`memory_mib`: budget for all loaded models, 0 is 80 % of what the machine has free at start.
+    `stall_write_s`: a client that takes no bytes for so long is cut off."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    tls_cert: str = ""
+    tls_key: str = ""
+    insecure: bool = False
+    max_body_bytes: int = 16 * 1024 * 1024
+    max_header_bytes: int = 32 * 1024
+    memory_mib: int = 0
+    keep_alive_s: float = 15.0
+    stall_write_s: float = 60.0
+    unknown_fields: str = "strict"
+    aliases: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    engine: EngineSettings = EngineSettings()
+    server: ServerSettings = ServerSettings()
+    home: str = ""
+
+    @property
+    def models_dir(self) -> Path:
+        return Path(self.home) / "models"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.home) / "run"
+
+    @property
+    def engines_dir(self) -> Path:
+        return Path(self.home) / "engines"
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.home) / "cache"
+
+    @property
+    def keys_file(self) -> Path:
+        return Path(self.home) / "keys.toml"
+
+
+def default_home() -> Path:
+    """`NIMBOS_HOME`, or the platform's data folder."""
+    named = os.environ.get("NIMBOS_HOME")
+    return Path(named).expanduser().absolute() if named else Path(platformdirs.user_data_dir("nimbos"))
+
+
+def load(home: Path | None = None) -> Settings:
+    """Reads the settings and makes the home folder (mode 0700) if there is none.
+
+    Raises: ConfigError naming the file and the key.
+    """
+    home = home or default_home()
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"The folder {home} cannot be made: {error}. Set NIMBOS_HOME to another one.") from error
+    file = home / "config.toml"
+    try:
+        table = tomllib.loads(file.read_text()) if file.exists() else {}
+        settings = msgspec.convert({**table, "home": str(home)}, Settings)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return settings

@@ -1,0 +1,154 @@
+"""Every error that a caller can see.
+
+NimbosError
+├── InvalidRequest            400  the request itself is wrong; `param` names the field
+│   ├── UnsupportedField      400  a field we know and do not honour, or do not know at all
+│   └── PromptTooLong         400  with both counts
+├── Unauthorized              401  no key, or a wrong one
+├── Forbidden                 403  the key is good, and may not do this
+├── NotFound                  404
+│   └── ModelNotFound         404
+├── PayloadTooLarge           413
+├── Overloaded                429  a limit was hit; names it, with an honest `retry_after_s`
+├── ModelUnusable             422  this file cannot serve: truncated, not GGUF, unknown architecture, too large for memory
+├── DownloadFailed            502  a source could not give what was asked of it
+├── EngineFailed              500  the engine died more often than it is restarted, or refused a step
+├── NotReady                  503  still loading, or shutting down
+└── ConfigError               500  a setting that cannot be
+
+A constructor takes facts; the message says what happened with the values, then what to do next.
+Lower-library errors are mapped where they happen, with `from`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NimbosError(Exception):
+    """The root. `code` and `status` are what the wire shows; `param` is the field at fault, if one is."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"  # OpenAI's `error.type`
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(NimbosError):
+    code = "invalid_request"
+    status = 400
+    kind = "invalid_request_error"
+
+
+class UnsupportedField(InvalidRequest):
+    code = "unsupported_field"
+
+    def __init__(self, field: str, *, why: str, nearest: str | None = None) -> None:
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        super().__init__(f"The field {field!r} is {why}.{hint}", param=field)
+        self.nearest = nearest
+
+
+class PromptTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, *, have: int, limit: int) -> None:
+        super().__init__(
+            f"The prompt has {have} tokens and this model takes at most {limit} (one is kept for the answer). "
+            "Shorten the prompt or choose a model with a larger context.",
+            param="messages",
+        )
+        self.have = have
+        self.limit = limit
+
+
+class Unauthorized(NimbosError):
+    code = "invalid_api_key"
+    status = 401
+    kind = "authentication_error"
+
+
+class Forbidden(NimbosError):
+    code = "forbidden"
+    status = 403
+    kind = "permission_error"
+
+
+class NotFound(NimbosError):
+    code = "not_found"
+    status = 404
+    kind = "invalid_request_error"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+    def __init__(self, model: str, *, have: tuple[str, ...] = ()) -> None:
+        known = ", ".join(have) if have else "none yet"
+        super().__init__(f"There is no model {model!r} here (installed: {known}). Try `nimbos pull {model}`.", param="model")
+        self.model = model
+
+
+class PayloadTooLarge(NimbosError):
+    code = "payload_too_large"
+    status = 413
+    kind = "invalid_request_error"
+
+    def __init__(self, *, have: int | None, limit: int, what: str = "body") -> None:
+        size = f"{have} bytes" if have is not None else "larger than that"
+        super().__init__(f"The {what} may have at most {limit} bytes; this one is {size}.")
+
+
+class Overloaded(NimbosError):
+    """`limit` is what was hit: requests, tokens, budget, queue, cells."""
+
+    code = "overloaded"
+    status = 429
+    kind = "rate_limit_error"
+
+    def __init__(self, *, limit: str, value: int, used: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"The limit {limit!r} of {value} is reached ({used} in use). Try again in {retry_after_s:.0f} s."
+        )
+        self.limit = limit
+        self.value = value
+        self.used = used
+        self.retry_after_s = retry_after_s
+
+
+class ModelUnusable(NimbosError):
+    """A file that cannot serve. The server lives on."""
+
+    code = "model_unusable"
+    status = 422
+    kind = "invalid_request_error"
+
+    def __init__(self, path: str, *, reason: str) -> None:
+        super().__init__(f"{path} cannot be used: {reason}", param="model")
+        self.path = path
+        self.reason = reason
+
+
+class DownloadFailed(NimbosError):
+    code = "download_failed"
+    status = 502
+    kind = "server_error"
+
+
+class EngineFailed(NimbosError):
+    code = "engine_failed"
+    status = 500
+
+
+class NotReady(NimbosError):
+    code = "not_ready"
+    status = 503
+
+
+class ConfigError(NimbosError):
+    code = "config_error"
+    status = 500
