@@ -41,8 +41,8 @@ THINKING_CHATML = CHATML + (
 # Frequent English pairs, most frequent first; "_" is the space. Each is made of two tokens that exist before it.
 _PAIRS = (
     "_ t|h e|i n|e r|a n|_t he|o n|r e|a t|e n|o r|e s|i s|_ a|_ s|_ w|i t|an d|o u|_ o|a l|in g|_ i|_ c|_ b|_ f|_ m"
-    "|_ p|_ d|a r|_t o|_o f|_ and|_ in|a s|e d|i c|l e|o m|s t|v e|l l|_w h|at ion|_t h|e l|_ is|_ he|ll o|_he llo"
-    "|n t|i on|_ y|_y ou|_f or|_w it|_wit h|a m|u r|t er|_w or|l d|_wor ld|en t|_b e|_ n|_n o|_ re|_m e|k e|_ l|_l i"
+    "|_ p|_ d|a r|_t o|_o f|_ and|_ in|a s|e d|i c|l e|o m|s t|v e|l l|_w h|i on|at ion|_t h|e l|_ is|_ he|ll o|_he llo"
+    "|n t|_ y|_y ou|_f or|_w it|_wit h|a m|u r|t er|_w or|l d|_wor ld|en t|_b e|_ n|_n o|_ re|_m e|k e|_ l|_l i"
     "|_li ke|_th at"
 )
 
