@@ -13,6 +13,7 @@ NimbosError
 ├── ModelUnusable             422  this file cannot serve: truncated, not GGUF, unknown architecture, too large for memory
 ├── DownloadFailed            502  a source could not give what was asked of it
 ├── EngineFailed              500  the engine died more often than it is restarted, or refused a step
+│   └── AnswerFailed          500  one answer cannot go on; the engine and all others do
 ├── NotReady                  503  still loading, or shutting down
 └── ConfigError               500  a setting that cannot be
 
@@ -142,6 +143,12 @@ class DownloadFailed(NimbosError):
 class EngineFailed(NimbosError):
     code = "engine_failed"
     status = 500
+
+
+class AnswerFailed(EngineFailed):
+    """Logits that are no numbers, or a grammar that ran into its limits: this ask ends, the engine goes on."""
+
+    code = "answer_failed"
 
 
 class NotReady(NimbosError):
