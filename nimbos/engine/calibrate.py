@@ -1,0 +1,185 @@
+"""Step time t(rows, cells) of one model with one library on one processor.
+
+`StepTime` predicts, and is corrected by every step that runs, so the start never waits for a calibration. `measure`
+does it thoroughly, for `nimbos bench` and for the limits in `bench/`. Source of the shape: our own measurements, see
+`bench/RESULTS.md`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from nimbos.config import Settings
+
+if TYPE_CHECKING:
+    from nimbos.engine.model import Model
+
+KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_PRIOR = (1.0, 1.7, 2.2, 2.5, 3.6, 4.4, 5.6, 6.8, 8.6, 11.2, 13, 15, 20, 26, 38, 50, 75, 100)  # × t(1)
+_PRIOR_BYTES_PER_MS = 15e6  # weights that a small machine reads in a millisecond
+_LEARN = 0.15
+
+
+class StepTimeTable(msgspec.Struct, kw_only=True):
+    """What is kept between runs. `row_ms[i]`: milliseconds of a step of KNOTS[i] rows before any context;
+    `seen[i]`: how many steps taught it; `cell_us`: microseconds for each cell that each row attends to."""
+
+    row_ms: list[float]
+    seen: list[int]
+    cell_us: float
+
+    @property
+    def usable(self) -> bool:
+        """Whether it fits this release's knots and holds sane numbers."""
+        numbers = [*self.row_ms, self.cell_us + 1e-9]
+        return len(self.row_ms) == len(self.seen) == len(KNOTS) and all(0 < n < 1e6 for n in numbers)
+
+
+class StepTime:
+    """Predicts the milliseconds of a step. Rows between knots are interpolated; what was never seen is the prior's
+    shape, scaled by what was."""
+
+    def __init__(self, table: StepTimeTable) -> None:
+        self.table = table
+
+    @classmethod
+    def prior(cls, *, weight_bytes: int, kv_bytes_per_token: int) -> StepTime:
+        one = max(0.2, weight_bytes / _PRIOR_BYTES_PER_MS)
+        cell_us = kv_bytes_per_token / _PRIOR_BYTES_PER_MS * 1e3
+        return cls(StepTimeTable(row_ms=[one * f for f in _PRIOR], seen=[0] * len(KNOTS), cell_us=cell_us))
+
+    def predict(self, rows: int, cells: int) -> float:
+        return self._base(rows) + self.table.cell_us * cells / 1e3
+
+    def _base(self, rows: int) -> float:
+        row_ms = self.table.row_ms
+        if rows >= KNOTS[-1]:
+            return row_ms[-1] * rows / KNOTS[-1]
+        i = bisect_right(KNOTS, rows) - 1
+        share = (rows - KNOTS[i]) / (KNOTS[i + 1] - KNOTS[i])
+        return row_ms[i] + share * (row_ms[i + 1] - row_ms[i])
+
+    def observe(self, rows: int, cells: int, milliseconds: float) -> None:
+        """Corrects the knots around `rows`. One outlier (a busy moment of the machine) moves them little."""
+        base = self._base(rows)
+        seen_base = max(0.05 * milliseconds, milliseconds - self.table.cell_us * cells / 1e3)
+        i = min(bisect_right(KNOTS, rows) - 1, len(KNOTS) - 1)
+        near = [i] if KNOTS[i] == rows or i + 1 == len(KNOTS) else [i, i + 1]
+        first = not any(self.table.seen)
+        ratio = seen_base / base
+        for knot in near:
+            fresh = self.table.seen[knot] < 3
+            bounded = ratio if fresh else min(2.0, max(0.5, ratio))
+            self.table.row_ms[knot] *= 1 + (0.5 if fresh else _LEARN) * (bounded - 1)
+            self.table.seen[knot] += 1
+        if first:
+            for knot in range(len(KNOTS)):
+                if knot not in near:
+                    self.table.row_ms[knot] *= ratio
+        self._keep_order()
+
+    def _keep_order(self) -> None:
+        """More rows never take less: a knot that was not seen gives way to one that was."""
+        row_ms, seen = self.table.row_ms, self.table.seen
+        for i in range(1, len(row_ms)):
+            if row_ms[i] < row_ms[i - 1]:
+                if seen[i] >= seen[i - 1]:
+                    row_ms[i - 1] = row_ms[i]
+                else:
+                    row_ms[i] = row_ms[i - 1]
+        for i in range(1, len(row_ms)):
+            row_ms[i] = max(row_ms[i], row_ms[i - 1])
+
+
+def measure_model(
+    model: Model,
+    *,
+    contexts: tuple[int, ...] = (0, 2048),
+    rows: tuple[int, ...] = KNOTS,
+    repeats: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[int, int, float]]:
+    """Times steps of a loaded model. The pool must be empty, and is empty afterwards.
+
+    Returns: (rows, cells each row attends to before the step, median milliseconds).
+    """
+    from nimbos.engine.model import Rows
+
+    found: list[tuple[int, int, float]] = []
+    wanted = [(m, c) for c in contexts for m in rows if c + m <= model.cells and m <= model.options.step_tokens]
+    for number, (m, context) in enumerate(wanted):
+        times = []
+        with _context_of(model, context):
+            for _ in range(repeats + 1):
+                # up to 32 rows: one row for each of m sequences, as in decoding; above: one sequence, as in prefill
+                spread = m <= 32 and m + 1 < model.options.sequences
+                step = (
+                    [Rows(sequence=1 + i, start=context, tokens=[10 + i], logits=True) for i in range(m)]
+                    if spread
+                    else [Rows(sequence=1, start=context, tokens=[10 + i % 50 for i in range(m)], logits=True)]
+                )
+                for sequence in {row.sequence for row in step}:
+                    model.copy(0, sequence, context)
+                start = time.perf_counter()
+                model.decode(step)
+                times.append((time.perf_counter() - start) * 1e3)
+                for sequence in {row.sequence for row in step}:
+                    model.drop(sequence)
+        found.append((m, context, statistics.median(times[1:])))
+        if progress:
+            progress(number + 1, len(wanted))
+    return found
+
+
+@contextmanager
+def _context_of(model: Model, tokens: int) -> Iterator[None]:
+    from nimbos.engine.model import Rows
+
+    model.clear()
+    step = model.options.step_tokens
+    for start in range(0, tokens, step):
+        count = min(step, tokens - start)
+        model.decode([Rows(sequence=0, start=start, tokens=[10 + i % 50 for i in range(count)], logits=False)])
+    yield
+    model.clear()
+
+
+def measure(
+    model_path: Path, settings: Settings, *, contexts: tuple[int, ...] = (0, 2048), repeats: int = 3
+) -> list[tuple[int, int, float]]:
+    """Loads a model in this process and times it, with the library and the threads that the engine would use.
+
+    Returns: (rows, cells each row attends to before the step, median milliseconds).
+    """
+    from nimbos.engine.library import candidates, quiet_environment, thread_count
+    from nimbos.engine.llama import open_library
+    from nimbos.engine.model import Model, ModelOptions
+
+    quiet_environment()
+    library, _ = open_library(candidates(settings))
+    options = ModelOptions(cells=max(contexts) + 1024, sequences=64, threads=thread_count(settings.engine))
+    model = Model(library, model_path, options)
+    model.open_context()
+    try:
+        return measure_model(model, contexts=contexts, repeats=repeats)
+    finally:
+        model.close()
+
+
+def table_from(found: list[tuple[int, int, float]], prior: StepTime) -> StepTimeTable:
+    """A table of measured values: knots at the shortest context, the cells' part from the longest against it."""
+    shortest, longest = min(c for _, c, _ in found), max(c for _, c, _ in found)
+    base = {rows: ms for rows, c, ms in found if c == shortest}
+    deep = {rows: ms for rows, c, ms in found if c == longest}
+    per_cell = [(deep[m] - base[m]) / (m * (longest - shortest)) * 1e3 for m in base if m in deep and m <= 32]
+    cell_us = max(0.0, statistics.median(per_cell)) if per_cell and longest > shortest else prior.table.cell_us
+    row_ms = [max(0.01, base.get(m, prior.table.row_ms[i]) - cell_us * m * shortest / 1e3) for i, m in enumerate(KNOTS)]
+    return StepTimeTable(row_ms=row_ms, seen=[8 if m in base else 0 for m in KNOTS], cell_us=cell_us)

@@ -1,0 +1,389 @@
+"""The step loop: admit, plan, decode, sample, post; again and again.
+
+Owns the jobs and runs on one thread. Decisions are `scheduler.py`'s and `context.py`'s, computing is `model.py`'s, what
+a token means for its branch is `answer.py`'s; here they meet. Read `worker.py` for the threads and pipes around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from nimbos.engine import llama
+from nimbos.engine.answer import Answer
+from nimbos.engine.calibrate import StepTime
+from nimbos.engine.context import ContextTree, Copy, Match, NoRoom, Operation
+from nimbos.engine.counters import Counters
+from nimbos.engine.grammar import GrammarError, Matcher
+from nimbos.engine.model import Floats, Model, Rows
+from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
+from nimbos.engine.sampler import SamplingError, pick
+from nimbos.engine.scheduler import FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.track import Track
+from nimbos.types import AskClass, Chunk, FinishReason
+
+RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its prompt
+WORTH_WAITING = 16  # tokens of a prefix that must still be coming for a job to wait for it
+LOOKED_AT = 16  # waiting jobs that are tried each time something changed
+
+Post = Callable[[FromEngine], None]
+Hold = Callable[[AskClass], AbstractContextManager[None]]
+
+
+class Loop:
+    """`post` sends to the server; `hold` is the compute lease; `share` False computes every prompt by itself."""
+
+    def __init__(
+        self, model: Model, costs: StepTime, rules: Rules, *, post: Post, hold: Hold, share: bool, context_limit: int
+    ) -> None:
+        self.model, self.costs, self.rules = model, costs, rules
+        self.tree = ContextTree(cells=model.cells, sequences=model.options.sequences)
+        self.clock = FairClock()
+        self.counters = Counters()
+        self.context_limit = context_limit
+        self.abortable = False
+        self._post, self._hold, self._share = post, hold, share
+        self._waiting: list[Job] = []
+        self._live: list[Job] = []
+        self._tracks: dict[int, Track] = {}
+        self._changed = False
+        self._number = 0
+        self._chunks: list[tuple[str, Chunk]] = []
+
+    # --- what the outside asks for
+
+    def submit(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None) -> None:
+        """Takes in an ask whose prompt is tokenized and whose grammar is compiled."""
+        ask = submit.ask
+        self.clock.arrive(ask.account, {job.account for job in (*self._live, *self._waiting)})
+        for branch in range(ask.n):
+            if branch in ask.finished:
+                continue
+            emitted = ask.emitted.get(branch, ())
+            room = self.context_limit - len(prompt)
+            limit = room if ask.limit_tokens is None else min(ask.limit_tokens, room)
+            answer = Answer(
+                self.model.vocab, ask, branch, matcher.copy() if matcher else None, prompt[-256:], max_tokens=limit
+            )
+            answer.replay(emitted)
+            self._number += 1
+            job = Job(
+                ask_id=ask.id,
+                branch=branch,
+                account=ask.account,
+                ask_class=ask.ask_class,
+                arrived_ms=_now_ms(),
+                tokens=[*prompt, *emitted],
+                limit_tokens=max(0, limit - len(emitted)),
+                number=self._number,
+            )
+            self._tracks[id(job)] = Track(job, ask, answer, len(prompt), submit)
+            if answer.finish is not None or limit <= len(emitted):
+                self._finish(job, answer.finish or FinishReason.LENGTH)
+            else:
+                self._waiting.append(job)
+        self._changed = True
+        self.flush()
+
+    def cancel(self, ask_id: str) -> None:
+        """Forgets every branch of an ask; its cells are free, or cache, before the next step."""
+        for job in [j for j in self._waiting if j.ask_id == ask_id]:
+            self._waiting.remove(job)
+            del self._tracks[id(job)]
+        for job in [j for j in self._live if j.ask_id == ask_id]:
+            self._leave(job)
+            del self._tracks[id(job)]
+        self._changed = True
+
+    @property
+    def idle(self) -> bool:
+        return not self._live and not self._waiting
+
+    # --- one step
+
+    def step(self, look: Callable[[], None]) -> bool:
+        """Schedules, computes and samples one batch. `look` takes in what arrived and is called right before planning.
+
+        Returns: False when there is nothing to compute.
+        """
+        self.model.arm()
+        look()
+        started = time.perf_counter()
+        self._admit()
+        chosen = self._plan_within_cells()
+        if not chosen.slices:
+            self.flush()
+            return False
+        rows = [
+            Rows(
+                sequence=_sequence(s.job),
+                start=s.job.computed,
+                logits=s.samples,
+                tokens=s.job.tokens[s.job.computed : s.job.computed + s.count],
+            )
+            for s in chosen.slices
+        ]
+        urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
+        planned = time.perf_counter()
+        with self._hold(urgent):
+            begun = time.perf_counter()
+            self.abortable = not chosen.has_interactive
+            result = self.model.decode(rows)
+            self.abortable = False
+            ended = time.perf_counter()
+        if result == llama.ABORTED:
+            self._recover_aborted(chosen)
+        else:
+            self._account(chosen, (ended - begun) * 1e3)
+            self._sample([s for s in chosen.slices if s.samples])
+        self.flush()
+        self.counters.overhead_seconds_sum += (planned - started) + (time.perf_counter() - ended)
+        return True
+
+    def flush(self) -> None:
+        if self._chunks:
+            self._post(Produced(chunks=tuple(self._chunks), waiting=len(self._waiting)))
+            self._chunks = []
+
+    # --- admitting
+
+    def _admit(self) -> None:
+        self._release_followers()
+        if not self._changed or not self._waiting:
+            return
+        self._changed = False
+        now = _now_ms()
+        candidates = [job for job in self._waiting if job.leader is None]
+        for job in admission_order(candidates, self.clock, self.rules, now)[:LOOKED_AT]:
+            if self._share and self._follows(job):
+                self._changed = True  # somebody behind it may be looked at
+                continue
+            if not self._make_live(job):
+                return
+            self._changed = True
+
+    def _release_followers(self) -> None:
+        for job in self._waiting:
+            leader = job.leader
+            if leader is not None and (leader.sequence is None or leader.computed >= job.lead_tokens):
+                job.leader = None
+                self._changed = True
+
+    def _follows(self, job: Job) -> bool:
+        """Whether a live job is about to compute a prefix of this one; then it waits for that."""
+        best, best_length = None, self._match(job).length + WORTH_WAITING - 1
+        for other in self._live:
+            if other.account != job.account or other.running or other.pending == 0:
+                continue
+            length = min(_common(other.tokens, job.tokens), len(job.tokens) - 1)
+            if length > best_length and length > other.computed:
+                best, best_length = other, length
+        if best is not None:
+            job.leader, job.lead_tokens = best, best_length
+        return best is not None
+
+    def _match(self, job: Job) -> Match:
+        """A whole hit still computes its last token, for the logits."""
+        return self.tree.match(self._root(job), job.tokens[:-1] if self._share else ())
+
+    def _root(self, job: Job) -> str:
+        return job.account if self._share else f"{job.account}\0{job.number}"
+
+    def _make_live(self, job: Job) -> bool:
+        while not may_live(job, self._live, self.costs, self.rules):
+            loser = victim(self._live, job) if len(self._live) >= self.rules.live_jobs else None
+            if loser is None:
+                return False
+            self._preempt(loser)
+        match = self._match(job)
+        while not self._has_room(job, match):
+            loser = victim(self._live, job)
+            if loser is None:
+                return False
+            self._preempt(loser)
+            match = self._match(job)
+        try:
+            self._perform(self.tree.make_room(len(job.tokens) - match.length, keep=match))
+            sequence, operations = self.tree.open(self._root(job), match)
+        except NoRoom:
+            return False
+        self._perform(operations)
+        self._waiting.remove(job)
+        self._live.append(job)
+        job.sequence, job.computed, job.served_ms = sequence, match.length, _now_ms()
+        track = self._tracks[id(job)]
+        cached = track.admitted(match.length, job.served_ms)
+        self.counters.admitted(prompt=track.prompt_tokens, cached=match.length, track=track)
+        if cached is not None:
+            self._post(Admitted(ask_id=job.ask_id, branch=job.branch, cached=cached))
+        return True
+
+    def _has_room(self, job: Job, match: Match) -> bool:
+        if not self._live:
+            return True
+        promised = sum(j.pending + min(self._remaining(j), RESERVE_TOKENS) for j in self._live)
+        need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
+        return need <= self.tree.free_cells + self.tree.evictable_cells(match) - promised
+
+    def _remaining(self, job: Job) -> int:
+        track = self._tracks[id(job)]
+        return max(0, job.limit_tokens - (len(job.tokens) - track.submitted_tokens))
+
+    # --- planning within the pool
+
+    def _plan_within_cells(self) -> Plan:
+        followers = [job for job in self._waiting if job.leader is not None]
+        while True:
+            chosen = plan([*self._live, *followers], self.costs, self.clock, self.rules, _now_ms())
+            if chosen.rows <= self.tree.free_cells:
+                return chosen
+            operations = self.tree.make_room(chosen.rows)
+            self.counters.evictions += len(operations)
+            self._perform(operations)
+            if chosen.rows <= self.tree.free_cells:
+                return chosen
+            loser = max(self._live, key=lambda j: (list(AskClass).index(j.ask_class), j.number))
+            if len(self._live) == 1:
+                self._finish(loser, FinishReason.LENGTH)
+            else:
+                self._preempt(loser)
+
+    def _preempt(self, job: Job) -> None:
+        """Back to waiting; what it computed stays as cache as long as cells allow."""
+        self._leave(job)
+        self._tracks[id(job)].preemptions += 1
+        self.counters.preemptions += 1
+        job.running = False
+        self._waiting.append(job)
+        self._changed = True
+
+    def _leave(self, job: Job) -> None:
+        self._live.remove(job)
+        branch, job.sequence, job.computed = _sequence(job), None, 0
+        self._perform(self.tree.retire(branch) if self._share else self.tree.drop(branch))
+        self._changed = True
+
+    def _perform(self, operations: Sequence[Operation]) -> None:
+        for operation in operations:
+            if isinstance(operation, Copy):
+                self.model.copy(operation.source, operation.target, operation.end)
+            else:
+                self.model.drop(operation.branch)
+
+    # --- after the computing
+
+    def _recover_aborted(self, chosen: Plan) -> None:
+        """Part of the batch is in memory. Each job keeps what is certain; its last token is computed again for logits."""
+        self.counters.preemptions += 1
+        for part in chosen.slices:
+            job, sequence = part.job, _sequence(part.job)
+            keep = min(self.model.position_end(sequence), len(job.tokens) - 1, job.computed + part.count)
+            keep = max(keep, job.computed)
+            self.model.drop(sequence, keep)
+            self.tree.extend(sequence, job.tokens[job.computed : keep])
+            job.computed = keep
+            self._tracks[id(job)].preemptions += 1
+
+    def _account(self, chosen: Plan, milliseconds: float) -> None:
+        cells = sum(s.count * (s.job.computed + s.count // 2) for s in chosen.slices)
+        self.costs.observe(chosen.rows, cells, milliseconds)
+        self.counters.stepped(chosen, milliseconds)
+        now = _now_ms()
+        for part in chosen.slices:
+            job = part.job
+            share = milliseconds * part.count / chosen.rows
+            self.clock.charge(job.account, share)
+            self.counters.charge(job.account, share)
+            self.tree.extend(_sequence(job), job.tokens[job.computed : job.computed + part.count])
+            job.computed += part.count
+            job.served_ms = now
+            self._tracks[id(job)].stepped(milliseconds, chosen.rows)
+
+    def _sample(self, parts: list[Slice]) -> None:
+        if not parts:
+            return
+        logits = self.model.logits(len(parts))
+        for row, part in enumerate(parts):
+            job = part.job
+            track = self._tracks[id(job)]
+            try:
+                self._choose(job, track, logits[row])
+            except (SamplingError, GrammarError) as error:
+                self._fail(job, str(error))
+                continue
+            self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
+            if track.answer.finish is not None:
+                self._finish(job, track.answer.finish)
+
+    def _choose(self, job: Job, track: Track, logits: Floats) -> None:
+        answer = track.answer
+        job.running = True
+        chosen = pick(
+            logits,
+            track.ask.sampling,
+            branch=job.branch,
+            position=answer.output_tokens,
+            recent=answer.recent,
+            mask=answer.constraint(),
+            banned=answer.banned(),
+            pieces=self.model.vocab.pieces,
+        )
+        answer.accept(chosen.id, chosen.logprob)
+        job.tokens.append(chosen.id)
+        while answer.finish is None and (forced := answer.forced()):
+            for token in forced:
+                answer.accept(token, None)
+                job.tokens.append(token)
+                if answer.finish is not None:
+                    break
+
+    def _fail(self, job: Job, reason: str) -> None:
+        """Fails the whole ask of this job, and only that."""
+        self._chunks = [(ask_id, chunk) for ask_id, chunk in self._chunks if ask_id != job.ask_id]
+        self._post(Failed(ask_id=job.ask_id, refusal=Refusal(message=reason, server_fault=True)))
+        self.cancel(job.ask_id)
+
+    def _finish(self, job: Job, reason: FinishReason) -> None:
+        track = self._tracks.pop(id(job))
+        if job.sequence is not None:
+            self._leave(job)
+        elif job in self._waiting:
+            self._waiting.remove(job)
+        self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
+        self._chunks.append((job.ask_id, track.final(reason, _now_ms())))
+        self.counters.finished(track)
+
+    def counts(self) -> tuple[dict[AskClass, int], dict[AskClass, int]]:
+        """Waiting and live jobs by class."""
+        waiting, live = dict.fromkeys(AskClass, 0), dict.fromkeys(AskClass, 0)
+        for job in self._waiting:
+            waiting[job.ask_class] += 1
+        for job in self._live:
+            live[job.ask_class] += 1
+        return waiting, live
+
+    def check(self) -> None:
+        """Asserts what must hold between steps; for tests."""
+        self.tree.check()
+        assert all(self.tree.length(_sequence(job)) == job.computed for job in self._live)
+        assert self._tracks.keys() == {id(job) for job in (*self._live, *self._waiting)}
+
+
+def _sequence(job: Job) -> int:
+    assert job.sequence is not None, "a job without a sequence was planned"
+    return job.sequence
+
+
+def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
+    from nimbos.engine.context import common_length
+
+    return common_length(tokens, other, 0)
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1e3
+
+
+__all__ = ["Loop", "contextlib"]

@@ -1,0 +1,272 @@
+"""Scheduler: which tokens of which asks go into the next batch.
+
+Pure: it reads jobs, costs and the time it is given, and returns a plan; `worker.py` performs it. Read `worker.py` next.
+
+There is no prefill phase and no decode phase. A *job* is one branch of an ask: it has tokens, and some of them are
+computed. A job that has produced a token is *running* and wants one row a step (or a few, when tokens are forced);
+before that it wants its prompt, in slices. A step that holds a running interactive job takes at most the stall target:
+prompt slices and rows of lower classes are left out until the predicted time fits, and only interactive rows
+themselves may exceed it (which the plan says).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nimbos.types import AskClass
+
+RANK = {AskClass.INTERACTIVE: 0, AskClass.AGENT: 1, AskClass.BATCH: 2}
+KERNEL_ROWS = 4  # x86 kernels for repacked weights work on multiples of four rows
+
+
+class Costs(Protocol):
+    """Predicted milliseconds of a step (`calibrate.StepTime`)."""
+
+    def predict(self, rows: int, cells: int) -> float:
+        """`rows` in the batch; `cells`: sum over the rows of the tokens that each attends to."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One branch of an ask. `tokens` are prompt and answer; the first `computed` of them are in memory.
+
+    `sequence`: the model's id while live, else None. `leader`: a job that is computing a prefix this one shares;
+    it waits until the leader has `lead_tokens` of them.
+    """
+
+    ask_id: str
+    branch: int
+    account: str
+    ask_class: AskClass
+    arrived_ms: float
+    tokens: list[int]
+    limit_tokens: int  # tokens of answer that may still come, when admitted
+    computed: int = 0
+    running: bool = False
+    sequence: int | None = None
+    leader: Job | None = None
+    lead_tokens: int = 0
+    served_ms: float = 0.0
+    number: int = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The next `count` tokens of `job`; with `samples`, these are its last and a token is sampled after them."""
+
+    job: Job
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`predicted_ms` of the whole step; `stalled`: interactive rows alone exceed the stall target."""
+
+    slices: tuple[Slice, ...]
+    rows: int
+    predicted_ms: float
+    has_interactive: bool
+    stalled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """`quiet_rows`: longest step while nothing interactive is there, so that an arrival interrupts little.
+    `age_ms`: a job not served for so long rises by one class. `fair` off is first come, first served."""
+
+    stall_target_ms: float = 150.0
+    max_rows: int = 512
+    quiet_rows: int = 128
+    live_jobs: int = 64
+    age_ms: float = 10_000.0
+    fair: bool = True
+
+
+@dataclass(slots=True)
+class FairClock:
+    """Virtual time of each account: milliseconds of computing it was given (VTC, Sheng et al., OSDI 2024, with
+    calibrated time in place of token counts). The account with the least is served first."""
+
+    _virtual: dict[str, float] = field(default_factory=dict)
+
+    def arrive(self, account: str, active: Iterable[str]) -> None:
+        """An account without work comes back: idle time is no credit: it starts where the least active one is."""
+        floor = min((self._virtual.get(a, 0.0) for a in active), default=None)
+        if floor is None:
+            floor = max(self._virtual.values(), default=0.0) if account not in self._virtual else self._virtual[account]
+        self._virtual[account] = max(self._virtual.get(account, 0.0), floor)
+
+    def charge(self, account: str, milliseconds: float) -> None:
+        self._virtual[account] = self._virtual.get(account, 0.0) + milliseconds
+
+    def virtual(self, account: str) -> float:
+        return self._virtual.get(account, 0.0)
+
+    def forget_idle(self, active: set[str], *, keep: int = 1024) -> None:
+        """Bounds the table: idle accounts beyond `keep` are dropped, the least served first."""
+        idle = sorted((a for a in self._virtual if a not in active), key=self._virtual.__getitem__)
+        for account in idle[: max(0, len(self._virtual) - keep)]:
+            del self._virtual[account]
+
+
+def rank(job: Job, rules: Rules, now_ms: float) -> int:
+    """0 is served first. Jobs that were not served for long rise."""
+    if not rules.fair:
+        return 0
+    aged = int((now_ms - max(job.served_ms, job.arrived_ms)) / rules.age_ms)
+    return max(0, RANK[job.ask_class] - aged)
+
+
+def admission_order(waiting: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> list[Job]:
+    """Who becomes live first: by class, then by the account that had least, then by arrival."""
+    if not rules.fair:
+        return sorted(waiting, key=lambda j: j.number)
+    return sorted(waiting, key=lambda j: (rank(j, rules, now_ms), clock.virtual(j.account), j.number))
+
+
+def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
+    """Whether one more live job is good for those that run: its rows must fit the stall target beside its peers.
+
+    An account that has nothing live may always have one, so that a flood of others cannot hold the last place.
+    """
+    if len(live) >= rules.live_jobs:
+        return False
+    if job.ask_class is not AskClass.INTERACTIVE or not rules.fair:
+        return True
+    peers = [j for j in live if j.ask_class is AskClass.INTERACTIVE]
+    if all(j.account != job.account for j in peers):
+        return True
+    rows = len(peers) + 1
+    cells = sum(len(j.tokens) for j in peers) + len(job.tokens)
+    return rows <= KERNEL_ROWS or costs.predict(rows, cells) <= rules.stall_target_ms
+
+
+def victim(live: Sequence[Job], job: Job) -> Job | None:
+    """The live job that gives way to `job`: the latest of the lowest class below its own, or None."""
+    lower = [j for j in live if RANK[j.ask_class] > RANK[job.ask_class]]
+    return max(lower, key=lambda j: (RANK[j.ask_class], j.number), default=None)
+
+
+def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_ms: float) -> Plan:
+    """The next step. Jobs that follow a leader are left out. An empty plan means nothing can be computed."""
+    ready = [job for job in live if job.leader is None and job.pending > 0]
+    inherited = _inherited_ranks(live, rules, now_ms)
+
+    def key(job: Job) -> tuple[int, bool, float, int]:
+        own = min(rank(job, rules, now_ms), inherited.get(id(job), 9))
+        return own, not job.running, clock.virtual(job.account) if rules.fair else 0.0, job.number
+
+    ready.sort(key=key)
+    held = [job for job in ready if job.running and job.ask_class is AskClass.INTERACTIVE]
+    waiting_prompt = any(key(j)[0] == 0 and not j.running and j.ask_class is AskClass.INTERACTIVE for j in ready)
+    step = _Step(costs, rules)
+    for job in held:
+        step.add(job, job.pending)
+    stalled = bool(held) and step.milliseconds > rules.stall_target_ms
+    ceiling = rules.stall_target_ms if held else None
+    for job in ready:
+        if job in held:
+            continue
+        if job.running:
+            _add_running(step, job, ceiling, waiting_prompt)
+        else:
+            _add_prompt(step, job, ceiling, _slice_limit(job, ready, rules, key(job)[0]), now_ms)
+    return Plan(tuple(step.slices), step.rows, step.milliseconds, bool(held) or waiting_prompt, stalled)
+
+
+def _inherited_ranks(live: Sequence[Job], rules: Rules, now_ms: float) -> dict[int, int]:
+    """A job that others wait for is as urgent as the most urgent of them."""
+    inherited: dict[int, int] = {}
+    for job in live:
+        urgency = rank(job, rules, now_ms)
+        leader = job.leader
+        while leader is not None:
+            inherited[id(leader)] = min(urgency, inherited.get(id(leader), 9))
+            leader = leader.leader
+    return inherited
+
+
+class _Step:
+    """The step being put together."""
+
+    def __init__(self, costs: Costs, rules: Rules) -> None:
+        self.costs, self.rules = costs, rules
+        self.slices: list[Slice] = []
+        self.rows = 0
+        self.cells = 0
+
+    @property
+    def milliseconds(self) -> float:
+        return self.costs.predict(self.rows, self.cells) if self.rows else 0.0
+
+    def with_rows(self, job: Job, count: int) -> float:
+        return self.costs.predict(self.rows + count, self.cells + _attended(job, count))
+
+    def add(self, job: Job, count: int) -> None:
+        count = min(count, self.rules.max_rows - self.rows)
+        if count <= 0:
+            return
+        self.slices.append(Slice(job, count, count == job.pending))
+        self.rows += count
+        self.cells += _attended(job, count)
+
+
+def _attended(job: Job, count: int) -> int:
+    return count * (job.computed + count // 2)
+
+
+def _add_running(step: _Step, job: Job, ceiling: float | None, waiting_prompt: bool) -> None:
+    """A row of a lower class rides along where it costs the interactive ones nothing they would notice."""
+    if job.ask_class is not AskClass.INTERACTIVE:
+        if ceiling is not None and step.with_rows(job, job.pending) > ceiling:
+            return
+        if (
+            ceiling is None
+            and waiting_prompt
+            and step.rows
+            and step.with_rows(job, job.pending) > 1.02 * step.milliseconds
+        ):
+            return
+    step.add(job, job.pending)
+
+
+def _slice_limit(job: Job, ready: Sequence[Job], rules: Rules, urgency: int) -> int:
+    return rules.max_rows if urgency == 0 and job.ask_class is AskClass.INTERACTIVE else rules.quiet_rows
+
+
+def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int, now_ms: float) -> None:
+    """As large a slice as fits: the whole rest, or a count that makes the step a multiple of the kernels' rows."""
+    room = min(job.pending, limit - step.rows, step.rules.max_rows - step.rows)
+    if room <= 0:
+        return
+    if ceiling is not None:
+        room = _fitting(step, job, room, ceiling)
+        starved = now_ms - max(job.served_ms, job.arrived_ms) > 4 * step.rules.stall_target_ms
+        if room <= 0 and starved and job.ask_class is AskClass.INTERACTIVE:
+            room = min(job.pending, KERNEL_ROWS)  # interactive rows themselves: late is better than never
+    if 0 < room < job.pending:
+        room = (step.rows + room) // KERNEL_ROWS * KERNEL_ROWS - step.rows or room
+    if room > 0:
+        step.add(job, room)
+
+
+def _fitting(step: _Step, job: Job, room: int, ceiling: float) -> int:
+    """The largest count ≤ room whose step fits the ceiling, by bisection (time grows with rows)."""
+    if step.with_rows(job, room) <= ceiling:
+        return room
+    low, high = 0, room
+    while high - low > 1:
+        middle = (low + high) // 2
+        if step.with_rows(job, middle) <= ceiling:
+            low = middle
+        else:
+            high = middle
+    return low

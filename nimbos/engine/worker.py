@@ -1,0 +1,335 @@
+"""The engine process: `python -m nimbos.engine.worker FD`, where FD is its end of a socket to the server.
+
+Threads: the main one runs the step loop; one reads frames (and stops a long step when something urgent arrives, and
+the process when the server is gone); one tokenizes and compiles grammars. Nothing else happens inside a step.
+Read `engine.py` for the server's side, `loop.py` for the steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from nimbos.engine import confine, protocol
+from nimbos.engine.calibrate import StepTime, StepTimeTable
+from nimbos.engine.embedder import Embedder
+from nimbos.engine.grammar import GrammarFactory, Matcher
+from nimbos.engine.lease import Lease
+from nimbos.engine.library import candidates, thread_count
+from nimbos.engine.llama import open_library
+from nimbos.engine.loop import Loop
+from nimbos.engine.model import Model, ModelOptions
+from nimbos.engine.prompts import Prompts
+from nimbos.engine.scheduler import Rules
+from nimbos.engine.sizes import choose_cells
+from nimbos.errors import ModelUnusable, NimbosError
+from nimbos.types import AskClass, Kind, ModelCard, Tokens
+
+EMBED_STEP_TOKENS = 2048
+LEARN_EVERY_S = 30.0
+
+
+class Pipe:
+    """Frames over a socket. Sending is guarded by a lock, since three threads send."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: protocol.FromEngine) -> None:
+        frame = protocol.encode(message)
+        with self._lock:
+            try:
+                self._socket.sendall(frame)
+            except OSError:
+                os._exit(0)  # the server is gone; so are all asks
+
+    def receive(self) -> protocol.ToEngine | None:
+        """The next frame, or None at the end of file."""
+        head = self._exactly(protocol.LENGTH.size)
+        if head is None:
+            return None
+        body = self._exactly(protocol.LENGTH.unpack(head)[0])
+        return None if body is None else protocol.decode_to_engine(body)
+
+    def _exactly(self, size: int) -> bytes | None:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        at = 0
+        while at < size:
+            count = self._socket.recv_into(view[at:])
+            if count == 0:
+                return None
+            at += count
+        return bytes(buffer)
+
+
+class Worker:
+    def __init__(self, pipe: Pipe, start: protocol.Start) -> None:
+        """Loads the model and confines the process. Raises: ModelUnusable, EngineFailed."""
+        self._pipe = pipe
+        settings = start.settings
+        library, refused = open_library(candidates(settings))
+        threads = thread_count(settings.engine)
+        lease = Lease(Path(start.lease_path)) if start.lease_path else None
+        options = ModelOptions(cells=0, sequences=settings.engine.sequences, threads=threads)
+        model = Model(library, Path(start.model_path), options)
+        embeds = model.kind is Kind.EMBED
+        cells = choose_cells(model, settings.engine)
+        step = min(EMBED_STEP_TOKENS, model.context_tokens) if embeds else settings.engine.max_step_tokens
+        model.options = ModelOptions(
+            cells=max(cells, step),
+            threads=threads,
+            step_tokens=step,
+            sequences=min(64, settings.engine.sequences) if embeds else settings.engine.sequences,
+        )
+        tier = confine.confine([Path(start.model_path), library.folder, *confine.code_paths()])
+        model.open_context()
+        self._model = model
+        own = settings.engine.context_tokens or model.context_tokens
+        limit = min(own, model.context_tokens, step if embeds else model.cells)
+        self._prompts = Prompts(model, limit)
+        self._grammars = GrammarFactory(model.vocab)
+        hold = lease.hold if lease else _no_lease
+        costs = _costs(start.table, model)
+        if embeds:
+            self._loop: Loop | Embedder = Embedder(model, post=pipe.send, hold=hold)
+        else:
+            rules = Rules(
+                stall_target_ms=settings.engine.stall_target_ms,
+                max_rows=step,
+                fair=settings.engine.fair,
+                quiet_rows=min(128, step),
+                live_jobs=max(1, min(64, settings.engine.sequences // 2)),
+            )
+            share = settings.engine.share_prefixes and model.shares_prefixes
+            self._loop = Loop(model, costs, rules, post=pipe.send, hold=hold, share=share, context_limit=limit)
+        self._costs = costs
+        self._inbox: deque[protocol.Submit | protocol.Cancel | protocol.StatsRequest] = deque()
+        self._ready_matchers: dict[str, Matcher] = {}
+        self._arrived = threading.Event()
+        self._preparing: queue.SimpleQueue[protocol.Prepare | protocol.Submit] = queue.SimpleQueue()
+        self._cancelled: set[str] = set()
+        self._learned_at = time.monotonic()
+        self._learned_steps = 0
+        pipe.send(
+            protocol.Ready(
+                card=_card(start, model, limit),
+                library=str(library.folder),
+                variant=library.variant,
+                features=library.features,
+                tier=tier,
+                threads=threads,
+                cells=model.cells,
+                limit_tokens=limit,
+                refused=tuple(refused),
+            )
+        )
+
+    def run(self) -> None:
+        """The main thread's life. Ends with the process."""
+        threading.Thread(target=self._read, daemon=True, name="reader").start()
+        threading.Thread(target=self._prepare, daemon=True, name="preparer").start()
+        while True:
+            if not self._loop.step(self._look):
+                self._learn(force=False)
+                self._arrived.wait(timeout=LEARN_EVERY_S)
+            elif time.monotonic() - self._learned_at > LEARN_EVERY_S:
+                self._learn(force=False)
+
+    # --- reader thread
+
+    def _read(self) -> None:
+        try:
+            while (message := self._pipe.receive()) is not None:
+                self._sort(message)
+        except OSError:
+            pass
+        os._exit(0)  # end of file: the server died, or let go of this engine
+
+    def _sort(self, message: protocol.ToEngine) -> None:
+        if isinstance(message, protocol.Prepare):
+            self._preparing.put(message)
+        elif isinstance(message, protocol.Submit) and message.ask.grammar is not None:
+            self._preparing.put(message)
+        elif isinstance(message, protocol.Cancel):
+            self._cancelled.add(message.ask_id)
+            self._arrive(message)
+        elif isinstance(message, protocol.Submit | protocol.StatsRequest):
+            self._arrive(message)
+
+    def _arrive(self, message: protocol.Submit | protocol.Cancel | protocol.StatsRequest) -> None:
+        self._inbox.append(message)
+        self._arrived.set()
+        urgent = isinstance(message, protocol.Submit) and message.ask.ask_class is AskClass.INTERACTIVE
+        if urgent and self._loop.abortable:
+            self._model.abort()
+
+    # --- preparer thread
+
+    def _prepare(self) -> None:
+        while True:
+            work = self._preparing.get()
+            try:
+                if isinstance(work, protocol.Prepare):
+                    self._pipe.send(self._prompts.prepare(work, self._grammars))
+                else:
+                    assert work.ask.grammar is not None
+                    self._ready_matchers[work.ask.id] = self._grammars.compile(work.ask.grammar)
+                    self._arrive(work)
+            except NimbosError as error:
+                self._refuse(work, protocol.refusal_of(error))
+            except Exception:  # a loop top: fails this request, keeps the process
+                traceback.print_exc()
+                self._refuse(work, protocol.Refusal(message="The prompt could not be prepared.", server_fault=True))
+
+    def _refuse(self, work: protocol.Prepare | protocol.Submit, refusal: protocol.Refusal) -> None:
+        if isinstance(work, protocol.Prepare):
+            self._pipe.send(protocol.PreparedReply(number=work.number, refusal=refusal))
+        else:
+            self._pipe.send(protocol.Failed(ask_id=work.ask.id, refusal=refusal))
+
+    # --- main thread, between steps
+
+    def _look(self) -> None:
+        self._arrived.clear()
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, protocol.Submit):
+                self._submit(message)
+            elif isinstance(message, protocol.Cancel):
+                self._loop.cancel(message.ask_id)
+                self._ready_matchers.pop(message.ask_id, None)
+            else:
+                self._pipe.send(self._stats(message.number))
+        if len(self._cancelled) > 4096:
+            self._cancelled.clear()
+
+    def _submit(self, submit: protocol.Submit) -> None:
+        ask = submit.ask
+        matcher = self._ready_matchers.pop(ask.id, None)
+        if ask.id in self._cancelled:
+            self._cancelled.discard(ask.id)
+            return
+        inputs = tuple(part.ids for part in ask.parts if isinstance(part, Tokens))
+        try:
+            if isinstance(self._loop, Embedder):
+                self._loop.submit(ask, inputs)
+            else:
+                self._loop.submit(submit, tuple(token for ids in inputs for token in ids), matcher)
+        except NimbosError as error:
+            self._pipe.send(protocol.Failed(ask_id=ask.id, refusal=protocol.refusal_of(error)))
+
+    def _stats(self, number: int) -> protocol.EngineStats:
+        counters = self._loop.counters
+        waiting, live = self._loop.counts()
+        tree = self._loop.tree if isinstance(self._loop, Loop) else None
+        return protocol.EngineStats(
+            number=number,
+            waiting=waiting,
+            live=live,
+            cells_used=tree.used_cells if tree else 0,
+            cells_total=self._model.cells,
+            sequences_used=tree.branches if tree else 0,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            output_tokens=counters.output_tokens,
+            recomputed_tokens=counters.recomputed_tokens,
+            computed_tokens=counters.computed_tokens,
+            steps=counters.steps,
+            step_rows=counters.step_rows,
+            step_seconds=tuple(counters.step_seconds),
+            step_seconds_sum=counters.step_seconds_sum,
+            overhead_seconds_sum=counters.overhead_seconds_sum,
+            preemptions=counters.preemptions,
+            stalls=counters.stalls,
+            evictions=counters.evictions,
+            account_ms=counters.account_ms,
+            resident_bytes=_resident_bytes(),
+            pid=os.getpid(),
+        )
+
+    def _learn(self, *, force: bool) -> None:
+        steps = self._loop.counters.steps
+        if force or steps > self._learned_steps + 20:
+            self._learned_steps = steps
+            self._pipe.send(protocol.Learned(table=msgspec.json.encode(self._costs.table)))
+        self._learned_at = time.monotonic()
+
+
+def _costs(table: bytes, model: Model) -> StepTime:
+    if table:
+        with contextlib.suppress(msgspec.DecodeError):
+            known = msgspec.json.decode(table, type=StepTimeTable)
+            if known.usable:
+                return StepTime(known)
+    return StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
+
+
+def _card(start: protocol.Start, model: Model, limit: int) -> ModelCard:
+    vocab = model.vocab
+    control = tuple(vocab.pieces[i].decode(errors="replace") for i in sorted(vocab.control) if vocab.pieces[i])
+    return ModelCard(
+        id=start.model_id,
+        model_hash=start.model_hash,
+        architecture=model.metadata("general.architecture") or "",
+        context_tokens=limit,
+        n_vocab=model.n_vocab,
+        kind=model.kind,
+        chat_template=model.chat_template,
+        bos=_text(vocab.pieces, vocab.bos),
+        eos=_text(vocab.pieces, vocab.eos),
+        control=(*control, *model.user_defined()),
+        fim=model.fim_marks(),
+        shares_prefixes=model.shares_prefixes,
+        embedding_size=model.embedding_size,
+        created=int(time.time()),
+    )
+
+
+def _text(pieces: tuple[bytes, ...], token: int | None) -> str:
+    return pieces[token].decode(errors="replace") if token is not None else ""
+
+
+def _resident_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+@contextlib.contextmanager
+def _no_lease(_ask_class: AskClass) -> Iterator[None]:
+    yield
+
+
+def main() -> None:
+    confine.die_with_parent()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    pipe = Pipe(connection)
+    start = pipe.receive()
+    if not isinstance(start, protocol.Start):
+        return
+    try:
+        worker = Worker(pipe, start)
+    except ModelUnusable as error:
+        pipe.send(protocol.LoadFailed(unusable=True, reason=error.reason))
+        return
+    except (NimbosError, OSError) as error:
+        pipe.send(protocol.LoadFailed(unusable=False, reason=str(error)))
+        return
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()
