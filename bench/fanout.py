@@ -87,7 +87,7 @@ async def rivals(setup: Setup, work: Work) -> tuple[list[Flags], list[str]]:
         score=lambda measures: measures["makespan s"],
         limit_s=setup.limit_s,
     )
-    listed = ", ".join(f"`{' '.join(flags)}` {seconds:.1f} s" for seconds, flags in found)
+    listed = ", ".join(f"`{' '.join(flags)}` {seconds:.3g} s" for seconds, flags in found)
     return [flags for _, flags in found[:2]], [f"sweep on a quarter of the size, best first: {listed}"]
 
 

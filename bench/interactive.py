@@ -7,6 +7,7 @@ the shared prefix is resident (the batch clients name their slots, so they never
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,11 +143,15 @@ def _measures(work: Work, start: float, batch: list[Answer], person: list[Answer
     first = [answer.first_token_s if answer.first_token_s is not None else work.length_s for answer in person]
     first += [work.length_s] * (expected - len(first))
     gaps = [gap for answer in person for gap in answer.gaps_s]
+    finished = [answer for answer in person if answer.finished_s is not None]
     return measures | {
         "p50 first token s": percentile(first, 50),
         "p95 first token s": percentile(first, 95),
-        "answered": float(sum(answer.finished_s is not None for answer in person)),
+        "answered": float(len(finished)),
         "asked": float(expected),
+        "prompt tokens computed for each": statistics.fmean(answer.computed_tokens for answer in finished)
+        if finished
+        else 0.0,
         "p99 gap ms": 1000 * percentile(gaps, 99),
         "gaps within stall target": sum(gap <= STALL_TARGET_S for gap in gaps) / len(gaps) if gaps else 0.0,
     }
@@ -189,7 +194,7 @@ async def kept_flags(setup: Setup, work: Work) -> tuple[list[Flags], list[str]]:
         score=lambda measures: measures["p95 first token s"],
         limit_s=setup.limit_s,
     )
-    listed = ", ".join(f"`{' '.join(flags)}` {seconds:.1f} s" for seconds, flags in found)
+    listed = ", ".join(f"`{' '.join(flags)}` {seconds:.3g} s" for seconds, flags in found)
     return [flags for _, flags in found[:2]], [f"sweep of a quarter of the time, by p95 first token: {listed}"]
 
 
@@ -235,7 +240,7 @@ async def measure(setup: Setup) -> None:
         )
         least_ms = times.prefill_ms(work.new, after=work.cached)
         notes += [
-            f"one interactive ask costs {cost_ms:.0f} ms by calibration; its first token cannot come before {least_ms:.0f} ms",
+            f"one interactive ask costs {cost_ms:.0f} ms by calibration; no first token comes before {least_ms:.0f} ms",
             times.shown(),
         ]
     title = "Interactive under batch load"

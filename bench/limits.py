@@ -23,7 +23,7 @@ Point = tuple[int, int, float]
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Milliseconds of one pass, by (rows, cells in use)."""
+    """Milliseconds of one pass, by (rows, cells that each row attends to before the pass)."""
 
     points: tuple[Point, ...]
 
@@ -47,22 +47,20 @@ class StepTimes:
         return float(np.interp(rows, counts, times))
 
     def prefill_ms(self, tokens: int, *, after: int = 0) -> float:
-        """Of `tokens` new ones behind `after` cells, in full steps."""
-        starts = range(0, tokens, STEP_TOKENS)
-        return sum(
-            self.at(min(STEP_TOKENS, tokens - start), after + min(start + STEP_TOKENS, tokens)) for start in starts
-        )
+        """Of `tokens` new ones of one sequence behind `after` cells, in full steps."""
+        steps = ((start, min(STEP_TOKENS, tokens - start)) for start in range(0, tokens, STEP_TOKENS))
+        return sum(self.at(rows, after + start) for start, rows in steps)
 
     def decode_ms(self, steps: int, *, rows: int, cells: int) -> float:
-        """`cells` at the first of these steps; each step adds one for each row."""
-        return steps * self.at(rows, cells + rows * steps // 2)
+        """`cells`: that each row attends to in the first of these steps; one more in each."""
+        return steps * self.at(rows, cells + steps // 2)
 
     def fan_out_ms(self, *, shared: int, branches: int, own: int, out: int) -> float:
         """(S + N·U) / pp + O · t(N): every token computed once, all branches decoded together. The first token of an
         answer needs no step of its own: it comes with the last one of the prompt."""
-        unique = branches * own
-        prefill = self.prefill_ms(shared) + self.prefill_ms(unique, after=shared)
-        return prefill + self.decode_ms(out - 1, rows=branches, cells=shared + unique)
+        full, rest = divmod(branches * own, STEP_TOKENS)
+        unique = full * self.at(STEP_TOKENS, shared) + (self.at(rest, shared) if rest else 0.0)
+        return self.prefill_ms(shared) + unique + self.decode_ms(out - 1, rows=branches, cells=shared + own)
 
     def alone_ms(self, *, cached: int, new: int, out: int) -> float:
         """One ask, nothing beside it."""

@@ -15,7 +15,7 @@ from bench.report import Finding, publish
 from bench.server import Server, total
 from bench.setup import Setup, from_arguments, parser, where
 
-CELLS_USED = "nimbos_cells_used"  # a gauge of our `/metrics`
+CELLS_USED = "cells_used"  # how the name of our gauge ends
 ASKS, CLIENTS, CELLS = 1000, 8, 8192
 SETTLED = 0.2  # share of the asks until which buffers and caches may still fill up
 MIB = 1024 * 1024
@@ -44,7 +44,7 @@ async def _watch(server: Server, seen: list[float]) -> None:
 async def _cells_used(server: Server) -> float:
     used = total(await server.counters(), CELLS_USED)
     if used is None:
-        raise RuntimeError(f"`/metrics` has no {CELLS_USED}.")
+        raise RuntimeError(f"`/metrics` has no gauge that ends with {CELLS_USED}.")
     return used
 
 

@@ -79,9 +79,10 @@ def parse_counters(text: str) -> dict[str, float]:
     return samples
 
 
-def total(samples: Mapping[str, float], name: str) -> float | None:
-    """The sum over all labels; None where there is no such counter."""
-    values = [value for full, value in samples.items() if full.partition("{")[0] == name]
+def total(samples: Mapping[str, float], *endings: str) -> float | None:
+    """The sum over all labels of Nimbos's counters whose name ends so; None where there is none."""
+    names = ((full.partition("{")[0], value) for full, value in samples.items())
+    values = [value for name, value in names if name.startswith("nimbos_") and name.endswith(endings)]
     return sum(values) if values else None
 
 

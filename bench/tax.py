@@ -15,8 +15,9 @@ from bench.setup import Setup, from_arguments, parser, where
 from bench.sweep import Flags
 
 PROMPT, OUT, STREAMS = 128, 256, 8
-# Counters of our `/metrics`: seconds in all steps, and the part of them that was not inside llama_decode.
-STEP_SECONDS, OVERHEAD_SECONDS = "nimbos_step_seconds_sum", "nimbos_step_overhead_seconds_total"
+# How our counters' names end: seconds of all steps inside llama_decode, and those that a step takes beside it.
+DECODE_SECONDS = ("step_seconds_sum",)
+BESIDE_SECONDS = ("overhead_seconds_sum", "overhead_seconds_total")
 PEER_FLAGS: tuple[Flags, ...] = (("-np", "1"), ("-np", "8", "-kvu"))
 
 
@@ -53,11 +54,15 @@ async def run(setup: Setup, server: Server, streams: int) -> Measures:
 
 def _overhead(before: dict[str, float], after: dict[str, float]) -> Measures:
     """Of a server that counts it; the peer does not."""
-    spent = [(total(before, name), total(after, name)) for name in (STEP_SECONDS, OVERHEAD_SECONDS)]
-    if any(first is None or last is None for first, last in spent):
+    decode, beside = (_grown(before, after, endings) for endings in (DECODE_SECONDS, BESIDE_SECONDS))
+    if decode is None or beside is None:
         return {}
-    steps, overhead = ((last or 0.0) - (first or 0.0) for first, last in spent)
-    return {"overhead %": 100 * overhead / steps if steps else float("nan")}
+    return {"overhead %": 100 * beside / (decode + beside) if decode else float("nan")}
+
+
+def _grown(before: dict[str, float], after: dict[str, float], endings: tuple[str, ...]) -> float | None:
+    first, last = total(before, *endings), total(after, *endings)
+    return None if first is None or last is None else last - first
 
 
 async def run_ours(setup: Setup, streams: int) -> Measures:
@@ -101,7 +106,7 @@ async def measure(setup: Setup) -> None:
     notes = [f"{PROMPT} tokens in, {setup.scaled(OUT)} out, greedy, nothing shared; every prompt is new"]
     if times is not None:
         alone = 1000 / times.at(1, PROMPT + setup.scaled(OUT) // 2)
-        together = STREAMS * 1000 / times.at(STREAMS, STREAMS * (PROMPT + setup.scaled(OUT) // 2))
+        together = STREAMS * 1000 / times.at(STREAMS, PROMPT + setup.scaled(OUT) // 2)
         notes += [f"limit: {alone:.1f} tokens/s alone, {together:.1f} with {STREAMS} streams", times.shown()]
     publish(setup, title="Tax", runs=runs, findings=findings, place=place, notes=notes)
 

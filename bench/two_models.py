@@ -59,7 +59,7 @@ async def _model_ids(server: Server) -> list[str]:
 
 
 async def measure(setup: Setup, second: Path) -> None:
-    place = [*where(setup), f"second model: {second.name}, {second.stat().st_size / 1e6:.0f} MB"]
+    place = [*where(setup), f"second model: {second.name}"]
     arms = [
         Arm(name="together", run=partial(run, setup, second, True)),
         Arm(name="one after the other", run=partial(run, setup, second, False)),
