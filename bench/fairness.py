@@ -28,19 +28,19 @@ class Demand:
     every_s: float = 0.0
 
 
-FLOOD = Demand(account="first", prompt=512, out=64, clients=16)
+FLOOD = Demand(account="first", prompt=512, out=64, clients=64)
 POLITE = Demand(account="second", prompt=256, out=32, every_s=5.0)
 # Both never pause; one has three times as many asks in flight, of twice the size.
-GREEDY = Demand(account="first", prompt=512, out=64, clients=12)
-MODEST = Demand(account="second", prompt=256, out=32, clients=4)
+GREEDY = Demand(account="first", prompt=512, out=64, clients=24)
+MODEST = Demand(account="second", prompt=256, out=32, clients=8)
 LENGTH_S = 180.0
+ROOM = 16  # asks that the cells can hold at once: the rest waits in the queue, where order matters most
 
 
 async def run(setup: Setup, *, demands: tuple[Demand, Demand], fair: bool, length_s: float) -> list[list[Answer]]:
     """The answers of both accounts, also the unfinished ones."""
     longest = max(demand.prompt + demand.out for demand in demands)
-    cells = sum(max(demand.clients, 4) for demand in demands) * (longest + 64)
-    home = ours.make_home(setup, f"fair-{fair}", fair=fair, cells=cells, context_tokens=longest + 64)
+    home = ours.make_home(setup, f"fair-{fair}", fair=fair, cells=ROOM * (longest + 64), context_tokens=longest + 64)
     async with ours.serving(setup, home=home) as server, client_of(server, limit_s=length_s + 60) as warm:
         await warm.warm_up(setup.words.prompt(16, seed=(0,)))
         return await _both(setup, server, demands, length_s)
