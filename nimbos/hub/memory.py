@@ -1,0 +1,66 @@
+"""How much memory a model needs, before anything of it is loaded.
+An estimate that errs upwards: weights are exact, the cache is exact for f16, the buffers of a step are bounded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nimbos.errors import ModelUnusable
+from nimbos.hub.facts import ModelFacts
+
+_FIXED_BYTES = 64 << 20  # interpreter, library, tokenizer, graph
+_STEP_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    weights_bytes: int
+    cache_bytes: int
+    buffer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.cache_bytes + self.buffer_bytes
+
+
+def memory_need(
+    facts: ModelFacts, *, cells: int, sequences: int = 1, step_tokens: int = _STEP_TOKENS, whole_window: bool = True
+) -> MemoryNeed:
+    """Bytes for `cells` tokens of KV. With `whole_window` (libllama's `swa_full`, which sharing needs) layers with a
+    sliding window keep every cell; without, only their window for each sequence and one step more."""
+    window_cells = cells if whole_window else min(cells, facts.window_tokens * sequences + step_tokens)
+    cache = cells * facts.kv_bytes_per_cell + window_cells * facts.window_bytes_per_cell + sequences * facts.state_bytes
+    widths = facts.vocabulary + 8 * facts.embedding_size + 3 * facts.feed_forward_size
+    buffers = 4 * step_tokens * (widths + cells) + _FIXED_BYTES
+    return MemoryNeed(weights_bytes=facts.file_bytes, cache_bytes=cache, buffer_bytes=buffers)
+
+
+def require_memory(path: Path, facts: ModelFacts, *, cells: int, budget_bytes: int) -> int:
+    """The bytes needed.
+
+    Raises: ModelUnusable with the numbers when they are more than the budget.
+    """
+    need = memory_need(facts, cells=cells)
+    if need.total_bytes > budget_bytes:
+        reason = (
+            f"it needs about {megabytes(need.total_bytes)} of memory ({megabytes(need.weights_bytes)} of weights, "
+            f"{megabytes(need.cache_bytes)} for {cells} cells of KV, {megabytes(need.buffer_bytes)} to compute) and "
+            f"{megabytes(budget_bytes)} may be used. Choose a smaller model or quantisation, fewer cells "
+            "(engine.cells), or a larger server.memory_mib."
+        )
+        raise ModelUnusable(str(path), reason=reason)
+    return need.total_bytes
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def machine_memory_bytes() -> int | None:
+    """All of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
