@@ -213,7 +213,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What a source says about its model; everything `chat` needs to turn messages into a prompt.
 
     `control`: the vocabulary's control tokens as text. `bos`/`eos`: as text, "" where there is none.
-    `user_defined`: those in `control` that an answer shows as text all the same (Qwen's `<tool_call>`); None: not known.
+    `user_defined`: those in `control` that an answer still shows as text (Qwen's `<tool_call>`); None: not known.
     `model_hash`: of the weights file. `fim`: prefix, suffix and middle marks, where the model has them.
     """
 

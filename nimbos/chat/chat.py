@@ -8,12 +8,13 @@ Knows no token ids and no engine. Read `family.py` for what templates differ in,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from nimbos.chat.call_grammar import CLOSE_TAG, OPEN_TAG, PYTHON_TAG, write_call_grammar, write_json_grammar
+from nimbos.chat.call_grammar import CLOSE_TAG, OPEN_TAG, PYTHON_TAG, write_call_grammar
 from nimbos.chat.control import ControlGuard, choose_marker, cut, words_to_guard
 from nimbos.chat.family import CallForm, Family, choose_template, recognise
 from nimbos.chat.isolation import RenderProcess
@@ -22,6 +23,7 @@ from nimbos.chat.messages import (
     last_user_text,
     normalise,
     with_system_text,
+    with_thoughts_apart,
     without_system,
     without_tool_roles,
     write_hermes_call,
@@ -70,9 +72,10 @@ class Chat:
         )
         family = await self._recognised()
         variables = _variables(request, _fit(messages, shown, family), shown, family, budget)
-        parts, thinking = self._end(await self._render(variables), request, family, budget)
         use = self._tool_use(family, usable, must=must, request=request)
-        grammar = self._grammar(request, use, thinks=thinking is not None)
+        grammar = self._grammar(request, use)
+        prompt = await self._render(variables)
+        parts, thinking = self._end(prompt, request, family, budget, shaped=grammar is not None)
         return Plan(parts=parts, grammar=grammar, thinking=thinking, stop=self._stop, tools=use)
 
     async def close(self) -> None:
@@ -135,9 +138,13 @@ class Chat:
                 return ModelUnusable(self._card.id, reason=f"{template} ended the process that renders it")
 
     def _end(
-        self, parts: tuple[Text, ...], request: ChatRequest, family: Family, budget: int | None
+        self, parts: tuple[Text, ...], request: ChatRequest, family: Family, budget: int | None, *, shaped: bool
     ) -> tuple[tuple[Text, ...], Thinking | None]:
-        """Makes the prompt end inside an open block of thinking, or after a closed one."""
+        """Makes the prompt end inside an open block of thinking, or after a closed one.
+
+        Where nobody asked and the template leaves it to the model, so does this, unless a grammar waits for the answer
+        (`shaped`): that can only begin after a block whose opening is known.
+        """
         marks, tail = family.marks, parts[-1].text if parts else ""
         if marks is None:
             return parts, None
@@ -145,7 +152,7 @@ class Chat:
             if ends_closed(tail, marks):
                 return parts, None
             budget = most_tokens(max_tokens=request.max_tokens, context_tokens=self._window(request))
-            if budget and not family.switchable and not ends_open(tail, marks):
+            if budget and not shaped and not family.habitual and not ends_open(tail, marks):
                 return parts, describe_thinking(marks, budget_tokens=budget, started=False)  # its own habit decides
         ended = end_open(tail, marks) if budget else end_closed(tail, marks)
         thinking = describe_thinking(marks, budget_tokens=budget, started=True) if budget else None
@@ -171,7 +178,7 @@ class Chat:
         card = self._card
         return card.user_defined is not None and all(t in card.control and t not in card.user_defined for t in tags)
 
-    def _grammar(self, request: ChatRequest, use: ToolUse | None, *, thinks: bool) -> Grammar | None:
+    def _grammar(self, request: ChatRequest, use: ToolUse | None) -> Grammar | None:
         if request.grammar is not None:
             if use is not None or request.response_format is not None:
                 other = "tools" if use is not None else "response_format"
@@ -179,12 +186,14 @@ class Chat:
             return request.grammar
         schema = _read_format(request.response_format)
         if use is not None:
-            return write_call_grammar(use, schema=schema, after_thinking=thinks)
-        return write_json_grammar(schema, after_thinking=thinks) if schema is not None else None
+            return write_call_grammar(use, schema=schema)
+        return Grammar(kind="json_schema", source=json.dumps(schema)) if schema is not None else None
 
 
 def _fit(messages: list[Message], tools: tuple[Tool, ...], family: Family) -> list[Message]:
     """Says in plain messages what the template cannot say itself."""
+    if family.marks is not None:
+        messages = with_thoughts_apart(messages, family.marks.open, family.marks.close)
     if not family.takes_history:
         messages = without_tool_roles(messages, write_hermes_call)
     if tools and not family.describes_tools:

@@ -75,7 +75,7 @@ class ControlGuard:
 def words_to_guard(card: ModelCard, template: str) -> list[str]:
     """Control tokens, and of the user-defined ones those that the template uses as marks.
 
-    The others are ordinary text that was given a token (runs of line breaks, HTML tags); breaking them protects nothing.
+    Others are ordinary text that was given a token (runs of line breaks, HTML tags); to break them protects nothing.
     """
     plain = set(card.user_defined or ())
     return [w for w in card.control if not w.isspace() and (w not in plain or (w[:1] in "<[" and w in template))]

@@ -4,7 +4,7 @@ Knows nothing of requests; `chat.py` fits requests to it.
 | read from         | fact                                                                                    |
 | ----------------- | --------------------------------------------------------------------------------------- |
 | `</think>` in it  | the model thinks between `<think>` and `</think>`                                       |
-| `enable_thinking` | thinking can be switched, and is on unless switched off                                 |
+| `enable_thinking` | thinking can be switched, and is on where the prompt leaves it open                     |
 | tools + forms     | how calls are written: Hermes (`<tool_call>`), Llama 3 (`"parameters"`), or ours        |
 | probe: system     | whether a system message comes out                                                      |
 | probe: tools      | whether an earlier call and its result come out                                         |
@@ -52,13 +52,29 @@ class CallForm(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    open: str = "<think>"
-    close: str = "</think>"
+    """`opening` and `skipped` are appended to a prompt to begin thinking and to pass over it."""
+
+    open: str
+    close: str
+    opening: str
+    skipped: str
+
+
+THINK = Marks(open="<think>", close="</think>", opening="<think>\n", skipped="<think>\n\n</think>\n\n")
+# gpt-oss: channels of one message. From the format's description; not yet run with the weights.
+HARMONY = Marks(
+    open="<|channel|>analysis<|message|>",
+    close="<|end|><|start|>assistant<|channel|>final<|message|>",
+    opening="<|channel|>analysis<|message|>",
+    skipped="<|channel|>final<|message|>",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """`describes_tools`: the template writes the tools itself. `stop`: strings that end an answer of this template."""
+    """`describes_tools`: the template writes the tools itself. `takes_history`: it writes earlier calls and results, in
+    the form that we parse. `habitual`: where its prompt leaves it open, the model thinks. `stop`: strings that end an
+    answer of this template."""
 
     template: str
     form: CallForm
@@ -66,7 +82,7 @@ class Family:
     takes_history: bool
     takes_system: bool
     marks: Marks | None
-    switchable: bool
+    habitual: bool
     stop: tuple[str, ...] = ()
 
 
@@ -83,17 +99,23 @@ async def recognise(card: ModelCard, render: Render) -> Family:
     """`render` takes a template's variables; a probe that fails to render counts as "cannot"."""
     template, stop = choose_template(card)
     form = _call_form(template)
-    thinks = "</think>" in template
+    marks = _marks(template)
     return Family(
         template=template,
         form=form or CallForm.HERMES,
         describes_tools=form is not None,
-        takes_history=await _takes_history(render),
+        takes_history=(form is not None or "tool_calls" not in template) and await _takes_history(render),
         takes_system=await _takes_system(render),
-        marks=Marks() if thinks else None,
-        switchable=thinks and re.search(r"\benable_thinking\b", template) is not None,
+        marks=marks,
+        habitual=marks is HARMONY or re.search(r"\benable_thinking\b", template) is not None,
         stop=stop,
     )
+
+
+def _marks(template: str) -> Marks | None:
+    if THINK.close in template:
+        return THINK
+    return HARMONY if "<|channel|>analysis" in template else None
 
 
 def _call_form(template: str) -> CallForm | None:

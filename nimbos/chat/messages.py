@@ -49,6 +49,22 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
     return [*rest[:at], merged, *rest[at + 1 :]]
 
 
+def with_thoughts_apart(messages: Sequence[Message], open_mark: str, close_mark: str) -> list[Message]:
+    """Thinking that a client left in front of the assistant's words moves to `reasoning_content`, where templates
+    look for it: marks inside of content are kept from being marks."""
+    return [_thoughts_apart(m, open_mark, close_mark) for m in messages]
+
+
+def _thoughts_apart(message: Message, open_mark: str, close_mark: str) -> Message:
+    words = str(message["content"]).lstrip()
+    if message["role"] != "assistant" or "reasoning_content" in message or not words.startswith(open_mark):
+        return message
+    thoughts, closed, rest = words[len(open_mark) :].partition(close_mark)
+    if not closed:
+        return message
+    return {**message, "content": rest.lstrip("\n"), "reasoning_content": thoughts.strip("\n")}
+
+
 def with_system_text(messages: Sequence[Message], text: str) -> list[Message]:
     """Appends to the leading system message, or makes one."""
     if messages and messages[0]["role"] == "system":

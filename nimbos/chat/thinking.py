@@ -92,8 +92,9 @@ def end_open(prompt: str, marks: Marks) -> str:
         return prompt
     if bare.endswith(marks.close):  # a template that closes an empty block whatever it is told
         before = bare[: -len(marks.close)].rstrip()
-        return (before if before.endswith(marks.open) else prompt + marks.open) + "\n"
-    return f"{prompt}{marks.open}\n"
+        if before.endswith(marks.open):
+            return before[: -len(marks.open)] + marks.opening
+    return prompt + marks.opening
 
 
 def end_closed(prompt: str, marks: Marks) -> str:
@@ -102,8 +103,8 @@ def end_closed(prompt: str, marks: Marks) -> str:
     if bare.endswith(marks.close):
         return prompt
     if bare.endswith(marks.open):
-        return f"{bare}\n\n{marks.close}\n\n"
-    return f"{prompt}{marks.open}\n\n{marks.close}\n\n"
+        return bare[: -len(marks.open)] + marks.skipped
+    return prompt + marks.skipped
 
 
 def ends_open(prompt: str, marks: Marks) -> bool:
