@@ -1,0 +1,37 @@
+"""Puts the routes, the door check and the error shapes together. Read `access.py`, then one dialect's file."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from nimbos.api import errors, health, metrics, models
+from nimbos.api.access import Access
+from nimbos.api.openai_chat import ChatCompletions
+from nimbos.api.openai_completions import Completions
+from nimbos.api.openai_embeddings import Embeddings
+from nimbos.config import Settings
+from nimbos.keys import Keys
+from nimbos.meters import Meters
+from nimbos.service import Service
+
+
+def build(settings: Settings, service: Service, keys: Keys, meters: Meters) -> Starlette:
+    chat = ChatCompletions(service, settings.server)
+    completions = Completions(service, settings.server)
+    embeddings = Embeddings(service, settings.server)
+    listed = models.Models(service)
+    return Starlette(
+        routes=[
+            Route("/health", health.Health(service).get, methods=["GET"]),
+            Route("/metrics", metrics.Metrics(service, meters).get, methods=["GET"]),
+            Route("/v1/models", listed.list, methods=["GET"]),
+            Route("/v1/models/{model:path}", listed.retrieve, methods=["GET"]),
+            Route("/v1/chat/completions", chat.create, methods=["POST"]),
+            Route("/v1/completions", completions.create, methods=["POST"]),
+            Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        ],
+        middleware=[Middleware(errors.LastResort), Middleware(Access, settings=settings.server, keys=keys)],
+        exception_handlers=errors.handlers(),
+    )

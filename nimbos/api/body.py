@@ -1,0 +1,133 @@
+"""A request's body: read up to a limit, decoded strictly, and refused with the path of what is wrong.
+
+Everything here is hostile until it has passed: sizes, depth, numbers, encodings, names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from nimbos.errors import InvalidRequest, PayloadTooLarge, UnsupportedField
+
+DEPTH_LIMIT = 64
+_DRAIN_FACTOR = 4  # so much more of a too large body is read and dropped, so that its client gets to read the answer
+_INT64 = 2**63
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+async def read(request: Request, *, limit_bytes: int, stall_s: float) -> bytes:
+    """Raises: PayloadTooLarge; InvalidRequest when the body stops coming; ClientDisconnect."""
+    declared = request.headers.get("content-length", "")
+    pieces: list[bytes] = []
+    have = 0
+    too_large = declared.isascii() and declared.isdigit() and int(declared[:20]) > limit_bytes
+    chunks = request.stream()
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(chunks, None), stall_s)
+        except TimeoutError as error:
+            raise InvalidRequest(f"The body stopped after {have} bytes for {stall_s:.0f} s.") from error
+        if piece is None:
+            break
+        have += len(piece)
+        if have > limit_bytes:
+            too_large = True
+            pieces.clear()
+        if too_large and have > _DRAIN_FACTOR * limit_bytes:
+            break
+        if not too_large:
+            pieces.append(piece)
+    if too_large:
+        raise PayloadTooLarge(have=int(declared[:20]) if declared.isdigit() else None, limit=limit_bytes)
+    return b"".join(pieces)
+
+
+def decode(content: bytes, into: type[T], *, refused: dict[str, str] | None = None) -> T:
+    """The body as a struct. `refused`: known fields that are not supported, with the reason.
+
+    Raises: InvalidRequest with the path; UnsupportedField for a top-level field that is unknown or refused.
+    """
+    table = _object(content)
+    _check_depth(table)
+    _check_integers(table)
+    known = {field.encode_name for field in msgspec.structs.fields(into)}
+    for name, value in table.items():
+        if refused and name in refused and value is not None:
+            raise UnsupportedField(name, why=f"not supported here: {refused[name]}")
+        if name not in known and name not in (refused or {}):
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            raise UnsupportedField(name[:100], why="unknown", nearest=nearest[0] if nearest else None)
+    given = {name: value for name, value in table.items() if name in known}
+    return convert(given, into)
+
+
+def convert(value: Any, into: type[T], *, at: str = "") -> T:
+    """Raises: InvalidRequest with the path, which begins with `at`."""
+    try:
+        return msgspec.convert(value, into)
+    except msgspec.ValidationError as error:
+        message, path = _with_path(str(error), at)
+        raise InvalidRequest(message, param=path) from error
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    if not content.strip():
+        raise InvalidRequest("The body is empty; it must be a JSON object.")
+    try:
+        table = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"The body is a JSON {_json_kind(table)}; it must be an object.")
+    return table
+
+
+def _check_depth(table: dict[str, Any]) -> None:
+    """Level by level, so that depth costs us no stack."""
+    level: list[Any] = [table]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _check_integers(table: dict[str, Any]) -> None:
+    """No top-level number beyond 64 bits gets further; floats beyond range are not JSON to the decoder."""
+    for name, value in table.items():
+        if isinstance(value, int) and not -_INT64 <= value < 2 * _INT64:
+            raise InvalidRequest(f"`{name}` is a number beyond 64 bits.", param=name)
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"The body is nested deeper than {DEPTH_LIMIT} levels.")
+
+
+def _with_path(message: str, at: str) -> tuple[str, str | None]:
+    """msgspec says "Expected `int`, got `str` - at `$.a[0].b`"; the path becomes the error's `param`."""
+    text, _, place = message.partition(" - at `$")
+    path = f"{at}{place.rstrip('`')}".lstrip(".")
+    if not path:
+        return f"The body is not as it should be: {text}.", None
+    return f"`{path}`: {text}.", path
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return kinds.get(type(value), "value")
+
+
+__all__ = ["DEPTH_LIMIT", "ClientDisconnect", "convert", "decode", "read"]

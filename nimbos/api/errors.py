@@ -1,0 +1,123 @@
+"""Errors in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, with the headers its clients obey."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nimbos.errors import DownloadFailed, EngineFailed, NimbosError, NotReady, Overloaded, PayloadTooLarge
+
+_log = structlog.get_logger(__name__)
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+def body_of(error: NimbosError) -> bytes:
+    detail = ErrorDetail(message=error.message, type=error.kind, param=error.param, code=error.code)
+    return msgspec.json.encode(ErrorBody(detail))
+
+
+def response_to(error: NimbosError) -> Response:
+    return Response(body_of(error), status_code=error.status, headers=headers_of(error), media_type="application/json")
+
+
+def headers_of(error: NimbosError) -> dict[str, str]:
+    """`x-should-retry` tells the official clients whether trying again can help."""
+    if isinstance(error, Overloaded):
+        seconds = max(1, math.ceil(error.retry_after_s))
+        return {
+            "retry-after": str(seconds),
+            "x-should-retry": "false" if error.limit == "budget" else "true",
+            "x-ratelimit-limit-requests": str(error.value),
+            "x-ratelimit-remaining-requests": str(max(0, error.value - error.used)),
+            "x-ratelimit-reset-requests": f"{seconds}s",
+        }
+    if isinstance(error, NotReady):
+        return {"retry-after": "1", "x-should-retry": "true"}
+    if isinstance(error, EngineFailed | DownloadFailed):
+        return {"x-should-retry": "true"}
+    if isinstance(error, PayloadTooLarge):
+        return {"connection": "close", "x-should-retry": "false"}
+    return {"x-should-retry": "false"}
+
+
+def internal(request_path: str, error: BaseException) -> NimbosError:
+    """Our own bug: logged with its place in the code, never with its text, which may hold a prompt."""
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    _log.error("request.failed", path=request_path, error=type(error).__name__, frames=frames[-12:])
+    return NimbosError("Nimbos failed inside; the server's log says where. Please report it.")
+
+
+def handlers() -> Mapping[Any, Callable[[Request, Any], Any]]:
+    async def known(_: Request, error: NimbosError) -> Response:
+        return response_to(error)
+
+    async def http(request: Request, error: HTTPException) -> Response:
+        return _plain(request, error)
+
+    async def gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    return {NimbosError: known, HTTPException: http, ClientDisconnect: gone}
+
+
+class LastResort:
+    """The top of every request: a bug of ours fails that request alone, with an answer if none had begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            failure = internal(scope["path"], error)
+            if not begun:
+                await response_to(failure)(scope, receive, send)
+            elif (abort := scope.get("nimbos.abort")) is not None:
+                abort()
+
+
+def _plain(request: Request, error: HTTPException) -> Response:
+    """Starlette's own: no such route, no such method."""
+    messages = {
+        404: f"There is no route {request.method} {request.url.path} here.",
+        405: f"{request.method} is not allowed for {request.url.path}.",
+    }
+    detail = ErrorDetail(
+        message=messages.get(error.status_code, str(error.detail)),
+        type="invalid_request_error",
+        code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
+    )
+    headers = dict(error.headers or {})
+    return Response(
+        msgspec.json.encode(ErrorBody(detail)), error.status_code, headers=headers, media_type="application/json"
+    )

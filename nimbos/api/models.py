@@ -1,0 +1,68 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`: what can be asked for, scripted models first."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nimbos.api.exchange import json_reply
+from nimbos.errors import ModelNotFound
+from nimbos.service import Service
+from nimbos.sources import Listed
+
+
+class Facts(msgspec.Struct, kw_only=True):
+    kind: str
+    architecture: str
+    parameters: int
+    quantisation: str
+    context_tokens: int
+    licence: str
+    size_bytes: int
+
+
+class ModelBody(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str
+    x_nimbos: Facts | UnsetType = UNSET
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: str = "list"
+    data: list[ModelBody]
+
+
+class Models:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def list(self, _: Request) -> Response:
+        return json_reply(ModelList(data=[_body(listed) for listed in await self._service.models()]))
+
+    async def retrieve(self, request: Request) -> Response:
+        wanted = request.path_params["model"]
+        models = await self._service.models()
+        for listed in models:
+            if listed.id == wanted:
+                return json_reply(_body(listed))
+        raise ModelNotFound(wanted, have=tuple(listed.id for listed in models))
+
+
+def _body(listed: Listed) -> ModelBody:
+    body = ModelBody(id=listed.id, created=listed.created, owned_by=listed.owner)
+    if listed.model is not None:
+        facts = listed.model.facts
+        body.x_nimbos = Facts(
+            kind=facts.kind,
+            architecture=facts.architecture,
+            parameters=facts.parameters,
+            quantisation=facts.quantisation,
+            context_tokens=facts.context_tokens,
+            licence=facts.licence,
+            size_bytes=listed.model.size_bytes,
+        )
+    return body

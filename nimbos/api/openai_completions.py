@@ -1,0 +1,241 @@
+"""`POST /v1/completions`: a prompt goes on; the older route, without messages.
+
+Each prompt of the list is an ask of its own, and they run at once. Choice numbers go prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nimbos.api import body as bodies
+from nimbos.api import fields as shared
+from nimbos.api import openai_wire as wire
+from nimbos.api.access import account_of
+from nimbos.api.exchange import ask_headers, json_reply, stream_reply
+from nimbos.api.merge import merge
+from nimbos.api.prompts import Prompts, prompts_of
+from nimbos.api.sse import DONE, or_gone
+from nimbos.api.text_choice import TextBranch, best
+from nimbos.config import ServerSettings
+from nimbos.errors import InvalidRequest, NotReady, UnsupportedField
+from nimbos.service import Service
+from nimbos.types import Account, Ask, Chunk, Final, FinishReason, ModelCard, Part, Text, TokenChunk, Usage, new_id
+
+PROMPTS_MAX = 128
+LOGPROBS_MAX = 5
+
+
+class CompletionsBody(shared.SamplingFields, kw_only=True):
+    model: str
+    prompt: Prompts
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """`echoes[i]`: the text that goes before the answers to prompt `i`. `keep`: choices of each prompt, the best."""
+
+    account: Account
+    asks: list[Ask]
+    echoes: list[str]
+    card: ModelCard
+    keep: int
+    logprobs: int | None
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def completion(self, choices: list[wire.TextChoice]) -> wire.TextCompletion:
+        return wire.TextCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.card.id,
+            system_fingerprint=wire.fingerprint(self.card),
+            choices=choices,
+        )
+
+
+class Completions:
+    def __init__(self, service: Service, settings: ServerSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def create(self, request: Request) -> Response:
+        content = await bodies.read(
+            request, limit_bytes=self._settings.max_body_bytes, stall_s=self._settings.stall_write_s
+        )
+        body = bodies.decode(content, CompletionsBody)
+        question = await or_gone(request, self._understand(request, body))
+        headers = ask_headers(question.asks[0])
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            events = self._events(question, include_usage=usage)
+            return await stream_reply(request, events, headers=headers, settings=self._settings)
+        return json_reply(await or_gone(request, self._whole(question)), headers=headers)
+
+    async def _understand(self, request: Request, body: CompletionsBody) -> Question:
+        account = account_of(request)
+        shared.check_stream(body)
+        count, most = shared.count_of(body), _best_of(body)
+        sampling = shared.sampling_of(body, logprobs=_logprobs(body, picks=most > count))
+        limit = shared.limit_of(body)
+        ask_class = shared.class_of(
+            body.service_tier, shared.extension_class(body), request.headers.get("x-nimbos-class"), account
+        )
+        prompts = prompts_of(body.prompt, param="prompt", most=PROMPTS_MAX, special=True)
+        echoes = [_echo(prompt, body) for prompt in prompts]
+        stops, least, grammar = shared.stops_of(body), shared.min_tokens_of(body, limit), shared.grammar_of(body)
+        card = await self._service.card(body.model)
+        asks = [
+            Ask(
+                id=new_id("ask"),
+                account=account.id,
+                model=card.id,
+                parts=_parts(prompt, body.suffix, card),
+                n=most,
+                ask_class=ask_class,
+                limit_tokens=limit,
+                min_tokens=least,
+                sampling=sampling,
+                stop=stops,
+                ignore_eos=bool(body.ignore_eos),
+                grammar=grammar,
+            )
+            for prompt in prompts
+        ]
+        return Question(
+            account=account,
+            asks=asks,
+            echoes=echoes,
+            card=card,
+            keep=count,
+            logprobs=body.logprobs,
+            id=wire.completion_id(asks[0], "cmpl"),
+        )
+
+    def _chunks(self, question: Question) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """(number of the prompt, chunk), of all prompts at once."""
+        return merge([self._service.generate(question.account, ask) for ask in question.asks])
+
+    async def _events(self, question: Question, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        finals: list[Final] = []
+        branches = _branches(question)
+        expected = sum(len(row) for row in branches)
+        opened = False
+        async with aclosing(self._chunks(question)) as chunks:
+            async for number, chunk in chunks:
+                if not opened:
+                    opened = True
+                    for event in _openings(question, branches):
+                        yield event
+                if isinstance(chunk, TokenChunk):
+                    choice = branches[number][chunk.branch].piece(chunk)
+                    if choice is not None:
+                        yield wire.event(question.completion([choice]))
+                elif isinstance(chunk, Final):
+                    finals.append(chunk)
+                    ending = question.completion([branches[number][chunk.branch].ending(_checked(chunk))])
+                    if len(finals) == expected and not include_usage:
+                        ending.x_nimbos = wire.receipt(question.asks, finals, question.card)
+                    yield wire.event(ending)
+        if include_usage:
+            yield wire.event(_with_usage(question.completion([]), question, finals))
+        yield DONE
+
+    async def _whole(self, question: Question) -> wire.TextCompletion:
+        finals: list[Final] = []
+        branches = _branches(question)
+        async with aclosing(self._chunks(question)) as chunks:
+            async for number, chunk in chunks:
+                if isinstance(chunk, TokenChunk):
+                    branches[number][chunk.branch].add(chunk)
+                elif isinstance(chunk, Final):
+                    finals.append(chunk)
+                    branches[number][chunk.branch].reason = _checked(chunk).reason
+        choices: list[wire.TextChoice] = []
+        for row in branches:
+            choices += [branch.whole(len(choices) + at) for at, branch in enumerate(best(row, question.keep))]
+        return _with_usage(question.completion(choices), question, finals)
+
+
+def _branches(question: Question) -> list[list[TextBranch]]:
+    rows: list[list[TextBranch]] = []
+    for number, ask in enumerate(question.asks):
+        first = number * ask.n
+        echo = question.echoes[number]
+        rows.append(
+            [TextBranch(index=first + branch, echo=echo, logprobs=question.logprobs) for branch in range(ask.n)]
+        )
+    return rows
+
+
+def _openings(question: Question, branches: list[list[TextBranch]]) -> list[bytes]:
+    return [
+        wire.event(question.completion([wire.TextChoice(index=branch.index, text=branch.echo)]))
+        for row in branches
+        for branch in row
+        if branch.echo
+    ]
+
+
+def _checked(final: Final) -> Final:
+    if final.reason is FinishReason.CANCELLED:
+        raise NotReady("This answer was cancelled because the server is shutting down. Ask again.")
+    return final
+
+
+def _with_usage(completion: wire.TextCompletion, question: Question, finals: list[Final]) -> wire.TextCompletion:
+    usage = wire.UsageBody.of(sum((final.usage for final in finals), Usage()))
+    receipt = wire.receipt(question.asks, finals, question.card)
+    return msgspec.structs.replace(completion, usage=usage, x_nimbos=receipt if finals else UNSET)
+
+
+def _best_of(body: CompletionsBody) -> int:
+    count = shared.count_of(body)
+    if body.best_of is None:
+        return count
+    if not count <= body.best_of <= shared.N_MAX:
+        raise InvalidRequest(
+            f"`best_of` is {body.best_of}; it must be from `n` ({count}) to {shared.N_MAX}.", param="best_of"
+        )
+    if body.stream and body.best_of > count:
+        raise InvalidRequest("`best_of` above `n` cannot be streamed.", param="best_of")
+    return body.best_of
+
+
+def _logprobs(body: CompletionsBody, *, picks: bool) -> int | None:
+    if body.logprobs is None:
+        return 0 if picks else None
+    if not 0 <= body.logprobs <= LOGPROBS_MAX:
+        raise InvalidRequest(f"`logprobs` is {body.logprobs}; it must be from 0 to {LOGPROBS_MAX}.", param="logprobs")
+    return body.logprobs
+
+
+def _echo(prompt: Part, body: CompletionsBody) -> str:
+    if not body.echo:
+        return ""
+    if not isinstance(prompt, Text):
+        raise UnsupportedField("echo", why="not supported with token ids")
+    if body.logprobs is not None:
+        raise UnsupportedField("echo", why="not supported together with `logprobs`: prompts have none here")
+    return prompt.text
+
+
+def _parts(prompt: Part, suffix: str | None, card: ModelCard) -> tuple[Part, ...]:
+    if not suffix:
+        return (prompt,)
+    if card.fim is None:
+        raise UnsupportedField("suffix", why=f"not supported by the model {card.id!r}, which has no tokens for it")
+    before, after, middle = card.fim
+    literal = Text(prompt.text, special=False) if isinstance(prompt, Text) else prompt
+    return Text(before), literal, Text(after), Text(suffix, special=False), Text(middle)

@@ -1,0 +1,92 @@
+"""The wire below ASGI: limits that must hold before there is a request.
+
+uvicorn's parser takes headers of any length at any pace, so they are counted and timed here. Each request's scope gets
+`nimbos.abort`, which drops the connection of a client that takes no bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from nimbos.api.access import HeadersTooLarge
+from nimbos.api.errors import body_of
+
+HEADER_TIMEOUT_S = 30.0
+
+
+def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
+    class Limited(HttpToolsProtocol):
+        def __init__(
+            self,
+            config: Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            super().__init__(config, server_state, app_state, _loop)
+            self._header_bytes = 0
+            self._in_headers = True
+            self._deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._deadline = self.loop.call_later(HEADER_TIMEOUT_S, transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._end_deadline()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            """While headers come, what came before this piece may not reach the limit."""
+            if self._in_headers:
+                self._header_bytes += len(data)
+            super().data_received(data)
+            if self._in_headers and self._header_bytes > header_limit_bytes and not self.transport.is_closing():
+                self._refuse()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope["nimbos.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+            self._in_headers = True
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.abort)
+
+        def on_headers_complete(self) -> None:
+            self._in_headers = False
+            self._header_bytes = 0
+            self._end_deadline()
+            super().on_headers_complete()
+
+        def _end_deadline(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _refuse(self) -> None:
+            body = body_of(HeadersTooLarge(f"The headers may have at most {header_limit_bytes} bytes."))
+            head = (
+                "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+            self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP, in our shape of errors."""
+            body = msgspec.json.encode(
+                {"error": {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}}
+            )
+            head = (
+                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+            self.transport.close()
+
+    return Limited

@@ -1,0 +1,55 @@
+"""The `nimbos` command: parse, call, print. Command modules import what is heavy inside their functions, so that
+`--help` stays fast.
+
+An error that a caller can see is one line on stderr and exit code 1, Ctrl-C is exit code 130, both without a trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from nimbos import __version__
+from nimbos.cli import models, native
+from nimbos.cli.chat import chat
+from nimbos.cli.up import up
+from nimbos.errors import NimbosError
+
+app = typer.Typer(
+    name="nimbos",
+    help="An AI cloud you own, with a language model as its operating system.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(chat)
+models.register(app)
+native.register(app)
+
+
+def main() -> None:
+    try:
+        app()
+    except NimbosError as error:
+        print(f"Error: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(130) from interrupt
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nimbos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """An AI cloud you own, with a language model as its operating system."""

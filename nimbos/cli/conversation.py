@@ -1,0 +1,194 @@
+"""The terminal's side of a chat: sends the messages so far, shows what comes while it comes.
+
+Ctrl-C stops an answer and keeps the chat; at the prompt it ends the chat. Commands: /clear, /system TEXT, /exit.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import msgspec
+from rich.console import Console
+
+from nimbos import config
+from nimbos.errors import NimbosError, NotReady, Unauthorized
+from nimbos.keys import owner_key_file
+from nimbos.server import find_running
+
+_HELP = "/clear begins anew · /system TEXT tells the model who to be · /exit leaves · Ctrl-C stops an answer"
+_CONNECT_S = 5.0
+
+
+class ServerRefused(NimbosError):
+    """The server's own words."""
+
+
+@dataclass(slots=True)
+class Answer:
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class Conversation:
+    client: httpx2.Client
+    model: str
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, question: str, console: Console) -> Answer:
+        """Shows the answer while it comes. A question whose answer failed or was empty is not kept."""
+        asked = [*self.messages, {"role": "user", "content": question}]
+        before = [{"role": "system", "content": self.system}] if self.system else []
+        answer = Answer()
+        started = time.monotonic()
+        try:
+            _show(self._events([*before, *asked]), answer, console)
+        except KeyboardInterrupt:
+            answer.stopped = True
+        answer.seconds = time.monotonic() - started
+        if answer.text:
+            self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def _events(self, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response)
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = msgspec.json.decode(line[len("data: ") :].encode())
+                if "error" in event:
+                    raise ServerRefused(event["error"]["message"])
+                yield event
+
+
+def talk(*, model: str | None, url: str | None, key: str | None, system: str | None) -> int:
+    """The exit code. Raises: NimbosError."""
+    console = Console(highlight=False)
+    with _connect(url, key) as client:
+        try:
+            conversation = Conversation(client, model or _first_model(client), system)
+            if not sys.stdin.isatty():
+                question = sys.stdin.read().strip()
+                return _once(conversation, question, console) if question else 0
+            return _loop(conversation, console)
+        except httpx2.HTTPError as error:
+            raise NotReady(f"The server at {client.base_url} does not answer: {error}.") from error
+
+
+def _once(conversation: Conversation, question: str, console: Console) -> int:
+    answer = conversation.ask(question, console)
+    console.print()
+    return 130 if answer.stopped else 0
+
+
+def _loop(conversation: Conversation, console: Console) -> int:
+    console.print(f"[bold]{conversation.model}[/bold]  [dim]{_HELP}[/dim]")
+    while True:
+        try:
+            line = console.input("\n[bold cyan]›[/bold cyan] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return 0
+        if line in ("/exit", "/quit"):
+            return 0
+        if line.startswith("/"):
+            _command(conversation, line, console)
+        elif line:
+            _turn(conversation, line, console)
+
+
+def _turn(conversation: Conversation, line: str, console: Console) -> None:
+    try:
+        answer = conversation.ask(line, console)
+    except (NimbosError, httpx2.HTTPError) as error:
+        console.print(f"\n{error}", style="red", markup=False)
+        return
+    speed = f"{answer.tokens} tokens · {answer.tokens / answer.seconds:.1f} tokens/s" if answer.tokens else ""
+    ending = "stopped" if answer.stopped else ""
+    console.print("\n" + " · ".join(filter(None, (speed, ending))), style="dim", markup=False)
+
+
+def _command(conversation: Conversation, line: str, console: Console) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/clear":
+        conversation.messages.clear()
+        console.print("A new conversation.", style="dim")
+    elif name == "/system":
+        conversation.system = rest.strip() or None
+        console.print("The model will be told so." if rest.strip() else "The model is told nothing.", style="dim")
+    else:
+        console.print(_HELP, style="dim")
+
+
+def _show(events: Iterator[dict[str, Any]], answer: Answer, console: Console) -> None:
+    thinking = False
+    for event in events:
+        if event.get("usage"):
+            answer.tokens = event["usage"]["completion_tokens"]
+        for choice in event["choices"]:
+            delta = choice["delta"]
+            if thought := delta.get("reasoning_content"):
+                console.print(_safe(thought), style="dim italic", end="", markup=False, soft_wrap=True)
+                thinking = True
+            if text := delta.get("content"):
+                if thinking:
+                    console.print("\n")
+                    thinking = False
+                answer.text += text
+                console.print(_safe(text), end="", markup=False, soft_wrap=True)
+
+
+def _safe(text: str) -> str:
+    """Without control characters: a model's words must not steer the terminal."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
+def _connect(url: str | None, key: str | None) -> httpx2.Client:
+    settings = config.load()
+    if url is None:
+        running = find_running(settings)
+        if running is None:
+            raise NotReady("No server runs on this machine. Start one with `nimbos up`, or give --url.")
+        url = running.url
+    if key is None:
+        try:
+            key = owner_key_file(settings).read_text().strip()
+        except OSError as error:
+            raise Unauthorized("There is no key on this machine. Give --key, or set NIMBOS_API_KEY.") from error
+    timeout = httpx2.Timeout(None, connect=_CONNECT_S)
+    base = url.rstrip("/").removesuffix("/v1")
+    return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {key}"}, timeout=timeout)
+
+
+def _first_model(client: httpx2.Client) -> str:
+    response = client.get("/v1/models")
+    if response.status_code != 200:
+        raise _refusal(response)
+    models = response.json()["data"]
+    if not models:
+        raise NotReady("The server has no model. `nimbos pull` brings one.")
+    return str(models[0]["id"])
+
+
+def _refusal(response: httpx2.Response) -> ServerRefused:
+    try:
+        return ServerRefused(str(response.json()["error"]["message"]))
+    except (ValueError, KeyError, TypeError):
+        return ServerRefused(f"The server answered {response.status_code}.")

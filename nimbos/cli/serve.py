@@ -1,0 +1,157 @@
+"""What `nimbos up` does, in order: check, take the port, get the models, serve, load the first, print, clean up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+import uvloop
+
+from nimbos.api import build
+from nimbos.cli.progress import Watching
+from nimbos.config import Settings
+from nimbos.engine.scripted import ScriptedSource
+from nimbos.errors import ConfigError, ModelNotFound
+from nimbos.hub import Hub, LocalModel
+from nimbos.keys import Keys, OwnerKey, owner_key
+from nimbos.runtime import Runtime, assemble
+from nimbos.server import Server, address_of, bind, check_bind, make_server, stopped_by_signals, traced
+
+_SCRIPTED = "scripted:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The models this server was started with; `first` is loaded at start."""
+
+    scripted: tuple[ScriptedSource, ...]
+    local: tuple[LocalModel, ...]
+    first: str
+
+
+def run(settings: Settings, models: list[str], *, log: bool) -> int:
+    """The exit code. Raises: NimbosError for what stops the start."""
+    configure_logs(enabled=log)
+    check_bind(settings.server)
+    owner = owner_key(settings)
+    keys = Keys.load(settings, owner)
+    with bind(settings.server) as bound:
+        url = address_of(settings.server, bound)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            hub = Hub(settings)
+            chosen = runner.run(choose(hub, models))
+            runtime = assemble(
+                settings,
+                hub=hub,
+                scripted=chosen.scripted,
+                named={model.id: model for model in chosen.local},
+            )
+            server = make_server(build(settings, runtime.service, keys, runtime.meters), settings.server)
+            announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert)
+            with stopped_by_signals(server), traced(settings, url):
+                return runner.run(_serve(server, runtime, chosen.first, bound, announce))
+
+
+async def choose(hub: Hub, names: list[str]) -> Chosen:
+    """Pulls what was named and is missing; with no name, what is installed, or the default model.
+
+    Raises: DownloadFailed, ModelUnusable, NotFound.
+    """
+    scripted: dict[str, ScriptedSource] = {}
+    local: dict[str, LocalModel] = {}
+    for name in names or [await _default(hub)]:
+        if name.startswith(_SCRIPTED):
+            source = ScriptedSource.load(Path(name.removeprefix(_SCRIPTED)))
+            if source.card.id in scripted:
+                raise ConfigError(f"Two scripted models are named {source.card.id!r}, after their files. Rename one.")
+            scripted[source.card.id] = source
+        else:
+            model = await _get(hub, name)
+            local[model.id] = model
+    return Chosen(scripted=tuple(scripted.values()), local=tuple(local.values()), first=next(iter([*scripted, *local])))
+
+
+async def _default(hub: Hub) -> str:
+    """The default model if it is here or nothing is; else what is installed."""
+    installed = await asyncio.to_thread(hub.models)
+    usable = [model.id for model in installed if model.problem is None and model.facts.kind == "generate"]
+    return usable[0] if usable and hub.default_model not in usable else hub.default_model
+
+
+async def _get(hub: Hub, name: str) -> LocalModel:
+    try:
+        return await asyncio.to_thread(hub.find, name)
+    except ModelNotFound:
+        with Watching() as progress:
+            return await hub.pull(name, progress=progress)
+
+
+async def _serve(
+    server: Server, runtime: Runtime, first: str, bound: socket.socket, announce: Callable[[], None]
+) -> int:
+    """Serves while the first model loads, and until a signal comes."""
+    serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+    loading = asyncio.ensure_future(runtime.service.card(first))
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            announce()
+        await serving
+    finally:
+        server.should_exit = True
+        loading.cancel()
+        await asyncio.gather(loading, serving, return_exceptions=True)
+        await runtime.service.close()
+    return 0
+
+
+def _announce(url: str, owner: OwnerKey, model: str, *, certificate: str) -> None:
+    """What to paste. The key itself goes to a terminal only."""
+    shown = sys.stdout.isatty()
+    if shown:
+        key = written = owner.secret
+    elif owner.file is not None:
+        key, written = f"(in {owner.file})", f"$(cat {shlex.quote(str(owner.file))})"
+    else:
+        key, written = "(in the variable NIMBOS_API_KEY)", "$NIMBOS_API_KEY"
+    trust = f" --cacert {shlex.quote(str(Path(certificate).absolute()))}" if certificate else ""
+    body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}).decode()
+    lines = [
+        "",
+        f"  Nimbos is up:  {url}/v1",
+        f"  Model:         {model}",
+        f"  Key:           {key}",
+        "",
+        f'  curl{trust} {url}/v1/chat/completions -H "Authorization: Bearer {written}" \\',
+        f"    -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+        "",
+        "  Ctrl-C stops it." if shown else "",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def configure_logs(*, enabled: bool) -> None:
+    """JSON lines on stderr when asked for; otherwise warnings alone. No line ever holds a prompt or a key."""
+    level = logging.INFO if enabled else logging.WARNING
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log whole tracebacks, with their texts

@@ -1,0 +1,219 @@
+"""The scripted model: answers that come from a file, for tests that run offline and in seconds.
+
+It is a `TokenSource` like an engine: it counts, streams, paces, stops and is cancelled the same way. Which reply is
+given depends only on the ask's own conversation, never on what was asked before, so a restart changes nothing.
+It cannot give log-probabilities or vectors, and it does not bend its words to a grammar. Read `script.py` for the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nimbos.engine.script import Reply, Script, conversation_of
+from nimbos.errors import PromptTooLong, UnsupportedField
+from nimbos.types import (
+    Ask,
+    Channel,
+    Chunk,
+    Final,
+    FinishReason,
+    Kind,
+    ModelCard,
+    Prepared,
+    Receipt,
+    Text,
+    TokenChunk,
+    Tokens,
+    Usage,
+)
+
+# The conversation as JSON. The remark tells `chat` what this model can: Hermes tool calls, thinking with a switch.
+CHAT_TEMPLATE = '{{ messages | tojson }}{# tools: <tool_call> "arguments"; enable_thinking: <think> </think> #}'
+TEMPLATE_SHA256 = hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+CONTEXT_TOKENS = 32_768
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_PIECE = re.compile(r"\s*(?:\w+|[^\w\s])(?:\s+\Z)?|\s+\Z")  # a word with the white space before it; the last also after
+
+
+def count_tokens(text: str) -> int:
+    """One word or punctuation mark is a token."""
+    return sum(1 for _ in _WORD.finditer(text))
+
+
+def split_tokens(text: str) -> list[str]:
+    """The pieces join to `text` again."""
+    return _PIECE.findall(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What one branch will say: `pieces[i]` is the text of token `i`, with its channel."""
+
+    pieces: tuple[tuple[str, Channel], ...]
+    reason: FinishReason
+    stopped_by: str | None
+
+
+@dataclass(slots=True, eq=False)
+class _Branch:
+    number: int
+    sent: int
+    begun_at: int
+    done: bool = False
+    thinking: int = 0
+
+
+class ScriptedSource:
+    def __init__(self, script: Script, *, model_id: str, model_hash: str, created: int = 0) -> None:
+        self._script = script
+        self._card = ModelCard(
+            id=model_id,
+            model_hash=model_hash,
+            architecture="scripted",
+            context_tokens=CONTEXT_TOKENS,
+            chat_template=CHAT_TEMPLATE,
+            created=created,
+        )
+        self.active = 0
+
+    @classmethod
+    def load(cls, path: Path) -> ScriptedSource:
+        """Raises: ModelUnusable naming the file and the key at fault."""
+        script, content = Script.read(path)
+        return cls(
+            script,
+            model_id=path.stem,
+            model_hash=hashlib.sha256(content).hexdigest(),
+            created=int(path.stat().st_mtime),
+        )
+
+    @property
+    def card(self) -> ModelCard:
+        return self._card
+
+    async def describe(self) -> ModelCard:
+        return self._card
+
+    async def prepare(self, ask: Ask) -> Prepared:
+        """Raises: PromptTooLong; UnsupportedField (vectors, log-probabilities); InvalidRequest when no reply fits."""
+        if ask.kind is not Kind.GENERATE:
+            raise UnsupportedField(
+                "input", why=f"not for the scripted model {self._card.id!r}, which has no embeddings"
+            )
+        if ask.sampling.logprobs is not None:
+            raise UnsupportedField("logprobs", why=f"not available from the scripted model {self._card.id!r}")
+        count = _count_prompt(ask)
+        if count >= self._card.context_tokens:
+            raise PromptTooLong(have=count, limit=self._card.context_tokens - 1)
+        self._script.reply_to(conversation_of(_prompt_text(ask)), model_id=self._card.id)
+        return Prepared(ask=ask, prompt_tokens=count)
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Chunk]:
+        reply = self._script.reply_to(conversation_of(_prompt_text(ask)), model_id=self._card.id)
+        prompt_tokens = _count_prompt(ask)
+        line = write_line(reply, ask, room_tokens=self._card.context_tokens - prompt_tokens)
+        branches = [_branch(number, ask) for number in range(ask.n) if number not in ask.finished]
+        self.active += 1
+        try:
+            started = asyncio.get_running_loop().time()
+            step = 0
+            while not all(branch.done for branch in branches):
+                for branch in branches:
+                    if branch.done:
+                        continue
+                    if branch.sent < len(line.pieces):
+                        yield _next_token(branch, line)
+                    if branch.sent >= len(line.pieces):
+                        branch.done = True
+                        yield _final(branch, line, prompt_tokens=prompt_tokens, steps=step + 1)
+                step += 1
+                await _pace(started, step, reply.tokens_per_second)
+        finally:
+            self.active -= 1
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+def write_line(reply: Reply, ask: Ask, *, room_tokens: int) -> Line:
+    """The reply under the ask's limits: thinking and its budget, stop strings, tokens. Pure.
+
+    The token that completes a stop string is counted, and neither it nor any part of the stop string is sent.
+    """
+    thinking = split_tokens(reply.thinking)[: ask.thinking.budget_tokens] if ask.thinking is not None else []
+    text = reply.answer()
+    pieces: list[tuple[str, Channel]] = [(piece, Channel.THINKING) for piece in thinking]
+    start, end, stopped_by = _first_stop(text, ask.stop)
+    at = 0
+    for piece in split_tokens(text):
+        if at >= end:
+            break
+        pieces.append((piece[: max(0, start - at)], Channel.TEXT))
+        at += len(piece)
+    limit = min(room_tokens, ask.limit_tokens if ask.limit_tokens is not None else room_tokens)
+    if len(pieces) > limit:
+        return Line(pieces=tuple(pieces[:limit]), reason=FinishReason.LENGTH, stopped_by=None)
+    return Line(pieces=tuple(pieces), reason=FinishReason.STOP, stopped_by=stopped_by)
+
+
+def _first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, int, str | None]:
+    """(start, end, stop) of the stop string that is complete first; both ends are the text's where there is none."""
+    found = [(at + len(stop), at, stop) for stop in stops if stop and (at := text.find(stop)) >= 0]
+    if not found:
+        return len(text), len(text), None
+    end, start, stop = min(found)
+    return start, end, stop
+
+
+def _branch(number: int, ask: Ask) -> _Branch:
+    already = len(ask.emitted.get(number, ()))
+    return _Branch(number=number, sent=already, begun_at=already)
+
+
+def _next_token(branch: _Branch, line: Line) -> TokenChunk:
+    text, channel = line.pieces[branch.sent]
+    chunk = TokenChunk(branch=branch.number, ids=(branch.sent,), text=text, channel=channel)
+    branch.sent += 1
+    branch.thinking += channel is Channel.THINKING
+    return chunk
+
+
+def _final(branch: _Branch, line: Line, *, prompt_tokens: int, steps: int) -> Final:
+    usage = Usage(
+        input=prompt_tokens if branch.number == 0 else 0,
+        output=branch.sent - branch.begun_at,
+        thinking=branch.thinking,
+    )
+    return Final(
+        branch=branch.number,
+        reason=line.reason,
+        usage=usage,
+        receipt=Receipt(steps=steps, mean_batch=1.0),
+        stopped_by=line.stopped_by,
+    )
+
+
+async def _pace(started: float, step: int, tokens_per_second: float | None) -> None:
+    """Sleeps until token `step` is due; without a rate it only lets others run."""
+    if tokens_per_second is None:
+        await asyncio.sleep(0)
+        return
+    due = started + step / tokens_per_second
+    await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+
+
+def _prompt_text(ask: Ask) -> str:
+    for part in ask.parts:
+        if isinstance(part, Tokens):
+            raise UnsupportedField("prompt", why="an array of token ids, and a scripted model has no vocabulary")
+    return "".join(part.text for part in ask.parts if isinstance(part, Text))
+
+
+def _count_prompt(ask: Ask) -> int:
+    return sum(count_tokens(message.text) for message in conversation_of(_prompt_text(ask)))

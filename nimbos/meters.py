@@ -1,0 +1,45 @@
+"""The service's own numbers for Prometheus: asks and tokens by model and class. Engines bring theirs when asked.
+Read `api/metrics.py` for how both become one page."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from nimbos.types import Ask, Usage
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Meters:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        by = ("model", "ask_class")
+        self._running = Gauge("nimbos_asks_running", "Asks that are being answered.", by, registry=self.registry)
+        self._asks = Counter("nimbos_asks_total", "Asks that ended, by how.", (*by, "outcome"), registry=self.registry)
+        self._tokens = Counter("nimbos_tokens_total", "Tokens, by meter.", (*by, "meter"), registry=self.registry)
+        self._first_token = Histogram(
+            "nimbos_time_to_first_token_seconds",
+            "From admission to the first chunk.",
+            by,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "nimbos_ask_seconds", "From admission to the end.", by, buckets=_SECONDS, registry=self.registry
+        )
+
+    def begin(self, ask: Ask) -> None:
+        self._running.labels(ask.model, ask.ask_class.value).inc()
+
+    def first_token(self, ask: Ask, seconds: float) -> None:
+        self._first_token.labels(ask.model, ask.ask_class.value).observe(seconds)
+
+    def settle(self, ask: Ask, *, usage: Usage, outcome: str, seconds: float) -> None:
+        by = (ask.model, ask.ask_class.value)
+        self._running.labels(*by).dec()
+        self._asks.labels(*by, outcome).inc()
+        self._duration.labels(*by).observe(seconds)
+        for meter in usage.__struct_fields__:
+            count = getattr(usage, meter)
+            if count:
+                self._tokens.labels(*by, meter).inc(count)

@@ -1,0 +1,90 @@
+"""Puts a server's parts together: hub, engines, sources, service. The one place where they meet.
+
+`cli/up.py` and the tests call `assemble`; everything it makes is closed by closing the service.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nimbos.config import EngineSettings, Settings
+from nimbos.engine import Engine
+from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
+from nimbos.hub import Hub, LocalModel
+from nimbos.meters import Meters
+from nimbos.service import Service
+from nimbos.sources import Sources
+
+_FREE_SHARE = 0.8
+_UNKNOWN_MEMORY_BYTES = 8 << 30
+_CELLS_MIN, _CELLS_MAX = 2_048, 131_072
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    hub: Hub
+    service: Service
+    meters: Meters
+
+
+def assemble(
+    settings: Settings,
+    *,
+    hub: Hub | None = None,
+    scripted: Iterable[ScriptedSource] = (),
+    named: Mapping[str, LocalModel] | None = None,
+) -> Runtime:
+    """`named`: models outside the hub's folder, by id."""
+    hub = hub or Hub(settings)
+    meters = Meters()
+    budget_bytes = memory_budget_bytes(settings)
+
+    def start_engine(model: LocalModel) -> Engine:
+        return Engine(model_path=model.path, model_id=model.id, settings=settings, model_hash=model.sha256)
+
+    def memory_needed(model: LocalModel) -> int:
+        cells = cells_of(model, settings.engine)
+        return hub.check_memory(model, cells=cells, budget_bytes=budget_bytes)
+
+    sources = Sources(
+        shelf=hub,
+        start_engine=start_engine,
+        memory_needed=memory_needed,
+        memory_budget_bytes=budget_bytes,
+        scripted=tuple(scripted),
+        aliases=settings.server.aliases,
+        named=named,
+    )
+    trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
+    return Runtime(hub=hub, service=Service(sources=sources, meters=meters, trusted_templates=trusted), meters=meters)
+
+
+def cells_of(model: LocalModel, settings: EngineSettings) -> int:
+    """How many tokens of KV the engine will make room for (`engine/sizes.py`), as far as the file's own facts tell."""
+    if settings.cells:
+        return settings.cells
+    per_cell = model.facts.kv_bytes_per_cell + model.facts.window_bytes_per_cell
+    return max(_CELLS_MIN, min(_CELLS_MAX, settings.kv_memory_mib * 2**20 // max(1, per_cell)))
+
+
+def memory_budget_bytes(settings: Settings) -> int:
+    """For all loaded models: as set, or 80 % of what the machine has free now."""
+    if settings.server.memory_mib:
+        return settings.server.memory_mib * 2**20
+    return int(_FREE_SHARE * _free_bytes())
+
+
+def _free_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return _UNKNOWN_MEMORY_BYTES

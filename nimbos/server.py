@@ -1,0 +1,152 @@
+"""One running server: its socket, its signals, its traces on disk. `cli/up.py` builds it; tests run it in a thread.
+
+SIGINT and SIGTERM let answers finish for a while; a second one does not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+
+from nimbos.api.access import is_loopback
+from nimbos.api.protocol import limited_protocol
+from nimbos.config import ServerSettings, Settings
+from nimbos.errors import ConfigError
+
+SHUTDOWN_GRACE_S = 10
+
+
+class RunningServer(msgspec.Struct, frozen=True, kw_only=True):
+    """`NIMBOS_HOME/run/server.json`."""
+
+    pid: int
+    url: str
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with signals of our own: uvicorn's raise the signal again, which would skip our clean-up."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """Asked once, it lets answers finish; asked twice, it does not."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def make_server(app: Starlette, settings: ServerSettings) -> Server:
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=limited_protocol(settings.max_header_bytes),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+    )
+    return Server(config)
+
+
+def check_bind(settings: ServerSettings) -> None:
+    """Raises: ConfigError when others could reach it in the clear without anybody having said so."""
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("Give both --tls-cert and --tls-key, or neither.")
+    for file in (settings.tls_cert, settings.tls_key):
+        if file and not Path(file).is_file():
+            raise ConfigError(f"The file {file} for TLS is not there.")
+    if not is_loopback(settings.host) and not settings.tls_cert and not settings.insecure:
+        raise ConfigError(
+            f"{settings.host} can be reached from other machines, and keys would travel in the clear. "
+            "Give --tls-cert and --tls-key, or --insecure if something in front of Nimbos encrypts."
+        )
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """The listening socket; taken before anything slow, so that a port in use is said at once.
+
+    Raises: ConfigError.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((settings.host, settings.port))
+        bound.listen()  # from here on a second server on this port fails
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ConfigError(_why_not_bound(settings, error)) from error
+    return bound
+
+
+def address_of(settings: ServerSettings, bound: socket.socket) -> str:
+    """The address to print: of this machine where the server listens on all."""
+    host, port = bound.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if ":" in host else "127.0.0.1"
+    return f"{'https' if settings.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.contextmanager
+def traced(settings: Settings, url: str) -> Iterator[None]:
+    """While it runs, `run/server.json` says where it is."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = settings.run_dir / "server.json"
+    draft = file.with_name(f".server.{os.getpid()}.json")
+    draft.write_bytes(msgspec.json.encode(RunningServer(pid=os.getpid(), url=url)))
+    draft.replace(file)
+    try:
+        yield
+    finally:
+        running = find_running(settings)
+        if running is not None and running.pid == os.getpid():
+            file.unlink(missing_ok=True)
+
+
+def find_running(settings: Settings) -> RunningServer | None:
+    """The server that says it runs in this home; it may have died without taking the file along."""
+    try:
+        return msgspec.json.decode((settings.run_dir / "server.json").read_bytes(), type=RunningServer)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+@contextlib.contextmanager
+def stopped_by_signals(server: Server) -> Iterator[None]:
+    """Main thread only. What the signals did before is put back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: server.stop())
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _why_not_bound(settings: ServerSettings, error: Exception) -> str:
+    where = f"{settings.host}:{settings.port}"
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"{where} is in use by another program. Stop it, or choose another port with --port."
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        return f"This user may not listen on {where}. Choose a port above 1023 with --port."
+    return f"Cannot listen on {where}: {error}."
