@@ -30,9 +30,9 @@ class Demand:
 
 FLOOD = Demand(account="first", prompt=512, out=64, clients=64)
 POLITE = Demand(account="second", prompt=256, out=32, every_s=5.0)
-# Both never pause; one has three times as many asks in flight, of twice the size.
-GREEDY = Demand(account="first", prompt=512, out=64, clients=24)
-MODEST = Demand(account="second", prompt=256, out=32, clients=8)
+# Both always have asks waiting; one has twice as many, of twice the size.
+GREEDY = Demand(account="first", prompt=512, out=64, clients=48)
+MODEST = Demand(account="second", prompt=256, out=32, clients=24)
 LENGTH_S = 180.0
 ROOM = 16  # asks that the cells can hold at once: the rest waits in the queue, where order matters most
 
