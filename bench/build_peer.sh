@@ -2,6 +2,7 @@
 # Builds llama.cpp's server, and with it the libllama that both sides load, from the source of llama-cpp-python.
 # Usage: bench/build_peer.sh [FOLDER]     FOLDER defaults to ~/.cache/nimbos-peer
 # Needs Python with pip and a C++ compiler; takes about 20 minutes on two cores. Prints the folder for --peer-dir.
+# CFLAGS and CXXFLAGS are honoured, e.g. "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" to leave out an instruction set.
 set -euo pipefail
 version=0.3.36
 python=${PYTHON:-python3}
