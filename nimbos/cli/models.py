@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-
-from nimbos.errors import NimbosError
 
 if TYPE_CHECKING:
     from nimbos.hub import LocalModel
@@ -39,8 +38,6 @@ def pull(
     try:
         with Watching() as progress:
             model = asyncio.run(hub.pull(name, progress=progress))
-    except NimbosError as error:
-        raise _failed(error) from error
     except KeyboardInterrupt:
         typer.echo(_stopped(hub.partial_bytes(name)), err=True)
         raise typer.Exit(130) from None
@@ -57,14 +54,11 @@ def models(
     from nimbos.config import load
     from nimbos.hub import Hub
 
-    try:
-        hub = Hub(load())
-        if catalog:
-            _show_catalog(hub.catalog, as_json=json)
-        else:
-            _show_models(hub.models(), as_json=json)
-    except NimbosError as error:
-        raise _failed(error) from error
+    hub = Hub(load())
+    if catalog:
+        _show_catalog(hub.catalog, as_json=json)
+    else:
+        _show_models(hub.models(), as_json=json)
 
 
 def remove(name: Annotated[str, typer.Argument(help="As `nimbos models` shows it.")]) -> None:
@@ -72,16 +66,8 @@ def remove(name: Annotated[str, typer.Argument(help="As `nimbos models` shows it
     from nimbos.config import load
     from nimbos.hub import Hub
 
-    try:
-        Hub(load()).remove(name)
-    except NimbosError as error:
-        raise _failed(error) from error
+    Hub(load()).remove(name)
     typer.echo(f"{name} is removed.")
-
-
-def _failed(error: NimbosError) -> typer.Exit:
-    typer.echo(f"Error: {error.message}", err=True)
-    return typer.Exit(1)
 
 
 def _stopped(kept_bytes: int) -> str:
@@ -159,7 +145,7 @@ def _show_catalog(catalog: Catalog, *, as_json: bool) -> None:
     _print_table(names, rows)
 
 
-def _print_table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

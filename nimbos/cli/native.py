@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from nimbos.errors import NimbosError
-
 
 class LibrarySource(StrEnum):
     NPM = "npm"
@@ -46,16 +44,13 @@ def install(
     from nimbos.config import load
     from nimbos.hub import NativeLibrary
 
+    library = NativeLibrary(load())
+    before = library.installed()
     try:
-        library = NativeLibrary(load())
-        before = library.installed()
         with Watching() as progress:
             path = asyncio.run(
                 library.install(if_possible=if_possible, source=source.value, folder=folder, progress=progress)
             )
-    except NimbosError as error:
-        typer.echo(f"Error: {error.message}", err=True)
-        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo("Stopped. Nothing was installed.", err=True)
         raise typer.Exit(130) from None
