@@ -154,11 +154,10 @@ class Answer:
 
     def instead_of(self, token: int) -> int:
         """The id to accept in place of a sampled one: an end of generation inside thinking becomes the close mark, so
-        that the model answers instead of reading its own end. (If it is accepted nevertheless, the mark is forced.)"""
-        if self.phase is Phase.INSIDE and token in self._vocab.eog and self._farewell and not self._queue:
-            self._queue.extend(self._farewell.close + self._farewell.after)
-            return self._queue[0] if self._queue else token
-        return token
+        that the model answers instead of reading its own end. (Where the mark is several tokens the end is accepted,
+        and the mark is forced after it.)"""
+        mark = self._farewell.close_mark if self._farewell is not None else None
+        return mark if mark is not None and self.phase is Phase.INSIDE and token in self._vocab.eog else token
 
     def accept(self, token: int, logprob: ChosenLogprob | None = None) -> None:
         """Raises: AnswerFailed for a token that cannot stand here; the answer is then of no further use."""
@@ -259,7 +258,8 @@ class Answer:
     def _advance(self, token: int) -> None:
         assert self._matcher is not None
         if not self._matcher.accept(token):
-            raise AnswerFailed(f"Token {token} breaks the grammar: {self._matcher.error}")
+            kind = (self._matcher.error or "").partition(":")[0]  # what follows may quote the text
+            raise AnswerFailed(f"Token {token} cannot stand here: the grammar says {kind!r}.")
 
     def _conclude(self) -> None:
         """Decides, after each token, whether it was the last one and whether thinking must end."""

@@ -91,15 +91,9 @@ def _nucleus(values: Values, kept: Ids | None, share: float) -> Ids:
 
 
 def _near_the_best(values: Values, kept: Ids | None, share: float) -> Ids:
-    """The tokens at least `share` times as likely as the likeliest."""
-    floor = values.max() + np.float32(math.log(share))  # the likeliest of all has survived top_k and top_p …
-    if kept is None:
-        return np.flatnonzero(values >= floor)
-    candidates = values[kept]
-    if candidates.max() < floor:  # … but perhaps not typical_p
-        floor = candidates.max() + np.float32(math.log(share))
-    near: Ids = kept[candidates >= floor]
-    return near
+    """The tokens at least `share` times as likely as the likeliest that remains."""
+    candidates = values if kept is None else values[kept]
+    return _of(kept, np.flatnonzero(candidates >= candidates.max() + np.float32(math.log(share))))
 
 
 def _possible(values: Values, kept: Ids | None) -> tuple[Ids | None, Values]:
