@@ -1,0 +1,35 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live import Live, serving
+
+WEATHER_CALL = {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}
+DEMO: dict[str, Any] = {
+    "replies": [
+        {"match": "weather", "times": 1, "text": "", "tool_calls": [WEATHER_CALL]},
+        {"match": "^21 degrees", "text": "It is 21 degrees."},
+        {"match": "two calls", "text": "Both.", "tool_calls": [WEATHER_CALL, {"name": "get_time", "arguments": {}}]},
+        {"match": "(?i)think", "thinking": "Let me see, yes.", "text": "Done thinking."},
+        {"match": "endless", "text": "on and " * 5000, "tokens_per_second": 200},
+        {"match": "flood", "text": "on and on " * 100_000},
+        {"match": "count", "text": "one, two, three, four"},
+        {"match": "json", "text": '{"answer": 42}'},
+        {"match": "umlaut", "text": "Grüße, 世界! 🌍 naïve"},
+    ],
+    "default": {"text": "Hello there, friend!"},
+}
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One server for all tests that leave it as they found it; its scripted model is `demo`."""
+    home: Path = tmp_path_factory.mktemp("home")
+    with serving(home, {"demo": DEMO}) as running:
+        yield running
