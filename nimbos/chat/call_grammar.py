@@ -57,8 +57,13 @@ def _llama_rules(use: ToolUse, schema: Mapping[str, Any] | None) -> list[str]:
     opening = f"{PYTHON_TAG}? " if use.hidden_tag else ""
     if use.must:
         return [f"start: {opening}call"]
-    if schema is not None:
-        return [f"start: value | {opening}call"]
+    if schema is not None:  # calls as JSON too: only among JSON grammars does llguidance keep several ways open
+        calls = [
+            f"json_call_{i}: {_json(_call_schema(tool.name, arguments), lenient=not tool.strict)}"
+            for i, (tool, arguments) in enumerate(zip(use.tools, _fitting_schemas(use.tools), strict=True))
+        ]
+        names = " | ".join(f"json_call_{i}" for i in range(len(use.tools)))
+        return [f"start: value | {names}" + (f" | {PYTHON_TAG} call" if use.hidden_tag else ""), *calls]
     return [f"start: TEXT | {opening}call", r"TEXT: /([^{](.|\n)*)?/"]
 
 
@@ -70,6 +75,28 @@ def _call_rules(use: ToolUse) -> list[str]:
         head = json.dumps(f'{tool.name}", "{_KEYS[use.form]}": ')
         rules += [f"tool_{i}: {head} arguments_{i}", f"arguments_{i}: {_json(schema, lenient=not tool.strict)}"]
     return rules
+
+
+def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole call in the Llama form."""
+    key = _KEYS[CallForm.LLAMA]
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: _rebase(dict(arguments), f"#/properties/{key}")},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
+
+
+def _rebase(schema: Any, root: str) -> Any:
+    """References from the schema's own root, now that it is a part of another."""
+    if isinstance(schema, list):
+        return [_rebase(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _rebase(value, root) for key, value in schema.items()}
+    reference = moved.get("$ref")
+    return {**moved, "$ref": root + reference[1:]} if isinstance(reference, str) else moved
 
 
 def _fitting_schemas(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:

@@ -73,7 +73,10 @@ class Splitter:
                 self._content(out, self._opening + held)
         elif self._state is _State.TEXT:
             partial = self._partial_tag(held)
-            words = held[: len(held) - partial] if partial >= _CLEARLY_A_TAG else held
+            words = held
+            if partial >= _CLEARLY_A_TAG:
+                words = held[: len(held) - partial]
+                words = words[: len(words) - _space_at_end(words)]
             if words.strip() or not self._calls:
                 self._content(out, words)
         self._state = _State.TEXT
