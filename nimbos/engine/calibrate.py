@@ -56,6 +56,10 @@ class StepTime:
         cell_us = kv_bytes_per_token / _PRIOR_BYTES_PER_MS * 1e3
         return cls(StepTimeTable(row_ms=[one * f for f in _PRIOR], seen=[0] * len(KNOTS), cell_us=cell_us))
 
+    def copy(self) -> StepTime:
+        """One that does not learn with this one."""
+        return StepTime(msgspec.json.decode(msgspec.json.encode(self.table), type=StepTimeTable))
+
     def predict(self, rows: int, cells: int) -> float:
         return self._base(rows) + self.table.cell_us * cells / 1e3
 

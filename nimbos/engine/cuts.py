@@ -19,7 +19,7 @@ Ids = NDArray[np.intp]
 
 COLUMNS = 4096  # groups of a large vocabulary whose maxima are compared; down a column numpy is eight times faster
 BUCKETS = 4096
-HEAD = 256  # top_p is first tried on so many
+HEADS = (128, 1024)  # top_p is first tried on so many
 SMALL = 4096  # up to here sorting is cheapest
 
 
@@ -82,8 +82,8 @@ def _nucleus(values: Values, kept: Ids | None, share: float) -> Ids:
     relative = values - values.max()
     weights = np.exp(relative)
     wanted = share * float(weights.sum(dtype=np.float64))
-    if len(values) > SMALL:
-        head = largest(values, HEAD)
+    for size in HEADS if len(values) > SMALL else ():
+        head = largest(values, size)
         reached = np.cumsum(weights[head], dtype=np.float64)
         if reached[-1] >= wanted:
             return _of(kept, np.sort(head[: int(np.searchsorted(reached, wanted)) + 1]))

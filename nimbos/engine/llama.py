@@ -168,6 +168,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits": (c_void_p, [c_void_p]),
     "llama_get_embeddings_seq": (c_void_p, [c_void_p, c_int32]),
     "llama_set_abort_callback": (None, [c_void_p, c_void_p, c_void_p]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
     "llama_attach_threadpool": (None, [c_void_p, c_void_p, c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),

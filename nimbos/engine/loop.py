@@ -6,7 +6,6 @@ a token means for its branch is `answer.py`'s; here they meet. Read `worker.py` 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,14 +13,16 @@ from contextlib import AbstractContextManager
 from nimbos.engine import llama
 from nimbos.engine.answer import Answer
 from nimbos.engine.calibrate import StepTime
-from nimbos.engine.context import ContextTree, Copy, Match, NoRoom, Operation
+from nimbos.engine.context import ContextTree, Copy, Match, NoRoom, Operation, common_length
 from nimbos.engine.counters import Counters
-from nimbos.engine.grammar import GrammarError, Matcher
+from nimbos.engine.grammar import Matcher
 from nimbos.engine.model import Floats, Model, Rows
 from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
-from nimbos.engine.sampler import SamplingError, pick
+from nimbos.engine.sampler import pick
 from nimbos.engine.scheduler import FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.threads import ThreadChoice
 from nimbos.engine.track import Track
+from nimbos.errors import AnswerFailed
 from nimbos.types import AskClass, Chunk, FinishReason
 
 RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its prompt
@@ -42,6 +43,8 @@ class Loop:
         self.tree = ContextTree(cells=model.cells, sequences=model.options.sequences)
         self.clock = FairClock()
         self.counters = Counters()
+        self._expected = costs.copy()
+        self.threads = ThreadChoice(model.options.threads)
         self.context_limit = context_limit
         self.abortable = False
         self._post, self._hold, self._share = post, hold, share
@@ -67,7 +70,7 @@ class Loop:
             answer = Answer(
                 self.model.vocab, ask, branch, matcher.copy() if matcher else None, prompt[-256:], max_tokens=limit
             )
-            answer.replay(emitted)
+            answer.replay(emitted)  # AnswerFailed goes to the caller: what was emitted does not fit the ask
             self._number += 1
             job = Job(
                 ask_id=ask.id,
@@ -128,7 +131,8 @@ class Loop:
         urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
         planned = time.perf_counter()
         with self._hold(urgent):
-            begun = time.perf_counter()
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            self.model.use_threads(self.threads.threads)
             self.abortable = not chosen.has_interactive
             result = self.model.decode(rows)
             self.abortable = False
@@ -136,7 +140,7 @@ class Loop:
         if result == llama.ABORTED:
             self._recover_aborted(chosen)
         else:
-            self._account(chosen, (ended - begun) * 1e3)
+            self._account(chosen, (ended - begun) * 1e3, (time.process_time() - begun_cpu) * 1e3)
             self._sample([s for s in chosen.slices if s.samples])
         self.flush()
         self.counters.overhead_seconds_sum += (planned - started) + (time.perf_counter() - ended)
@@ -286,15 +290,20 @@ class Loop:
             job.computed = keep
             self._tracks[id(job)].preemptions += 1
 
-    def _account(self, chosen: Plan, milliseconds: float) -> None:
+    def _account(self, chosen: Plan, milliseconds: float, cpu_ms: float) -> None:
         cells = sum(s.count * (s.job.computed + s.count // 2) for s in chosen.slices)
+        relative = milliseconds / self._expected.predict(chosen.rows, cells)
+        self.threads.observe(relative=relative, cpu_ms=cpu_ms, wall_ms=milliseconds, now_ms=_now_ms())
         self.costs.observe(chosen.rows, cells, milliseconds)
         self.counters.stepped(chosen, milliseconds)
+        if self.counters.steps % 1024 == 0:
+            self.clock.forget_idle({job.account for job in (*self._live, *self._waiting)})
         now = _now_ms()
         for part in chosen.slices:
             job = part.job
             share = milliseconds * part.count / chosen.rows
             self.clock.charge(job.account, share)
+            self.clock.served(job.account, job.ask_class, now)
             self.counters.charge(job.account, share)
             self.tree.extend(_sequence(job), job.tokens[job.computed : job.computed + part.count])
             job.computed += part.count
@@ -310,7 +319,7 @@ class Loop:
             track = self._tracks[id(job)]
             try:
                 self._choose(job, track, logits[row])
-            except (SamplingError, GrammarError) as error:
+            except AnswerFailed as error:
                 self._fail(job, str(error))
                 continue
             self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
@@ -318,8 +327,12 @@ class Loop:
                 self._finish(job, track.answer.finish)
 
     def _choose(self, job: Job, track: Track, logits: Floats) -> None:
+        """The next tokens of a job: one that is sampled, and those before and after it that need no sampling."""
         answer = track.answer
         job.running = True
+        self._take_forced(job, answer)
+        if answer.finish is not None or job.pending > 0:
+            return
         chosen = pick(
             logits,
             track.ask.sampling,
@@ -330,8 +343,13 @@ class Loop:
             banned=answer.banned(),
             pieces=self.model.vocab.pieces,
         )
-        answer.accept(chosen.id, chosen.logprob)
-        job.tokens.append(chosen.id)
+        token = answer.instead_of(chosen.id)
+        answer.accept(token, chosen.logprob)
+        job.tokens.append(token)
+        self._take_forced(job, answer)
+
+    def _take_forced(self, job: Job, answer: Answer) -> None:
+        """Appends what can only come next; the coming step computes all of it in one pass."""
         while answer.finish is None and (forced := answer.forced()):
             for token in forced:
                 answer.accept(token, None)
@@ -377,13 +395,9 @@ def _sequence(job: Job) -> int:
 
 
 def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
-    from nimbos.engine.context import common_length
-
     return common_length(tokens, other, 0)
 
 
 def _now_ms() -> float:
     return time.monotonic() * 1e3
 
-
-__all__ = ["Loop", "contextlib"]

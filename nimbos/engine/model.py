@@ -106,6 +106,7 @@ class Model:
         pool = library.threadpool(options.threads, poll=THREADPOOL_POLL)
         if pool is not None:
             library.llama_attach_threadpool(self._context, pool, pool)
+        self._threads = options.threads
         self._allocate_batch(options.step_tokens)
 
     def _allocate_batch(self, rows: int) -> None:
@@ -283,6 +284,12 @@ class Model:
         if total > self.options.step_tokens:
             raise EngineFailed(f"A step of {total} rows was planned, the limit is {self.options.step_tokens}.")
         return total
+
+    def use_threads(self, threads: int) -> None:
+        """From the next step on. At most the number that the options gave."""
+        if threads != self._threads:
+            self.library.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
 
     def arm(self) -> None:
         """Takes back an `abort`. Call it before looking for new work, so that an abort after that look is not lost."""

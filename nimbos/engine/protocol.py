@@ -148,6 +148,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     evictions: int = 0
     account_ms: dict[str, float] = msgspec.field(default_factory=dict)
     resident_bytes: int = 0
+    threads: int = 0
+    contended: bool = False
     restarts: int = 0
     pid: int = 0
 

@@ -8,7 +8,8 @@ counts as larger. Each cut keeps at least one token.
 The draw is a function of (seed, branch, position) and the logits only, so after a restart the text goes on as it would
 have. Log-probabilities are the model's own: of the logits as they came, before everything in that order.
 
-Costs at a vocabulary of 152,000: greedy 15 µs, top_k 80 µs, temperature alone 300 µs. Nothing is copied unless it must
+Costs at a vocabulary of 152,000: greedy 20 µs, top_k 0.15 ms, temperature alone 0.3 ms, top_p alone 0.4 ms (2 ms when
+the model hardly has a preference), and half as much again where the C allocator gives memory back after every call. Nothing is copied unless it must
 change, and what can be decided on a few candidates never touches the rest.
 """
 
@@ -143,7 +144,7 @@ def _adjust(logits: Logits, sampling: Sampling, recent: RecentCounts) -> None:
 
 
 def _greedy(logits: Logits, mask: Mask | None, banned: Collection[int]) -> int:
-    for _ in range(4):  # each costs a tenth of applying a mask
+    for _ in range(2):  # a good model's first choice is mostly allowed, and applying a mask costs ten times as much
         token = int(logits.argmax())
         if (mask is None or mask[token]) and token not in banned:
             _check(logits[token])

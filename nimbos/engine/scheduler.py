@@ -96,6 +96,7 @@ class FairClock:
     calibrated time in place of token counts). The account with the least is served first."""
 
     _virtual: dict[str, float] = field(default_factory=dict)
+    _served_ms: dict[tuple[str, AskClass], float] = field(default_factory=dict)
 
     def arrive(self, account: str, active: Iterable[str]) -> None:
         """An account without work comes back: idle time is no credit: it starts where the least active one is."""
@@ -107,6 +108,13 @@ class FairClock:
     def charge(self, account: str, milliseconds: float) -> None:
         self._virtual[account] = self._virtual.get(account, 0.0) + milliseconds
 
+    def served(self, account: str, ask_class: AskClass, now_ms: float) -> None:
+        self._served_ms[account, ask_class] = now_ms
+
+    def unserved_since(self, job: Job) -> float:
+        """Since when the job's account has had nothing in the job's class, though the job was there."""
+        return max(job.arrived_ms, self._served_ms.get((job.account, job.ask_class), 0.0))
+
     def virtual(self, account: str) -> float:
         return self._virtual.get(account, 0.0)
 
@@ -115,13 +123,16 @@ class FairClock:
         idle = sorted((a for a in self._virtual if a not in active), key=self._virtual.__getitem__)
         for account in idle[: max(0, len(self._virtual) - keep)]:
             del self._virtual[account]
+        for account, ask_class in [key for key in self._served_ms if key[0] not in self._virtual]:
+            del self._served_ms[account, ask_class]
 
 
-def rank(job: Job, rules: Rules, now_ms: float) -> int:
-    """0 is served first. Jobs that were not served for long rise."""
+def rank(job: Job, clock: FairClock, rules: Rules, now_ms: float) -> int:
+    """0 is served first. What an account has in a class rises while all of it goes unserved; one job that waits behind
+    its own account's others does not, or a flood would overtake by growing old."""
     if not rules.fair:
         return 0
-    aged = int((now_ms - max(job.served_ms, job.arrived_ms)) / rules.age_ms)
+    aged = int((now_ms - clock.unserved_since(job)) / rules.age_ms)
     return max(0, RANK[job.ask_class] - aged)
 
 
@@ -129,7 +140,7 @@ def admission_order(waiting: Sequence[Job], clock: FairClock, rules: Rules, now_
     """Who becomes live first: by class, then by the account that had least, then by arrival."""
     if not rules.fair:
         return sorted(waiting, key=lambda j: j.number)
-    return sorted(waiting, key=lambda j: (rank(j, rules, now_ms), clock.virtual(j.account), j.number))
+    return sorted(waiting, key=lambda j: (rank(j, clock, rules, now_ms), clock.virtual(j.account), j.number))
 
 
 def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
@@ -158,10 +169,10 @@ def victim(live: Sequence[Job], job: Job) -> Job | None:
 def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_ms: float) -> Plan:
     """The next step. Jobs that follow a leader are left out. An empty plan means nothing can be computed."""
     ready = [job for job in live if job.leader is None and job.pending > 0]
-    inherited = _inherited_ranks(live, rules, now_ms)
+    inherited = _inherited_ranks(live, clock, rules, now_ms)
 
     def key(job: Job) -> tuple[int, bool, float, int]:
-        own = min(rank(job, rules, now_ms), inherited.get(id(job), 9))
+        own = min(rank(job, clock, rules, now_ms), inherited.get(id(job), 9))
         return own, not job.running, clock.virtual(job.account) if rules.fair else 0.0, job.number
 
     ready.sort(key=key)
@@ -170,23 +181,26 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
     step = _Step(costs, rules)
     for job in held:
         step.add(job, job.pending)
+    late = [job for job in ready if held and _starved_prompt(job, rules, now_ms)]
+    for job in late:  # interactive rows themselves: they come before the ceiling
+        step.add(job, max(_fitting(step, job, min(job.pending, rules.max_rows), rules.stall_target_ms), KERNEL_ROWS))
     stalled = bool(held) and step.milliseconds > rules.stall_target_ms
     ceiling = rules.stall_target_ms if held else None
     for job in ready:
-        if job in held:
+        if job in held or job in late:
             continue
         if job.running:
             _add_running(step, job, ceiling, waiting_prompt)
         else:
-            _add_prompt(step, job, ceiling, _slice_limit(job, ready, rules, key(job)[0]), now_ms)
+            _add_prompt(step, job, ceiling, _slice_limit(job, rules))
     return Plan(tuple(step.slices), step.rows, step.milliseconds, bool(held) or waiting_prompt, stalled)
 
 
-def _inherited_ranks(live: Sequence[Job], rules: Rules, now_ms: float) -> dict[int, int]:
+def _inherited_ranks(live: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> dict[int, int]:
     """A job that others wait for is as urgent as the most urgent of them."""
     inherited: dict[int, int] = {}
     for job in live:
-        urgency = rank(job, rules, now_ms)
+        urgency = rank(job, clock, rules, now_ms)
         leader = job.leader
         while leader is not None:
             inherited[id(leader)] = min(urgency, inherited.get(id(leader), 9))
@@ -211,7 +225,7 @@ class _Step:
         return self.costs.predict(self.rows + count, self.cells + _attended(job, count))
 
     def add(self, job: Job, count: int) -> None:
-        count = min(count, self.rules.max_rows - self.rows)
+        count = min(count, job.pending, self.rules.max_rows - self.rows)
         if count <= 0:
             return
         self.slices.append(Slice(job, count, count == job.pending))
@@ -238,20 +252,24 @@ def _add_running(step: _Step, job: Job, ceiling: float | None, waiting_prompt: b
     step.add(job, job.pending)
 
 
-def _slice_limit(job: Job, ready: Sequence[Job], rules: Rules, urgency: int) -> int:
-    return rules.max_rows if urgency == 0 and job.ask_class is AskClass.INTERACTIVE else rules.quiet_rows
+def _slice_limit(job: Job, rules: Rules) -> int:
+    return rules.max_rows if job.ask_class is AskClass.INTERACTIVE else rules.quiet_rows
 
 
-def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int, now_ms: float) -> None:
+def _starved_prompt(job: Job, rules: Rules, now_ms: float) -> bool:
+    """An interactive prompt that found no room beside running rows for several steps must begin all the same."""
+    if job.running or job.ask_class is not AskClass.INTERACTIVE:
+        return False
+    return now_ms - max(job.served_ms, job.arrived_ms) > 4 * rules.stall_target_ms
+
+
+def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int) -> None:
     """As large a slice as fits: the whole rest, or a count that makes the step a multiple of the kernels' rows."""
     room = min(job.pending, limit - step.rows, step.rules.max_rows - step.rows)
     if room <= 0:
         return
     if ceiling is not None:
         room = _fitting(step, job, room, ceiling)
-        starved = now_ms - max(job.served_ms, job.arrived_ms) > 4 * step.rules.stall_target_ms
-        if room <= 0 and starved and job.ask_class is AskClass.INTERACTIVE:
-            room = min(job.pending, KERNEL_ROWS)  # interactive rows themselves: late is better than never
     if 0 < room < job.pending:
         room = (step.rows + room) // KERNEL_ROWS * KERNEL_ROWS - step.rows or room
     if room > 0:

@@ -257,6 +257,8 @@ class Worker:
             evictions=counters.evictions,
             account_ms=counters.account_ms,
             resident_bytes=_resident_bytes(),
+            threads=self._loop.threads.threads if isinstance(self._loop, Loop) else self._model.options.threads,
+            contended=isinstance(self._loop, Loop) and self._loop.threads.contended,
             pid=os.getpid(),
         )
 

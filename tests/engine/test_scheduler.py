@@ -1,0 +1,248 @@
+"""The scheduler: invariants of random plans, and whole runs on a simulated machine whose clock is the cost model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nimbos.engine.calibrate import KNOTS, StepTime
+from nimbos.engine.scheduler import FairClock, Job, Plan, Rules, admission_order, may_live, plan, rank, victim
+from nimbos.types import AskClass
+
+COSTS = StepTime.prior(weight_bytes=400_000_000, kv_bytes_per_token=12_288)
+RULES = Rules()
+NUMBERS = iter(range(10**9))
+
+
+def job(
+    ask_class: AskClass = AskClass.INTERACTIVE, *, prompt: int = 10, computed: int = 0, running: bool = False,
+    account: str = "a", arrived: float = 0.0, served: float = 0.0,
+) -> Job:  # fmt: skip
+    return Job(
+        ask_id="ask", branch=0, account=account, ask_class=ask_class, arrived_ms=arrived, tokens=[0] * prompt,
+        limit_tokens=64, computed=computed, running=running, sequence=1, served_ms=served, number=next(NUMBERS),
+    )  # fmt: skip
+
+
+def running(ask_class: AskClass = AskClass.INTERACTIVE, *, context: int = 100, account: str = "a") -> Job:
+    return job(ask_class, prompt=context, computed=context - 1, running=True, account=account)
+
+
+def planned(jobs: Sequence[Job], *, now: float = 0.0, rules: Rules = RULES, clock: FairClock | None = None) -> Plan:
+    return plan(jobs, COSTS, clock or FairClock(), rules, now)
+
+
+JOBS = st.builds(
+    job,
+    st.sampled_from(AskClass),
+    prompt=st.integers(1, 3000),
+    account=st.sampled_from("abc"),
+    arrived=st.floats(0, 1000),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs=st.lists(JOBS, max_size=40), started=st.sets(st.integers(0, 39)), led=st.sets(st.integers(1, 39)))
+def test_every_plan_keeps_the_promises(jobs: list[Job], started: set[int], led: set[int]) -> None:
+    for i, each in enumerate(jobs):
+        if i in started:
+            each.running, each.computed = True, len(each.tokens) - 1
+        elif i in led:
+            each.leader = jobs[0]
+    chosen = planned(jobs, now=1000.0)
+    assert chosen.rows == sum(s.count for s in chosen.slices) <= RULES.max_rows
+    assert len({id(s.job) for s in chosen.slices}) == len(chosen.slices), "a job twice in one step"
+    for part in chosen.slices:
+        assert part.job.leader is None
+        assert 0 < part.count <= part.job.pending
+        assert part.samples == (part.count == part.job.pending)
+    held = [j for j in jobs if j.running and j.ask_class is AskClass.INTERACTIVE and j.leader is None]
+    assert {id(j) for j in held} <= {id(s.job) for s in chosen.slices}, "an interactive row was left out"
+    if held:
+        own = [s for s in chosen.slices if s.job.ask_class is AskClass.INTERACTIVE]
+        rest = chosen.rows - sum(s.count for s in own)
+        assert chosen.predicted_ms <= RULES.stall_target_ms or rest == 0, "lower rows in a step over the target"
+    if any(j.leader is None for j in jobs):
+        assert chosen.slices, "there was work and nothing was planned"
+
+
+@settings(max_examples=25, deadline=None)
+@given(jobs=st.lists(JOBS, min_size=1, max_size=24), answer=st.integers(1, 20))
+def test_every_job_ends_in_any_mix(jobs: list[Job], answer: int) -> None:
+    """A naive bound: no run needs more steps than one that computes a kernel's rows of one job at a time."""
+    left = {id(j): answer for j in jobs}
+    bound = sum(j.pending // 4 + answer + 1 for j in jobs) * 2
+    now, live = 0.0, list(jobs)
+    clock = FairClock()
+    for _ in range(bound):
+        chosen = planned(live, now=now, clock=clock)
+        assert chosen.slices
+        now += chosen.predicted_ms
+        for part in chosen.slices:
+            part.job.computed += part.count
+            part.job.served_ms = now
+            clock.charge(part.job.account, chosen.predicted_ms * part.count / chosen.rows)
+            clock.served(part.job.account, part.job.ask_class, now)
+            if part.samples:
+                part.job.running = True
+                part.job.tokens.append(0)
+                left[id(part.job)] -= 1
+        live = [j for j in live if left[id(j)] > 0]
+        if not live:
+            return
+    pytest.fail(f"{len(live)} jobs were starved")
+
+
+def test_a_prompt_slice_shrinks_to_the_stall_target() -> None:
+    chosen = planned([running(), job(AskClass.BATCH, prompt=2000)])
+    prompt_rows = chosen.rows - 1
+    assert 4 <= prompt_rows < 200
+    assert chosen.predicted_ms <= RULES.stall_target_ms
+    assert chosen.rows % 4 == 0, "slices fill the kernels' rows"
+
+
+def test_without_interactive_rows_a_slice_is_long() -> None:
+    assert planned([job(AskClass.BATCH, prompt=2000)]).rows == RULES.quiet_rows
+    assert planned([job(AskClass.INTERACTIVE, prompt=2000)]).rows == RULES.max_rows
+
+
+def test_interactive_rows_alone_may_exceed_the_target_and_say_so() -> None:
+    rules = dataclasses.replace(RULES, stall_target_ms=50.0)
+    chosen = planned([running() for _ in range(12)] + [running(AskClass.BATCH)], rules=rules)
+    assert chosen.stalled
+    assert chosen.rows == 12
+
+
+def test_batch_rows_ride_along_while_they_fit() -> None:
+    chosen = planned([running()] + [running(AskClass.BATCH) for _ in range(3)])
+    assert chosen.rows == 4
+    assert chosen.predicted_ms <= RULES.stall_target_ms
+
+
+def test_an_interactive_prompt_goes_before_all_else() -> None:
+    prompt = job(prompt=400)
+    chosen = planned([job(AskClass.BATCH, prompt=900), running(AskClass.BATCH), prompt])
+    assert chosen.slices[0].job is prompt
+    assert chosen.slices[0].samples
+
+
+def test_what_others_wait_for_is_as_urgent_as_they_are() -> None:
+    leader, other = job(AskClass.BATCH, prompt=900), job(AskClass.AGENT, prompt=900)
+    follower = job(AskClass.INTERACTIVE, prompt=900)
+    follower.leader = leader
+    chosen = planned([other, leader, follower])
+    assert chosen.slices[0].job is leader
+
+
+def test_what_goes_unserved_rises_a_class_with_age() -> None:
+    old, clock = job(AskClass.BATCH, arrived=0.0), FairClock()
+    assert [rank(old, clock, RULES, ms) for ms in (0.0, 11_000.0, 21_000.0, 99_000.0)] == [2, 1, 0, 0]
+    clock.served("a", AskClass.BATCH, 20_000.0)
+    assert rank(old, clock, RULES, 21_000.0) == 2, "its account was served: the job waits behind its own kind"
+
+
+def test_first_come_first_served_looks_at_arrival_only() -> None:
+    rules = dataclasses.replace(RULES, fair=False)
+    first, second = job(AskClass.BATCH), job(AskClass.INTERACTIVE)
+    assert admission_order([second, first], FairClock(), rules, 0.0) == [first, second]
+
+
+def test_admission_serves_the_account_that_had_least() -> None:
+    clock = FairClock()
+    clock.charge("flood", 5000.0)
+    jobs = [job(account="flood"), job(account="polite")]
+    assert admission_order(jobs, clock, RULES, 0.0)[0].account == "polite"
+
+
+def test_idle_time_is_no_credit() -> None:
+    clock = FairClock()
+    clock.charge("busy", 5000.0)
+    clock.arrive("new", ["busy"])
+    assert clock.virtual("new") == 5000.0
+
+
+def test_the_table_of_accounts_is_bounded() -> None:
+    clock = FairClock()
+    for number in range(3000):
+        clock.charge(f"account {number}", number)
+    clock.forget_idle({"account 0"})
+    assert clock.virtual("account 0") == 0.0
+    assert clock.virtual("account 2999") == 2999
+    assert clock.virtual("account 5") == 0.0
+
+
+def test_no_more_interactive_jobs_live_than_the_target_allows_but_one_for_each_account() -> None:
+    live = [running(account="flood") for _ in range(4)]
+    while may_live(job(account="flood"), live, COSTS, RULES):
+        live.append(running(account="flood"))
+    assert COSTS.predict(len(live), 100 * len(live)) <= RULES.stall_target_ms
+    assert may_live(job(account="polite"), live, COSTS, RULES)
+    assert may_live(job(AskClass.BATCH, account="flood"), live, COSTS, RULES)
+
+
+def test_the_latest_of_the_lowest_class_gives_way() -> None:
+    agent, early, late = running(AskClass.AGENT), running(AskClass.BATCH), running(AskClass.BATCH)
+    assert victim([early, late, agent], job()) is late
+    assert victim([agent], job(AskClass.AGENT)) is None
+
+
+def test_two_backlogged_accounts_are_served_alike() -> None:
+    """Closed loops of one account with many, long asks and one with few, short ones, through admission and steps."""
+    clock, now = FairClock(), 0.0
+    served = {"many": 0.0, "few": 0.0}
+    live: list[Job] = []
+    waiting = [job(AskClass.BATCH, prompt=600, account="many") for _ in range(30)]
+    waiting += [job(AskClass.BATCH, prompt=100, account="few") for _ in range(12)]
+    left: dict[int, int] = {}
+    rules = dataclasses.replace(RULES, live_jobs=8)
+    for _ in range(1500):
+        for each in admission_order(waiting, clock, rules, now):
+            if not may_live(each, live, COSTS, rules):
+                break
+            waiting.remove(each)
+            live.append(each)
+            left[id(each)] = 24
+        chosen = planned(live, now=now, clock=clock, rules=rules)
+        now += chosen.predicted_ms
+        for part in chosen.slices:
+            share = chosen.predicted_ms * part.count / chosen.rows
+            clock.charge(part.job.account, share)
+            clock.served(part.job.account, part.job.ask_class, now)
+            served[part.job.account] += share
+            part.job.computed += part.count
+            part.job.served_ms = now
+            if part.samples:
+                part.job.running = True
+                part.job.tokens.append(0)
+                left[id(part.job)] -= 1
+                if left[id(part.job)] == 0:
+                    live.remove(part.job)
+                    size = 600 if part.job.account == "many" else 100
+                    waiting.append(job(AskClass.BATCH, prompt=size, account=part.job.account, arrived=now))
+    one, other = served.values()
+    jain = (one + other) ** 2 / (2 * (one**2 + other**2))
+    assert jain >= 0.95, served
+
+
+def test_step_time_learns_what_it_sees_and_stays_in_order() -> None:
+    costs = StepTime.prior(weight_bytes=400_000_000, kv_bytes_per_token=0)
+    truth = {1: 10.0, 4: 20.0, 16: 50.0, 128: 300.0}
+    for _ in range(30):
+        for rows, milliseconds in truth.items():
+            costs.observe(rows, 0, milliseconds)
+    for rows, milliseconds in truth.items():
+        assert costs.predict(rows, 0) == pytest.approx(milliseconds, rel=0.1)
+    predictions = [costs.predict(rows, 0) for rows in range(1, KNOTS[-1])]
+    assert predictions == sorted(predictions)
+
+
+def test_one_outlier_moves_a_learned_step_time_little() -> None:
+    costs = StepTime.prior(weight_bytes=400_000_000, kv_bytes_per_token=0)
+    for _ in range(20):
+        costs.observe(8, 0, 40.0)
+    costs.observe(8, 0, 4000.0)
+    assert costs.predict(8, 0) < 50.0
