@@ -92,7 +92,7 @@ def _show_models(found: list[LocalModel], *, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        rows = [{**msgspec.to_builtins(model), "path": str(model.path)} for model in found]
+        rows = msgspec.to_builtins(found, enc_hook=str)
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
         return
     if not found:

@@ -23,7 +23,7 @@ def extract(archive: Path, folder: Path, choose: Callable[[PurePosixPath], PureP
     written: list[Path] = []
     total = 0
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped) as tar:
             for member in tar:
                 place = choose(PurePosixPath(member.name)) if member.isreg() else None
                 if place is None:
@@ -32,9 +32,19 @@ def extract(archive: Path, folder: Path, choose: Callable[[PurePosixPath], PureP
                 if total > MAX_UNPACKED_BYTES:
                     raise DownloadFailed(f"{archive.name} unpacks to more than {MAX_UNPACKED_BYTES} bytes.")
                 written.append(_write(tar, member, folder, place))
+            _read_on(unzipped, archive.name)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, FileExistsError) as error:
         raise DownloadFailed(f"{archive.name} is damaged: {error}.") from error
     return written
+
+
+def _read_on(unzipped: gzip.GzipFile, name: str) -> None:
+    """To the very end, where the checksum is."""
+    read = 0
+    while block := unzipped.read(1 << 20):
+        read += len(block)
+        if read > MAX_UNPACKED_BYTES:
+            raise DownloadFailed(f"{name} unpacks to more than {MAX_UNPACKED_BYTES} bytes.")
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, place: PurePosixPath) -> Path:
