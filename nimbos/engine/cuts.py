@@ -73,7 +73,7 @@ def _typical(values: Values, kept: Ids | None, share: float) -> Ids:
     weights = np.exp(relative)
     total = float(weights.sum(dtype=np.float64))
     expected = float((weights * relative).sum(dtype=np.float64)) / total
-    return _of(kept, _until(np.abs(relative - np.float32(expected)), weights, share * total))
+    return _of(kept, smallest_reaching(np.abs(relative - np.float32(expected)), weights, share * total))
 
 
 def _nucleus(values: Values, kept: Ids | None, share: float) -> Ids:
@@ -87,7 +87,7 @@ def _nucleus(values: Values, kept: Ids | None, share: float) -> Ids:
         reached = np.cumsum(weights[head], dtype=np.float64)
         if reached[-1] >= wanted:
             return _of(kept, np.sort(head[: int(np.searchsorted(reached, wanted)) + 1]))
-    return _of(kept, _until(-relative, weights, wanted))
+    return _of(kept, smallest_reaching(-relative, weights, wanted))
 
 
 def _near_the_best(values: Values, kept: Ids | None, share: float) -> Ids:
@@ -110,7 +110,7 @@ def _of(kept: Ids | None, chosen: Ids) -> Ids:
     return chosen if kept is None else kept[chosen]
 
 
-def _until(keys: Values, weights: Values, wanted: float) -> Ids:
+def smallest_reaching(keys: Values, weights: Values, wanted: float) -> Ids:
     """Ascending indices of the smallest `keys` whose `weights` reach `wanted`, and at least one.
 
     A histogram of the keys tells in which bucket the sum is reached; only that bucket is looked at again.

@@ -9,8 +9,8 @@ The draw is a function of (seed, branch, position) and the logits only, so after
 have. Log-probabilities are the model's own: of the logits as they came, before everything in that order.
 
 Costs at a vocabulary of 152,000: greedy 20 µs, top_k 0.15 ms, temperature alone 0.3 ms, top_p alone 0.4 ms (2 ms when
-the model hardly has a preference), and half as much again where the C allocator gives memory back after every call. Nothing is copied unless it must
-change, and what can be decided on a few candidates never touches the rest.
+the model hardly has a preference); half as much again where the C allocator returns memory after every call. Nothing is
+copied unless it must change, and what can be decided on a few candidates never touches the rest.
 """
 
 from __future__ import annotations

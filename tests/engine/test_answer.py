@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from nimbos.engine.answer import Answer
 from nimbos.engine.grammar import GrammarFactory, Matcher
-from nimbos.engine.text import Phase
+from nimbos.engine.text import Phase, StopMatcher
 from nimbos.engine.vocab import Vocab
 from nimbos.errors import AnswerFailed
 from nimbos.types import (
@@ -175,6 +177,31 @@ def test_replay_repeats_and_loses_nothing(
     for target in (two, fork):
         for name in ("finish", "stopped_by", "output_tokens", "thinking_tokens", "phase"):
             assert getattr(target, name) == getattr(one, name)
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=9), max_size=4),
+    st.text("ab", max_size=60),
+    st.lists(st.integers(0, 60)),
+)
+@settings(deadline=None, max_examples=300)
+def test_stop_strings_that_overlap_themselves(stops: list[str], text: str, cuts: list[int]) -> None:
+    matcher = StopMatcher(stops)
+    borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    released = "".join(matcher.feed(text[start:end]) for start, end in itertools.pairwise(borders))
+    expected = first_stop(text, tuple(stops))
+    if expected is None:
+        assert matcher.hit is None and text.startswith(released)
+        held = text[len(released) :]
+        assert held == max(
+            (end for end in ends_of(text) if any(stop.startswith(end) for stop in [*stops, ""])), key=len
+        )
+    else:
+        assert released == expected and matcher.hit in stops and text.startswith(released + (matcher.hit or "?"))
+
+
+def ends_of(text: str) -> list[str]:
+    return [text[at:] for at in range(len(text) + 1)]
 
 
 def test_characters_stay_whole_and_stop_strings_are_held_back() -> None:

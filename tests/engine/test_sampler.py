@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nimbos.engine.cuts import cut, largest
+from nimbos.engine.cuts import cut, largest, smallest_reaching
 from nimbos.engine.sampler import Picked, RecentCounts, pick, uniform
 from nimbos.errors import AnswerFailed
 from nimbos.types import Sampling
@@ -71,6 +71,20 @@ def test_largest_equals_a_full_sort(seed: int, size: int, count: int, ties: bool
     count = min(count, size)
     expected = np.argsort(-values.astype(np.float64), kind="stable")[:count]
     assert largest(values, count).tolist() == expected.tolist()
+
+
+@given(st.integers(0, 2**32), st.sampled_from((1, 50, 5000, 30000)), st.floats(0, 1.01), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_smallest_keys_are_taken_until_their_weights_reach_a_sum(
+    seed: int, size: int, share: float, ties: bool, outlier: bool
+) -> None:
+    keys = draw_logits(seed, size, ties=ties)
+    keys[-1] = 1e20 if outlier else keys[-1]
+    weights = np.random.default_rng(seed).integers(1, 4, size).astype(np.float32)  # sums are exact
+    wanted = float(np.floor(share * float(weights.sum()))) - 0.5
+    order = np.argsort(keys, kind="stable")
+    count = int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1
+    assert smallest_reaching(keys, weights, wanted).tolist() == sorted(order[:count].tolist())
 
 
 @given(
