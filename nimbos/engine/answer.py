@@ -133,10 +133,7 @@ class Answer:
             self._mask = np.empty(len(self._vocab), dtype=np.bool_)
         self._matcher.mask_into(self._mask)
         if self._goes_on:
-            ends = self._mask[list(self._eog)]
-            self._mask[list(self._eog)] = False
-            if not self._mask.any():  # a finished text that nothing can be added to must end
-                self._mask[list(self._eog)] = ends
+            self._mask[list(self._eog)] = False  # something else is allowed, or `Matcher.stopped` would have ended it
         return self._mask
 
     def banned(self) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class RecentCounts:
     __slots__ = ("_counts", "_tokens")
 
     def __init__(self, tokens: Iterable[int] = (), *, window: int) -> None:
-        self._tokens: deque[int] = deque(tokens, maxlen=max(window, 0))
+        self._tokens: deque[int] = deque(tokens, maxlen=min(max(window, 0), 2**31))
         self._counts = Counter(self._tokens)
 
     def append(self, token: int) -> None:
@@ -107,7 +107,7 @@ def pick(
         untouched = logits.copy()
     if adjusts:
         _adjust(logits, sampling, recent)
-    if sampling.temperature <= 0.0:
+    if not sampling.temperature > 0.0:
         token = _greedy(logits, mask, banned)
     else:
         token = _draw(logits, sampling, mask, banned, uniform(sampling.seed, branch, position))
@@ -194,7 +194,7 @@ def _check(greatest: np.float32) -> None:
 def _weights(values: Logits, temperature: float) -> Logits:
     scaled: Logits = values - values.max()
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as it should
-        scaled /= np.float32(max(temperature, 1e-6))
+        scaled /= np.float32(min(max(temperature, 1e-6), 1e30))
     np.exp(scaled, out=scaled)
     return scaled
 

@@ -258,3 +258,14 @@ def test_a_cold_temperature_is_nearly_greedy_and_extreme_logits_are_fine() -> No
     assert run(values.copy(), Sampling(temperature=1e-9)).id == 3
     assert run(values.copy(), Sampling(temperature=1.0, top_p=0.5, typical_p=0.5, min_p=0.1)).id == 3
     assert run(values.copy(), Sampling(temperature=1e-9), banned=(3,)).id == 2
+
+
+@pytest.mark.parametrize("strange", [-1.0, math.nan, math.inf, 1e300])
+def test_no_number_in_a_request_breaks_a_draw(strange: float) -> None:
+    values = draw_logits(1, 2000)
+    mask = np.arange(2000) % 2 == 0
+    for name in ("temperature", "top_p", "typical_p", "min_p"):
+        token = run(values.copy(), Sampling(**{name: strange}), mask=mask).id
+        assert token % 2 == 0
+    assert run(values.copy(), Sampling(top_k=10**30, penalty_window=10**30, presence_penalty=1.0)).id < 2000
+    assert RecentCounts([5], window=10**30).arrays()[0].tolist() == [5]
