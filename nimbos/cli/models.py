@@ -155,8 +155,8 @@ def _print_table(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
         table.add_column(name, overflow="fold", no_wrap=name == "MODEL", justify=_side(name))
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else 160)
+    terminal = Console(highlight=False)
+    (terminal if terminal.is_terminal else Console(highlight=False, width=180)).print(table)
 
 
 def _side(name: str) -> Literal["left", "right"]:

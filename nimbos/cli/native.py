@@ -38,14 +38,16 @@ def install(
     ] = LibrarySource.NPM,
 ) -> None:
     """Install the library that fits this processor best."""
-    import asyncio
-
-    from nimbos.cli.progress import Watching
     from nimbos.config import load
     from nimbos.hub import NativeLibrary
 
     library = NativeLibrary(load())
-    before = library.installed()
+    if if_possible and library.installed() is not None:
+        return
+    import asyncio
+
+    from nimbos.cli.progress import Watching
+
     try:
         with Watching() as progress:
             path = asyncio.run(
@@ -54,5 +56,5 @@ def install(
     except KeyboardInterrupt:
         typer.echo("Stopped. Nothing was installed.", err=True)
         raise typer.Exit(130) from None
-    if path is not None and not (if_possible and path == before):
+    if path is not None:
         typer.echo(f"The engine's library is {path}.")

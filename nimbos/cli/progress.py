@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRem
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from nimbos.hub import Progress
+from nimbos.hub.progress import Progress
 
 
 class Bar:

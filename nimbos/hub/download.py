@@ -14,7 +14,6 @@ import asyncio
 import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,12 @@ from typing import TypeVar
 import msgspec
 
 from nimbos.errors import DownloadFailed
+from nimbos.hub.disk import BLOCK_BYTES, Fetched, drop_part, part_bytes, part_of, record_of, settle
 from nimbos.hub.progress import Progress
 from nimbos.hub.remote import Body, PassingFailure, Remote, RemoteFile, SourceUnreachable
 
 Result = TypeVar("Result")
 
-BLOCK_BYTES = 1 << 20
-SPACE_MARGIN_BYTES = 64 << 20
 _MAX_WAIT_S = 120.0
 _MAX_CHANGES = 3
 
@@ -38,13 +36,6 @@ class _PartRecord(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     size_bytes: int | None
     validator: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    path: Path
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,31 +65,6 @@ class Patience:
             except PassingFailure as failure:
                 failed += 1
                 await self.wait(failure, failed, progress)
-
-
-def require_space(folder: Path, need_bytes: int, what: str) -> None:
-    """Raises: DownloadFailed with the numbers when the disk cannot take `need_bytes` more."""
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes + SPACE_MARGIN_BYTES:
-        raise DownloadFailed(
-            f"{what} needs {need_bytes / 1e6:,.0f} MB (and {SPACE_MARGIN_BYTES / 1e6:,.0f} MB to spare) and "
-            f"{folder} has {free / 1e6:,.0f} MB free. Free some space, or set NIMBOS_HOME to a larger disk."
-        )
-
-
-def part_of(target: Path) -> Path:
-    return target.with_name(target.name + ".part")
-
-
-def part_bytes(target: Path) -> int:
-    """How much of `target` has come so far."""
-    part = part_of(target)
-    return part.stat().st_size if part.exists() else 0
-
-
-def drop_part(target: Path) -> None:
-    part_of(target).unlink(missing_ok=True)
-    _record_of(target).unlink(missing_ok=True)
 
 
 async def fetch(remote: Remote, file: RemoteFile, target: Path, *, patience: Patience, progress: Progress) -> Fetched:
@@ -178,7 +144,7 @@ class _Download:
             self.progress.note("the resumed download does not have the right hash; beginning anew")
             return await fetch(self.remote, self.file, self.target, patience=self.patience, progress=self.progress)
         await asyncio.to_thread(settle, self.part, self.target)
-        _record_of(self.target).unlink(missing_ok=True)
+        record_of(self.target).unlink(missing_ok=True)
         return Fetched(path=self.target, size_bytes=self.have, sha256=have)
 
     async def _take_up(self) -> None:
@@ -274,40 +240,12 @@ def with_hash(file: RemoteFile, sha256: str | None) -> RemoteFile:
     return replace(file, sha256=sha256)
 
 
-def _record_of(target: Path) -> Path:
-    return target.with_name(target.name + ".part.json")
-
-
 def _read_record(target: Path) -> _PartRecord | None:
     try:
-        return msgspec.json.decode(_record_of(target).read_bytes(), type=_PartRecord)
+        return msgspec.json.decode(record_of(target).read_bytes(), type=_PartRecord)
     except (OSError, msgspec.DecodeError):
         return None
 
 
 def _write_record(target: Path, record: _PartRecord) -> None:
-    _record_of(target).write_bytes(msgspec.json.encode(record))
-
-
-def settle(part: Path, target: Path) -> None:
-    """Makes the bytes durable, then gives them their name."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(target)
-    sync_folder(target.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable, where the system can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    record_of(target).write_bytes(msgspec.json.encode(record))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from nimbos.errors import DownloadFailed
-from nimbos.hub.download import BLOCK_BYTES, Fetched, drop_part, part_of, require_space, settle, sha256_of
+from nimbos.hub.disk import BLOCK_BYTES, Fetched, drop_part, part_of, require_space, settle, sha256_of
 from nimbos.hub.progress import Progress
 from nimbos.hub.source import safe_file_name
 

@@ -13,7 +13,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from nimbos.errors import DownloadFailed, InvalidRequest, ModelUnusable
 from nimbos.hub.catalog import Pinned
-from nimbos.hub.download import Fetched, Patience, fetch, part_bytes, require_space, sha256_of, with_hash
+from nimbos.hub.disk import Fetched, part_bytes, require_space, sha256_of
+from nimbos.hub.download import Patience, fetch, with_hash
 from nimbos.hub.facts import read_gguf, split_names
 from nimbos.hub.hubs import HubSite
 from nimbos.hub.lock import scratch_folder

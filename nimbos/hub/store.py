@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from nimbos.errors import ModelUnusable
-from nimbos.hub.download import sha256_of, sync_folder
+from nimbos.hub.disk import sha256_of, sync_folder
 from nimbos.hub.facts import ModelFacts, read_gguf, split_names, unsupported
 from nimbos.hub.lock import FileLock
 
