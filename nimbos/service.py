@@ -96,6 +96,11 @@ class Service:
         found = await asyncio.gather(*(engine.stats() for engine in engines.values()))
         return dict(zip(engines, found, strict=True))
 
+    def engine_pid(self, model: str) -> int | None:
+        """Of the process that runs the model now, if one does."""
+        engine = self._sources.engines().get(model)
+        return engine.pid if engine is not None else None
+
     async def close(self) -> None:
         self._closing = True
         await asyncio.gather(*(chat.close() for chat in self._chats.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +51,16 @@ class WatchedSource(ScriptedSource):
 class Live:
     """`client` is the official one, without retries; `http` sends what it is told."""
 
-    def __init__(self, url: str, settings: Settings, runtime: Runtime, sources: dict[str, WatchedSource]) -> None:
+    def __init__(
+        self,
+        url: str,
+        settings: Settings,
+        runtime: Runtime,
+        sources: dict[str, WatchedSource],
+        stop: Callable[[], None],
+    ) -> None:
         self.url = url
+        self.stop = stop
         self.settings = settings
         self.runtime = runtime
         self.sources = sources
@@ -112,9 +120,7 @@ def serving(
         engine=engine or EngineSettings(),
     )
     home.mkdir(parents=True, exist_ok=True)
-    sources = {
-        name: WatchedSource.load(write_script(home, name, script)) for name, script in (scripts or {}).items()
-    }
+    sources = {name: WatchedSource.load(write_script(home, name, script)) for name, script in (scripts or {}).items()}
     hub = Hub(settings)
     named = {path.stem: replace(hub.find(str(path)), id=path.stem) for path in models}
     started = threading.Event()
@@ -124,9 +130,7 @@ def serving(
         runtime = assemble(settings, hub=hub, scripted=sources.values(), named=named)
         keys = Keys.load(settings, OwnerKey(secret=OWNER_SECRET, file=None))
         with bind(settings.server) as bound:
-            uvicorn_server = make_server(
-                build(settings, runtime.service, keys, runtime.meters), settings.server
-            )
+            uvicorn_server = make_server(build(settings, runtime.service, keys, runtime.meters), settings.server)
             made.append((uvicorn_server, runtime, address_of(settings.server, bound)))
             started.set()
             try:
@@ -142,7 +146,7 @@ def serving(
     thread.start()
     assert started.wait(PATIENCE_S)
     uvicorn_server, runtime, url = made[0]
-    live = Live(url, settings, runtime, sources)
+    live = Live(url, settings, runtime, sources, uvicorn_server.stop)
     try:
         yield live
     finally:

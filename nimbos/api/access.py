@@ -53,14 +53,15 @@ class Access:
         headers = Headers(scope=scope)
         try:
             origin = self._check(scope, headers)
+            send = _with_origin(send, origin) if origin is not None else send
             if origin is not None and scope["method"] == "OPTIONS":
-                await _preflight(origin)(scope, receive, send)
+                await _preflight()(scope, receive, send)
                 return
             self._admit(scope, headers)
         except NimbosError as error:
             await errors.response_to(error)(scope, receive, send)
             return
-        await self._app(scope, receive, _with_origin(send, origin) if origin else send)
+        await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers) -> str | None:
         """The request's allowed origin, if it has one."""
@@ -130,14 +131,12 @@ def _with_origin(send: Send, origin: str) -> Send:
     return marked
 
 
-def _preflight(origin: str) -> Response:
+def _preflight() -> Response:
     return Response(
         status_code=204,
         headers={
-            "access-control-allow-origin": origin,
             "access-control-allow-methods": "GET, POST, OPTIONS",
             "access-control-allow-headers": "*, authorization, content-type",
             "access-control-max-age": "600",
-            "vary": "origin",
         },
     )

@@ -144,7 +144,8 @@ def _show(events: Iterator[dict[str, Any]], answer: Answer, console: Console) ->
             answer.tokens = event["usage"]["completion_tokens"]
         for choice in event["choices"]:
             delta = choice["delta"]
-            if thought := delta.get("reasoning_content"):
+            thought = delta.get("reasoning_content")
+            if thought and console.is_terminal:  # a pipe gets the answer alone
                 console.print(_safe(thought), style="dim italic", end="", markup=False, soft_wrap=True)
                 thinking = True
             if text := delta.get("content"):

@@ -121,9 +121,7 @@ def test_tool_calls_come_as_calls_and_their_results_are_answered(live: Live) -> 
     assert calls[0].function.name == WEATHER_CALL["name"]
     sent_back = first.choices[0].message.model_dump()
     result = {"role": "tool", "tool_call_id": calls[0].id, "content": "21 degrees"}
-    second = live.client.chat.completions.create(
-        model="demo", messages=[*messages, sent_back, result], tools=TOOLS
-    )
+    second = live.client.chat.completions.create(model="demo", messages=[*messages, sent_back, result], tools=TOOLS)
     assert second.choices[0].message.content == "It is 21 degrees."
     assert second.choices[0].finish_reason == "stop"
 

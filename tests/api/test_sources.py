@@ -1,0 +1,224 @@
+"""Which models answer: loaded once, unloaded when memory is needed, never while they answer.
+
+The engines here are a source of our own, since what is tested is when they start and close, not what they say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from nimbos.engine import EngineStats
+from nimbos.errors import EngineFailed, ModelNotFound, ModelUnusable, NimbosError, Overloaded
+from nimbos.hub import LocalModel, ModelFacts
+from nimbos.sources import Sources
+from nimbos.types import Ask, Chunk, ModelCard, Prepared
+
+GIB = 2**30
+
+
+def local(name: str) -> LocalModel:
+    path = Path(f"/models/{name}.gguf")
+    return LocalModel(id=name, path=path, size_bytes=1, sha256=name * 8, source="x", facts=ModelFacts())
+
+
+class Shelf:
+    def __init__(self, *names: str) -> None:
+        self._models = [local(name) for name in names]
+
+    def models(self) -> list[LocalModel]:
+        return self._models
+
+    def find(self, name: str, *, allow_path: bool = True) -> LocalModel:
+        assert not allow_path
+        for model in self._models:
+            if model.id == name:
+                return model
+        raise ModelNotFound(name)
+
+
+class FakeEngine:
+    """Starts when it is let, and remembers."""
+
+    def __init__(self, yard: Yard, name: str) -> None:
+        self.yard = yard
+        self.name = name
+        self.active = 0
+        self.pid: int | None = None
+
+    async def start(self) -> ModelCard:
+        self.yard.starts.append(self.name)
+        await self.yard.may_start.wait()
+        if self.name in self.yard.failing:
+            raise self.yard.failing[self.name]
+        self.pid = 1
+        return await self.describe()
+
+    async def describe(self) -> ModelCard:
+        return ModelCard(id=self.name, model_hash=self.name, architecture="none", context_tokens=1)
+
+    async def prepare(self, ask: Ask) -> Prepared:
+        return Prepared(ask=ask, prompt_tokens=0)
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Chunk]:
+        for chunk in ():
+            yield chunk
+
+    async def stats(self) -> EngineStats:
+        return EngineStats()
+
+    async def close(self) -> None:
+        self.pid = None
+        self.yard.closes.append(self.name)
+
+
+class Yard:
+    """Sources over models a, b, c of 1 GiB each, with room for two."""
+
+    def __init__(self, budget_bytes: int = 2 * GIB) -> None:
+        self.starts: list[str] = []
+        self.closes: list[str] = []
+        self.failing: dict[str, NimbosError] = {}
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.sources = Sources(
+            shelf=Shelf("a", "b", "c"),
+            start_engine=lambda model: FakeEngine(self, model.id),
+            memory_needed=lambda model: GIB,
+            memory_budget_bytes=budget_bytes,
+            aliases={"gpt": "a"},
+            named={"mine": local("mine")},
+        )
+
+    async def use(self, name: str) -> str:
+        async with self.sources.hold(name) as held:
+            return held.card.id
+
+
+async def test_a_model_is_loaded_at_its_first_use_and_stays() -> None:
+    yard = Yard()
+    assert not yard.sources.ready
+    assert [await yard.use("a") for _ in range(3)] == ["a", "a", "a"]
+    assert yard.starts == ["a"]
+    assert yard.sources.ready
+
+
+async def test_first_asks_at_once_wait_for_one_load() -> None:
+    yard = Yard()
+    yard.may_start.clear()
+    asks = [asyncio.create_task(yard.use("a")) for _ in range(10)]
+    while not yard.starts:
+        await asyncio.sleep(0)
+    yard.may_start.set()
+    assert await asyncio.gather(*asks) == ["a"] * 10
+    assert yard.starts == ["a"]
+
+
+async def test_an_ask_that_goes_does_not_stop_the_load_for_others() -> None:
+    yard = Yard()
+    yard.may_start.clear()
+    leaving, staying = asyncio.create_task(yard.use("a")), asyncio.create_task(yard.use("a"))
+    while not yard.starts:
+        await asyncio.sleep(0)
+    leaving.cancel()
+    yard.may_start.set()
+    assert await staying == "a"
+    assert (yard.starts, yard.closes) == (["a"], [])
+
+
+async def test_the_longest_unused_idle_model_makes_room() -> None:
+    yard = Yard()
+    for name in ("a", "b", "a", "c"):
+        await yard.use(name)
+    assert yard.closes == ["b"]
+    assert set(yard.sources.engines()) == {"a", "c"}
+    await yard.use("b")
+    assert yard.closes == ["b", "a"]
+
+
+async def test_a_model_that_answers_is_never_unloaded() -> None:
+    yard = Yard()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(yard.sources.hold("a"))
+        await yard.use("b")
+        await yard.use("c")
+        assert yard.closes == ["b"]
+        await stack.enter_async_context(yard.sources.hold("c"))
+        with pytest.raises(Overloaded) as caught:
+            await yard.use("b")
+        assert caught.value.limit == "memory"
+    assert yard.closes == ["b"]
+    assert await yard.use("b") == "b"
+
+
+async def test_models_that_load_at_the_same_time_share_the_budget() -> None:
+    yard = Yard()
+    yard.may_start.clear()
+    asks = [asyncio.create_task(yard.use(name)) for name in ("a", "b", "c")]
+    await asyncio.wait([asks[2]])
+    assert isinstance(asks[2].exception(), Overloaded)
+    yard.may_start.set()
+    assert await asyncio.gather(*asks[:2]) == ["a", "b"]
+    assert await yard.use("c") == "c"
+
+
+async def test_a_failed_load_fails_its_asks_is_remembered_a_moment_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    yard = Yard()
+    yard.failing["a"] = ModelUnusable("a.gguf", reason="cut off")
+    for _ in range(3):
+        with pytest.raises(ModelUnusable, match="cut off"):
+            await yard.use("a")
+    assert (yard.starts, yard.closes) == (["a"], ["a"])
+    assert await yard.use("b") == "b"
+    yard.failing.clear()
+    monkeypatch.setattr("time.monotonic", lambda: float("inf"))
+    assert await yard.use("a") == "a"
+
+
+async def test_an_engine_that_is_given_up_is_loaded_anew_at_the_next_ask() -> None:
+    yard = Yard()
+    with pytest.raises(EngineFailed):
+        async with yard.sources.hold("a") as held:
+            assert isinstance(held.engine, FakeEngine)
+            held.engine.pid = None
+            raise EngineFailed("It died too often.")
+    assert yard.closes == ["a"]
+    assert await yard.use("a") == "a"
+    assert yard.starts == ["a", "a"]
+
+
+async def test_an_engine_that_refused_one_step_stays() -> None:
+    yard = Yard()
+    with pytest.raises(EngineFailed):
+        async with yard.sources.hold("a"):
+            raise EngineFailed("One step failed.")
+    assert yard.closes == []
+
+
+async def test_names_are_ids_aliases_and_what_the_operator_named() -> None:
+    yard = Yard()
+    assert await yard.use("gpt") == "a"
+    assert await yard.use("mine") == "mine"
+    assert [listed.id for listed in await yard.sources.list()] == ["mine", "a", "b", "c"]
+    with pytest.raises(ModelNotFound) as caught:
+        await yard.use("/etc/passwd.gguf")
+    assert "installed: mine, a, b, c" in caught.value.message
+
+
+async def test_closing_ends_what_loads_and_what_is_loaded() -> None:
+    yard = Yard()
+    await yard.use("a")
+    yard.may_start.clear()
+    loading = asyncio.create_task(yard.use("b"))
+    while yard.starts != ["a", "b"]:
+        await asyncio.sleep(0)
+    await yard.sources.close()
+    assert sorted(yard.closes) == ["a", "b"]
+    with pytest.raises(asyncio.CancelledError):
+        await loading
