@@ -10,12 +10,11 @@ import re
 import shutil
 import sys
 from collections import deque
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from nimbos.errors import DownloadFailed
 from nimbos.hub.archive import extract
-from nimbos.hub.packages import Expected, last_words, run_client
+from nimbos.hub.packages import Expected, last_words, run_client, stop
 from nimbos.hub.progress import Progress
 
 BUILD_NAME = "llama-cpp-python-0.3.36"
@@ -92,7 +91,12 @@ def _llama_member(member: PurePosixPath) -> PurePosixPath | None:
 async def _run(command: list[str], progress: Progress) -> None:
     """Runs a build step, telling every tenth of it. It does not outlive us."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        limit=1 << 20,
+        start_new_session=True,
     )
     assert process.stdout is not None
     tail: deque[bytes] = deque(maxlen=200)
@@ -106,8 +110,7 @@ async def _run(command: list[str], progress: Progress) -> None:
                 progress.note(f"built {told} %")
         await process.wait()
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
+        await stop(process)
     if process.returncode:
         raise DownloadFailed(f"The build failed: {last_words(b''.join(tail))}")
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
-from nimbos.errors import DownloadFailed
+from nimbos.errors import ConfigError, DownloadFailed
 from nimbos.hub.download import Patience, with_hash
 from nimbos.hub.progress import Progress
 from nimbos.hub.remote import Remote, RemoteFile, SourceMissing, SourceUnreachable, Token, origin
@@ -30,7 +31,7 @@ class HuggingFace:
     """`HF_ENDPOINT` and `HF_TOKEN` are honoured; the token goes to the endpoint and nowhere else."""
 
     def __init__(self, environment: Mapping[str, str], patience: Patience) -> None:
-        self.endpoint = environment.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+        self.endpoint = _endpoint(environment, "HF_ENDPOINT", "https://huggingface.co")
         self._secret = environment.get("HF_TOKEN", "").strip()
         self._patience = patience
 
@@ -80,8 +81,7 @@ class ModelScope:
     """Its plain HTTP API; `MODELSCOPE_ENDPOINT` is honoured. Hashes come from the listing."""
 
     def __init__(self, environment: Mapping[str, str], patience: Patience) -> None:
-        named = environment.get("MODELSCOPE_ENDPOINT", "").strip().rstrip("/")
-        self.endpoint = named or "https://www.modelscope.cn"
+        self.endpoint = _endpoint(environment, "MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
         self._patience = patience
 
     async def locate(self, remote: Remote, repository: str, file: str, progress: Progress) -> RemoteFile:
@@ -108,3 +108,12 @@ class ModelScope:
         if listing.data is None:
             raise SourceMissing(f"There is no repository {repository!r} at {self.endpoint}.")
         return [entry for entry in listing.data.files if entry.type == "blob"]
+
+
+def _endpoint(environment: Mapping[str, str], variable: str, default: str) -> str:
+    """Raises: ConfigError for what is no web address."""
+    named = environment.get(variable, "").strip().rstrip("/")
+    parts = urlsplit(named or default)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{variable} is {named!r}; it must be a web address such as {default}.")
+    return named or default

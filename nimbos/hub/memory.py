@@ -37,12 +37,12 @@ def memory_need(
     return MemoryNeed(weights_bytes=facts.file_bytes, cache_bytes=cache, buffer_bytes=buffers)
 
 
-def require_memory(path: Path, facts: ModelFacts, *, cells: int, budget_bytes: int) -> int:
-    """The bytes needed.
+def require_memory(path: Path, facts: ModelFacts, *, cells: int, budget_bytes: int, sequences: int = 1) -> int:
+    """The bytes needed. `sequences` matters to recurrent layers, which keep a state for each.
 
     Raises: ModelUnusable with the numbers when they are more than the budget.
     """
-    need = memory_need(facts, cells=cells)
+    need = memory_need(facts, cells=cells, sequences=sequences)
     if need.total_bytes > budget_bytes:
         reason = (
             f"it needs about {megabytes(need.total_bytes)} of memory ({megabytes(need.weights_bytes)} of weights, "

@@ -9,10 +9,11 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -148,11 +149,19 @@ async def run_client(
     environment = {**os.environ, "TMPDIR": str(temporary), "TMP": str(temporary), "TEMP": str(temporary)}
     with (folder / "client.log").open("w+b") as log:
         process = await asyncio.create_subprocess_exec(
-            *command, cwd=folder, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+            *command,
+            cwd=folder,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
-        with _stopping(process):
-            progress.start(label, total_bytes=expected.size_bytes or None, done_bytes=0)
+        progress.start(label, total_bytes=expected.size_bytes or None, done_bytes=0)
+        try:
             await _watch(process, folder, progress)
+        finally:
+            await stop(process)
         if process.returncode:
             log.seek(0)
             raise DownloadFailed(f"{name} could not get {label}: {last_words(log.read())}")
@@ -170,14 +179,15 @@ async def _watch(process: asyncio.subprocess.Process, folder: Path, progress: Pr
         ending.cancel()
 
 
-@contextmanager
-def _stopping(process: asyncio.subprocess.Process) -> Iterator[None]:
-    """The client does not outlive us when we are cancelled."""
-    try:
-        yield
-    finally:
-        if process.returncode is None:
-            process.kill()
+async def stop(process: asyncio.subprocess.Process) -> None:
+    """A child, which has a session of its own, does not outlive us when we are cancelled, nor do its children."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+    await asyncio.shield(process.wait())
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -8,6 +8,7 @@ redirect's target says.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -34,7 +35,7 @@ class SourceUnreachable(DownloadFailed):
     """Nothing came, however often we tried."""
 
 
-class PassingFailure(Exception):  # noqa: N818  not an error to a caller: it is tried again
+class PassingFailure(Exception):
     """Worth another try. `wait_s`: what the server asked for."""
 
     def __init__(self, reason: str, *, wait_s: float | None = None) -> None:
@@ -78,6 +79,7 @@ class Remote:
     """Use as `async with`. Timeouts are for one connection attempt and for silence between bytes."""
 
     def __init__(self, *, tokens: tuple[Token, ...] = (), connect_s: float = 10.0, silence_s: float = 60.0) -> None:
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # at INFO it writes whole addresses, signatures included
         self._tokens = {token.origin: token for token in tokens}
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(silence_s, connect=connect_s),

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from nimbos.config import Settings
-from nimbos.errors import DownloadFailed, InvalidRequest, ModelUnusable, NotFound
+from nimbos.errors import ConfigError, DownloadFailed, InvalidRequest, ModelUnusable, NotFound
 from nimbos.hub import Hub, download
 from nimbos.hub.download import Patience
 from nimbos.hub.remote import Remote, RemoteFile, Token, _next, origin
@@ -522,6 +522,45 @@ async def test_a_killed_pull_goes_on(hub: Hub, settings: Settings, site: FakeHub
     model = await hub.pull(source)
     assert model.path.read_bytes() == BIG
     assert site.bodies("/content/")[-1]["range"] == f"bytes={kept}-"
+
+
+COMMAND = """
+import typer
+from nimbos.cli import models
+app = typer.Typer()
+models.register(app)
+app()
+"""
+
+
+async def test_ctrl_c_keeps_the_part_and_says_so(hub: Hub, settings: Settings, site: FakeHub) -> None:
+    source = site.add(NAME, BIG)
+    site.fail(NAME, stall(3 * MIB))
+    environment = {**os.environ, "HF_ENDPOINT": site.url, "NIMBOS_HOME": settings.home}
+    command = [sys.executable, "-c", COMMAND, "pull", source]
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stderr=subprocess.PIPE)
+    await asyncio.to_thread(site.stalled.wait, 60)
+    await until(lambda: hub.partial_bytes(source) >= 2 * MIB)
+    process.send_signal(signal.SIGINT)
+    said = (await process.communicate())[1].decode()
+    assert process.returncode == 130
+    assert f"{hub.partial_bytes(source) / 1e6:,.1f} MB are kept" in said
+    assert "Traceback" not in said
+    assert (await hub.pull(source)).path.read_bytes() == BIG
+
+
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "MODELSCOPE_ENDPOINT"])
+def test_an_endpoint_that_is_no_address_is_named(variable: str, settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=variable):
+        Hub(settings, environment={variable: "hub.example"})
+
+
+async def test_signatures_do_not_reach_logs(hub: Hub, site: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    source = site.add(NAME, TINY)
+    await hub.pull(source)
+    assert site.asked("signature=secret")
+    assert "secret" not in caplog.text
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -1,5 +1,4 @@
 """What is on the disk: finding, listing, removing, registering, refusing."""
-# ruff: noqa: ASYNC240  the disk is what is tested
 
 from __future__ import annotations
 
@@ -139,6 +138,7 @@ def test_windows_save_memory_only_where_they_may() -> None:
     whole = memory_need(facts, cells=10_000, sequences=2)
     small = memory_need(facts, cells=10_000, sequences=2, whole_window=False)
     assert whole.cache_bytes == 10_000 * 1100 + 2 * 7
+    assert memory_need(facts, cells=1, sequences=128).cache_bytes == 1100 + 128 * 7
     assert small.cache_bytes == 10_000 * 100 + (2 * 512 + 512) * 1000 + 2 * 7
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -130,6 +131,29 @@ async def test_a_failing_npm_is_told_in_its_words(npm: Path, settings: Settings,
     (tmp_path / "broken").touch()
     with pytest.raises(DownloadFailed, match=r"npm could not get .*404 Not Found"):
         await library(settings, npm).install()
+
+
+async def test_cancelling_ends_the_client_and_all_its_children(npm: Path, settings: Settings, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}\nwait\n")
+    installing = asyncio.create_task(library(settings, npm).install())
+    started = [int(pid) for pid in (await asyncio.to_thread(pids.read_text)).split()]
+    installing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await installing
+    async with asyncio.timeout(60):
+        while any(_alive(pid) for pid in started):
+            await asyncio.to_thread(os.sched_yield)
+    assert os.listdir(settings.engines_dir / ".scratch") == [".lock"]
+
+
+def _alive(pid: int) -> bool:
+    """A zombie that waits for its reaper counts as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 async def test_without_npm_the_wheel_is_used_and_said_in_one_line(
