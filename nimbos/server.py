@@ -11,6 +11,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,10 +28,11 @@ SHUTDOWN_GRACE_S = 10
 
 
 class RunningServer(msgspec.Struct, frozen=True, kw_only=True):
-    """`NIMBOS_HOME/run/server.json`."""
+    """`NIMBOS_HOME/run/server.json`. `certificate`: the file its clients may trust, "" without TLS."""
 
     pid: int
     url: str
+    certificate: str = ""
 
 
 class Server(uvicorn.Server):
@@ -48,6 +50,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: Starlette, settings: ServerSettings) -> Server:
+    """Raises: ConfigError for a certificate or key that cannot be used."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -63,6 +66,10 @@ def make_server(app: Starlette, settings: ServerSettings) -> Server:
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
     )
+    try:
+        config.load()
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"{settings.tls_cert} and {settings.tls_key} cannot be used for TLS: {error}.") from error
     return Server(config)
 
 
@@ -112,7 +119,8 @@ def traced(settings: Settings, url: str) -> Iterator[None]:
     settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = settings.run_dir / "server.json"
     draft = file.with_name(f".server.{os.getpid()}.json")
-    draft.write_bytes(msgspec.json.encode(RunningServer(pid=os.getpid(), url=url)))
+    certificate = str(Path(settings.server.tls_cert).absolute()) if settings.server.tls_cert else ""
+    draft.write_bytes(msgspec.json.encode(RunningServer(pid=os.getpid(), url=url, certificate=certificate)))
     draft.replace(file)
     try:
         yield

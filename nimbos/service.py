@@ -22,7 +22,7 @@ from nimbos.types import Account, Ask, Channel, Chunk, Final, ModelCard, TokenCh
 
 if TYPE_CHECKING:
     from nimbos.engine import EngineStats
-    from nimbos.sources import Listed, Sources
+    from nimbos.sources import EngineSource, Listed, Sources
 
 _log = structlog.get_logger(__name__)
 
@@ -91,10 +91,10 @@ class Service:
                 _log_settled(ask, tally.usage(), outcome, time.monotonic() - started)
 
     async def stats(self) -> dict[str, EngineStats]:
-        """Of every running engine, by model id."""
+        """By model id, of every engine that answers; one that is being restarted is left out."""
         engines = self._sources.engines()
-        found = await asyncio.gather(*(engine.stats() for engine in engines.values()))
-        return dict(zip(engines, found, strict=True))
+        found = await asyncio.gather(*(_stats_or_none(engine) for engine in engines.values()))
+        return {name: stats for name, stats in zip(engines, found, strict=True) if stats is not None}
 
     def engine_pid(self, model: str) -> int | None:
         """Of the process that runs the model now, if one does."""
@@ -134,6 +134,13 @@ class Tally:
         if 0 not in self._finished:  # the prompt counts on branch 0
             total = total + Usage(input=self._prompt_tokens)
         return total
+
+
+async def _stats_or_none(engine: EngineSource) -> EngineStats | None:
+    try:
+        return await engine.stats()
+    except NimbosError:
+        return None
 
 
 def _generator(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:

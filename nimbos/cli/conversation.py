@@ -5,6 +5,7 @@ Ctrl-C stops an answer and keeps the chat; at the prompt it ends the chat. Comma
 
 from __future__ import annotations
 
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -163,11 +164,13 @@ def _safe(text: str) -> str:
 
 def _connect(url: str | None, key: str | None) -> httpx2.Client:
     settings = config.load()
+    trust: str | None = None
     if url is None:
         running = find_running(settings)
         if running is None:
             raise NotReady("No server runs on this machine. Start one with `nimbos up`, or give --url.")
         url = running.url
+        trust = running.certificate or None
     if key is None:
         try:
             key = owner_key_file(settings).read_text().strip()
@@ -175,7 +178,8 @@ def _connect(url: str | None, key: str | None) -> httpx2.Client:
             raise Unauthorized("There is no key on this machine. Give --key, or set NIMBOS_API_KEY.") from error
     timeout = httpx2.Timeout(None, connect=_CONNECT_S)
     base = url.rstrip("/").removesuffix("/v1")
-    return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {key}"}, timeout=timeout)
+    verify = ssl.create_default_context(cafile=trust) if trust is not None else True
+    return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {key}"}, timeout=timeout, verify=verify)
 
 
 def _first_model(client: httpx2.Client) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import pytest
 
-from nimbos.config import EngineSettings
+from nimbos.config import EngineSettings, ServerSettings
 from tests import tiny_gguf
 from tests.live import Live, error_of, serving, user
 
@@ -229,3 +229,42 @@ def test_models_tell_what_their_files_say(tiny: Live) -> None:
     assert listed[CHAT]["x_nimbos"]["architecture"] == "qwen2"
     assert listed[EMBED]["x_nimbos"]["kind"] == "embed"
     assert tiny.http.get("/health").status_code == 200
+
+
+def test_a_full_inbox_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> None:
+    model = tiny_gguf.write("qwen2", tmp_path)
+    engine = EngineSettings(threads=1, cells=2048, inbox=0)
+    with serving(tmp_path / "home", models=(model,), engine=engine) as live:
+        response = live.post("/v1/chat/completions", {"model": CHAT, "messages": user("hi"), "stream": True})
+        assert error_of(response, 429)["type"] == "rate_limit_error"
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers["x-should-retry"] == "true"
+        with pytest.raises(openai.RateLimitError):
+            live.client.chat.completions.create(model=CHAT, messages=user("hi"))
+
+
+def test_a_broken_model_is_a_clear_error_and_the_server_lives_on(tmp_path: Path) -> None:
+    good = tiny_gguf.write("qwen2", tmp_path)
+    with serving(tmp_path / "home", models=(good,), engine=EngineSettings(threads=1, cells=2048)) as live:
+        content = good.read_bytes()
+        good.write_bytes(content[: len(content) // 2])
+        error = error_of(live.post("/v1/chat/completions", {"model": CHAT, "messages": user("hi")}), 422)
+        assert str(good) in error["message"]
+        assert error["code"] == "model_unusable"
+        assert live.http.get("/v1/models").status_code == 200
+        assert live.http.get("/health").status_code == 503
+
+
+def test_a_client_cannot_name_a_file_of_this_machine(tmp_path: Path) -> None:
+    model = tiny_gguf.write("qwen2", tmp_path)
+    with serving(tmp_path / "home", {"demo": {"default": {"text": "x"}}}) as live:
+        for name in (str(model), f"../{model.name}", "~/x.gguf", f"hf:a/b/{model.name}"):
+            error = error_of(live.post("/v1/chat/completions", {"model": name, "messages": user("hi")}), 404)
+            assert error["code"] == "model_not_found"
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    model = tiny_gguf.write("qwen2", tmp_path)
+    with serving(tmp_path / "home", models=(model,), server=ServerSettings(memory_mib=1)) as live:
+        error = error_of(live.post("/v1/chat/completions", {"model": CHAT, "messages": user("hi")}), 422)
+        assert "1 MB" in error["message"]

@@ -111,7 +111,7 @@ def test_a_signal_ends_it_cleanly_and_takes_its_trace_along(
     home = tmp_path / "home"
     with up(home, "--model", script) as server:
         running = json.loads((home / "run" / "server.json").read_text())
-        assert running == {"pid": server.process.pid, "url": server.url}
+        assert running == {"pid": server.process.pid, "url": server.url, "certificate": ""}
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
         assert server.stop(number) == 0
         assert server.process.stderr is not None
