@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from nimbos.config import Settings
 from nimbos.errors import ModelNotFound, ModelUnusable, NotFound, Overloaded
@@ -26,6 +25,7 @@ from nimbos.hub.source import (
     PackageFile,
     Source,
     is_source,
+    local_path,
     looks_like_path,
     parse_source,
     safe_file_name,
@@ -82,8 +82,8 @@ class Hub:
         Raises: ModelNotFound; ModelUnusable when it is there and cannot serve.
         """
         model = self._installed(name)
-        if model is None and allow_path and looks_like_path(name) and Path(name).expanduser().exists():
-            model = self._store.at_path(Path(name).expanduser().absolute())
+        if model is None and allow_path and looks_like_path(name) and local_path(name).exists():
+            model = self._store.at_path(local_path(name))
         if model is None:
             raise ModelNotFound(name, have=tuple(known.id for known in self.models()))
         if model.problem is not None:

@@ -91,7 +91,15 @@ def parse_source(text: str) -> Source:
         return _package_file(text, rest)
     if scheme in ("http", "https"):
         return _web_file(text)
-    return LocalFile(path=Path(text).expanduser().absolute())
+    return LocalFile(path=local_path(text))
+
+
+def local_path(text: str) -> Path:
+    """Raises: InvalidRequest for the home folder of someone who does not exist."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise InvalidRequest(f"{text!r} cannot be: {error}", param="model") from error
 
 
 def without_query(url: str) -> str:

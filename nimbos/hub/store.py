@@ -87,7 +87,9 @@ class Store:
 
     def folder(self, model_id: str) -> Path:
         readable = _UNSAFE.sub("_", model_id)[:80].strip("._")
-        return self.models_dir / f"{readable}-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}"
+        return (
+            self.models_dir / f"{readable}-{hashlib.sha256(model_id.encode(errors='backslashreplace')).hexdigest()[:8]}"
+        )
 
     def lock(self, model_id: str) -> FileLock:
         return FileLock(self.models_dir / ".locks" / f"{self.folder(model_id).name}.lock")

@@ -14,7 +14,7 @@ from nimbos.cli import models as model_commands
 from nimbos.cli import native as native_commands
 from nimbos.cli.progress import Lines
 from nimbos.config import Settings
-from nimbos.errors import ModelNotFound, ModelUnusable, Overloaded
+from nimbos.errors import InvalidRequest, ModelNotFound, ModelUnusable, Overloaded
 from nimbos.hub import Hub
 from nimbos.hub.facts import ModelFacts, read_gguf
 from nimbos.hub.memory import memory_need
@@ -160,6 +160,16 @@ def test_ids_cannot_leave_the_store(hub: Hub, settings: Settings) -> None:
         assert folder.parent == settings.models_dir
         assert len(folder.name) <= 100
     assert hub._store.folder("a:b") != hub._store.folder("a_b")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "~nobody-here/x.gguf", "\0.gguf", "\ud800", "x" * 100_000, "../../etc/passwd", "hf:../x", "pypi:", "."]
+)
+def test_any_name_that_is_not_there_is_a_clean_error(name: str, hub: Hub) -> None:
+    with pytest.raises((ModelNotFound, InvalidRequest)):
+        hub.find(name)
+    with pytest.raises((ModelNotFound, InvalidRequest)):
+        hub.find(name, allow_path=False)
 
 
 def test_the_hash_of_a_split_model_is_of_all_its_parts() -> None:
