@@ -10,7 +10,7 @@ NimbosError
 │   └── ModelNotFound         404
 ├── PayloadTooLarge           413
 ├── Overloaded                429  a limit was hit; names it, with an honest `retry_after_s`
-├── ModelUnusable             422  this file cannot serve: truncated, not GGUF, unknown architecture, too large for memory
+├── ModelUnusable             422  this file cannot serve: truncated, not GGUF, unknown family, too large
 ├── DownloadFailed            502  a source could not give what was asked of it
 ├── EngineFailed              500  the engine died more often than it is restarted, or refused a step
 │   └── AnswerFailed          500  one answer cannot go on; the engine and all others do
@@ -90,7 +90,8 @@ class ModelNotFound(NotFound):
 
     def __init__(self, model: str, *, have: tuple[str, ...] = ()) -> None:
         known = ", ".join(have) if have else "none yet"
-        super().__init__(f"There is no model {model!r} here (installed: {known}). Try `nimbos pull {model}`.", param="model")
+        hint = f"There is no model {model!r} here (installed: {known}). Try `nimbos pull {model}`."
+        super().__init__(hint, param="model")
         self.model = model
 
 

@@ -65,7 +65,7 @@ Part = Text | Tokens
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How a token is chosen from logits. Defaults choose from the untouched distribution.
 
-    temperature 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1 and penalties at their neutral value are off.
+    temperature 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1 and neutral penalties are off.
     Penalties look at the prompt's and the answer's last `penalty_window` tokens.
     `logprobs`: None is off; k ≥ 0 gives each token's log-probability and those of the k likeliest.
     """
@@ -260,7 +260,7 @@ class TokenSource(Protocol):
     async def prepare(self, ask: Ask) -> Prepared:
         """Counts (and where it can, tokenizes) the prompt.
 
-        Raises: PromptTooLong when not even one token of answer fits; InvalidRequest for a grammar that does not compile.
+        Raises: PromptTooLong when not even one token of answer fits; InvalidRequest for a grammar that is wrong.
         """
         ...
 

@@ -119,7 +119,7 @@ class ContextTree:
             node = node.parent
         live = self._tips.keys() - self._retired.keys()
         total = 0
-        stack = [root for root in self._roots.values()]
+        stack = list(self._roots.values())
         while stack:
             node = stack.pop()
             if node.parent is not None and id(node) not in kept and node.users.isdisjoint(live):

@@ -24,7 +24,7 @@ import structlog
 
 from nimbos.config import Settings
 from nimbos.engine import protocol
-from nimbos.engine.library import quiet_environment
+from nimbos.engine.library import candidates, quiet_environment
 from nimbos.engine.memo import StepTimes, head_hash
 from nimbos.errors import EngineFailed, ModelUnusable, NimbosError, Overloaded
 from nimbos.types import Ask, Chunk, Final, Kind, ModelCard, Prepared, TokenChunk, Tokens
@@ -77,6 +77,8 @@ class Engine:
         self._deaths: deque[float] = deque(maxlen=64)
         self._finishes: deque[float] = deque(maxlen=64)
         self._times: StepTimes | None = None
+        self._skip = 0
+        self._died_with: int | None = None
 
     @property
     def active(self) -> int:
@@ -97,9 +99,22 @@ class Engine:
             self._hash = await asyncio.to_thread(head_hash, self.model_path)
         self._times = self._times or StepTimes(self._settings, self._hash)
         self._closing, self._broken = False, None
-        await self._spawn()
+        await self._spawn_some_library()
         assert self.ready is not None
         return self.ready.card
+
+    async def _spawn_some_library(self) -> None:
+        """A library can crash on the first decode (a build for a feature that this machine only claims to have); then
+        the next candidate is tried."""
+        left = len(await asyncio.to_thread(candidates, self._settings))
+        while True:
+            try:
+                return await self._spawn()
+            except EngineFailed as error:
+                if self._died_with is None or self._died_with >= 0 or self._skip + 1 >= left:
+                    raise
+                self._skip += 1
+                log.warning("library crashed", model=self.model_id, skipped=self._skip, error=error.message)
 
     async def _spawn(self) -> None:
         ours, theirs = socket.socketpair()
@@ -129,6 +144,7 @@ class Engine:
                 model_path=str(self.model_path),
                 model_id=self.model_id,
                 model_hash=self._hash,
+                skip_libraries=self._skip,
                 settings=self._settings,
                 lease_path=str(self._settings.run_dir / "lease"),
                 table=self._times.load(),
@@ -156,7 +172,7 @@ class Engine:
         assert self._process is not None
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), 2)
-        code = self._process.returncode
+        self._died_with = code = self._process.returncode
         return f"its process ended with {code}; a file that crashes libllama is not a usable model"
 
     async def close(self) -> None:
@@ -385,7 +401,8 @@ async def _frame(reader: asyncio.StreamReader) -> protocol.FromEngine | None:
         size = protocol.LENGTH.unpack(await reader.readexactly(protocol.LENGTH.size))[0]
         if size > protocol.FRAME_BYTES_MAX:
             return None
-        return protocol.decode_from_engine(await reader.readexactly(size))
+        message: protocol.FromEngine = protocol.decode_from_engine(await reader.readexactly(size))
+        return message
     except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
         return None
 

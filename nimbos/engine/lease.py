@@ -32,6 +32,7 @@ class Lease:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._virtual = 0.0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with self._locked():
             if os.fstat(self._fd).st_size < _SLOT.size * _SLOTS:

@@ -55,10 +55,37 @@ class Loop:
         self._number = 0
         self._chunks: list[tuple[str, Chunk]] = []
 
+    def warm(self) -> None:
+        """Decodes a few tokens: a library that cannot is found out before anybody waits, and the threads learn whether
+        they have the cores to themselves. Raises: EngineFailed."""
+        tokens = [token for token in range(min(self.model.n_vocab, 64)) if token not in self.model.vocab.control]
+        for _ in range(2):
+            self.model.arm()
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            self.model.decode([Rows(sequence=0, start=0, tokens=tokens[:8], logits=True)])
+            wall, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
+            self.model.drop(0)
+        relative = wall * 1e3 / self._expected.predict(8, 0)
+        self.threads.observe(relative=relative, cpu_ms=cpu * 1e3, wall_ms=wall * 1e3, now_ms=_now_ms())
+
     # --- what the outside asks for
 
     def submit(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None) -> None:
-        """Takes in an ask whose prompt is tokenized and whose grammar is compiled."""
+        """Takes in an ask whose prompt is tokenized and whose grammar is compiled.
+
+        Raises: AnswerFailed when what was emitted does not fit the ask.
+        """
+        ask = submit.ask
+        try:
+            self._take_in(submit, prompt, matcher)
+        except AnswerFailed:
+            self.cancel(ask.id)
+            raise
+        finally:
+            self._changed = True
+            self.flush()
+
+    def _take_in(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None) -> None:
         ask = submit.ask
         self.clock.arrive(ask.account, {job.account for job in (*self._live, *self._waiting)})
         for branch in range(ask.n):
@@ -68,9 +95,14 @@ class Loop:
             room = self.context_limit - len(prompt)
             limit = room if ask.limit_tokens is None else min(ask.limit_tokens, room)
             answer = Answer(
-                self.model.vocab, ask, branch, matcher.copy() if matcher else None, prompt[-256:], max_tokens=limit
+                self.model.vocab,
+                ask,
+                branch,
+                matcher.copy() if matcher else None,
+                prompt[-ask.sampling.penalty_window :],
+                max_tokens=limit,
             )
-            answer.replay(emitted)  # AnswerFailed goes to the caller: what was emitted does not fit the ask
+            answer.replay(emitted)
             self._number += 1
             job = Job(
                 ask_id=ask.id,
@@ -87,8 +119,6 @@ class Loop:
                 self._finish(job, answer.finish or FinishReason.LENGTH)
             else:
                 self._waiting.append(job)
-        self._changed = True
-        self.flush()
 
     def cancel(self, ask_id: str) -> None:
         """Forgets every branch of an ask; its cells are free, or cache, before the next step."""
@@ -279,7 +309,7 @@ class Loop:
     # --- after the computing
 
     def _recover_aborted(self, chosen: Plan) -> None:
-        """Part of the batch is in memory. Each job keeps what is certain; its last token is computed again for logits."""
+        """Part of the batch is in memory. Each job keeps what is certain; its last token is computed again."""
         self.counters.preemptions += 1
         for part in chosen.slices:
             job, sequence = part.job, _sequence(part.job)
@@ -400,4 +430,3 @@ def _common(tokens: Sequence[int], other: Sequence[int]) -> int:
 
 def _now_ms() -> float:
     return time.monotonic() * 1e3
-

@@ -302,8 +302,8 @@ class Model:
     def logits(self, rows: int) -> Floats:
         """A view (rows, n_vocab) on the library's own buffer, valid until the next decode; writing to it is allowed."""
         pointer = self.library.llama_get_logits(self._context)
-        array = (ctypes.c_float * (rows * self.n_vocab)).from_address(pointer)
-        return np.frombuffer(array, np.float32).reshape(rows, self.n_vocab)
+        floats = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(floats, (rows, self.n_vocab))
 
     def embedding(self, sequence: int) -> Floats:
         """The pooled vector of a sequence after `decode`, copied, not normalised."""

@@ -18,7 +18,8 @@ FRAME_BYTES_MAX = 256 * 1024 * 1024
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
-    """First frame to the engine process. `lease_path`: "" for none. `table`: what is known of step times, encoded."""
+    """First frame to the engine process. `lease_path`: "" for none. `table`: what is known of step times, encoded.
+    `skip_libraries`: so many of the candidates crashed here before."""
 
     model_path: str
     model_id: str
@@ -26,6 +27,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     settings: Settings
     lease_path: str
     table: bytes = b""
+    skip_libraries: int = 0
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):

@@ -80,7 +80,7 @@ class Worker:
         """Loads the model and confines the process. Raises: ModelUnusable, EngineFailed."""
         self._pipe = pipe
         settings = start.settings
-        library, refused = open_library(candidates(settings))
+        library, refused = open_library(candidates(settings)[start.skip_libraries :])
         threads = thread_count(settings.engine)
         lease = Lease(Path(start.lease_path)) if start.lease_path else None
         options = ModelOptions(cells=0, sequences=settings.engine.sequences, threads=threads)
@@ -115,6 +115,7 @@ class Worker:
             )
             share = settings.engine.share_prefixes and model.shares_prefixes
             self._loop = Loop(model, costs, rules, post=pipe.send, hold=hold, share=share, context_limit=limit)
+            self._loop.warm()
         self._costs = costs
         self._inbox: deque[protocol.Submit | protocol.Cancel | protocol.StatsRequest] = deque()
         self._ready_matchers: dict[str, Matcher] = {}
@@ -161,12 +162,15 @@ class Worker:
     def _sort(self, message: protocol.ToEngine) -> None:
         if isinstance(message, protocol.Prepare):
             self._preparing.put(message)
-        elif isinstance(message, protocol.Submit) and message.ask.grammar is not None:
-            self._preparing.put(message)
+        elif isinstance(message, protocol.Submit):
+            if message.ask.grammar is not None:
+                self._preparing.put(message)
+            else:
+                self._arrive(message)
         elif isinstance(message, protocol.Cancel):
             self._cancelled.add(message.ask_id)
             self._arrive(message)
-        elif isinstance(message, protocol.Submit | protocol.StatsRequest):
+        elif isinstance(message, protocol.StatsRequest):
             self._arrive(message)
 
     def _arrive(self, message: protocol.Submit | protocol.Cancel | protocol.StatsRequest) -> None:
@@ -292,7 +296,8 @@ def _card(start: protocol.Start, model: Model, limit: int) -> ModelCard:
         chat_template=model.chat_template,
         bos=_text(vocab.pieces, vocab.bos),
         eos=_text(vocab.pieces, vocab.eos),
-        control=(*control, *model.user_defined()),
+        control=control,
+        user_defined=model.user_defined(),
         fim=model.fim_marks(),
         shares_prefixes=model.shares_prefixes,
         embedding_size=model.embedding_size,

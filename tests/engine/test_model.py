@@ -93,7 +93,7 @@ def test_a_shared_prefix_gives_the_logits_of_an_own_one(model: Model) -> None:
     tails = [[*range(20, 29)], [*range(60, 65)], [11]]
     wants = [plain(model, PROMPT + tail) for tail in tails]
     logits_of(model, [Rows(sequence=0, start=0, tokens=PROMPT, logits=False)])
-    for branch, tail in enumerate(tails, start=1):
+    for branch in range(1, len(tails) + 1):
         model.copy(0, branch, len(PROMPT))
         assert model.position_end(branch) == len(PROMPT)
     rows = [Rows(sequence=b, start=len(PROMPT), tokens=t, logits=True) for b, t in enumerate(tails, start=1)]
