@@ -87,9 +87,8 @@ class Store:
 
     def folder(self, model_id: str) -> Path:
         readable = _UNSAFE.sub("_", model_id)[:80].strip("._")
-        return (
-            self.models_dir / f"{readable}-{hashlib.sha256(model_id.encode(errors='backslashreplace')).hexdigest()[:8]}"
-        )
+        tag = hashlib.sha256(model_id.encode(errors="backslashreplace")).hexdigest()[:8]
+        return self.models_dir / f"{readable}-{tag}"
 
     def lock(self, model_id: str) -> FileLock:
         return FileLock(self.models_dir / ".locks" / f"{self.folder(model_id).name}.lock")
