@@ -69,6 +69,7 @@ class Lease:
         while True:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             if not self._somebody_before():
+                self._write(self._slot, os.getpid(), False, self._virtual)
                 return
             if time.monotonic() > patience:
                 self._bury_dead()
@@ -123,10 +124,13 @@ class Lease:
 
 
 def _alive(pid: int) -> bool:
+    """False also for a process that is dead and that its parent has not yet noticed."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True
