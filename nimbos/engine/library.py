@@ -41,13 +41,12 @@ def thread_count(settings: EngineSettings) -> int:
 
 
 def quiet_environment(environment: dict[str, str] | None = None) -> None:
-    """Sets what must stand before the process starts (OpenMP, glibc) or before libllama loads.
+    """Sets what must stand before the process starts.
 
-    GOMP_SPINCOUNT: how long OpenMP's threads spin; without it one busy neighbour costs 4/5 of the speed.
-    MALLOC_*: the sampler's large arrays stay with the process instead of going back to the kernel after each token,
+    How long OpenMP's threads spin (GOMP_SPINCOUNT) is left alone: spinning less costs speed on a quiet machine, and
+    on a busy one `threads.py` does better. MALLOC_*: the sampler's large arrays stay with the process instead of going back to the kernel after each token,
     which made sampling up to 2.5 times faster.
     """
     target = environment if environment is not None else os.environ
-    target.setdefault("GOMP_SPINCOUNT", "10000")
     target.setdefault("MALLOC_TRIM_THRESHOLD_", "268435456")
     target.setdefault("MALLOC_MMAP_THRESHOLD_", "268435456")

@@ -18,6 +18,7 @@ from typing import Protocol
 from nimbos.types import AskClass
 
 RANK = {AskClass.INTERACTIVE: 0, AskClass.AGENT: 1, AskClass.BATCH: 2}
+WIDE_ROWS = 16  # measured: 16 rows decode 2.3 times as many tokens a second as one, 32 rows 2.8 times
 KERNEL_ROWS = 4  # x86 kernels for repacked weights work on multiples of four rows
 
 
@@ -144,9 +145,11 @@ def admission_order(waiting: Sequence[Job], clock: FairClock, rules: Rules, now_
 
 
 def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
-    """Whether one more live job is good for those that run: its rows must fit the stall target beside its peers.
+    """Whether one more live job is good for those that run.
 
-    An account that has nothing live may always have one, so that a flood of others cannot hold the last place.
+    Up to `WIDE_ROWS` interactive rows a step gains much by each more; beyond them, one is taken in only while the step
+    stays within the stall target. An account that has nothing live may always have one, so that a flood of others
+    cannot hold the last place.
     """
     if len(live) >= rules.live_jobs:
         return False
@@ -157,7 +160,7 @@ def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
         return True
     rows = len(peers) + 1
     cells = sum(len(j.tokens) for j in peers) + len(job.tokens)
-    return rows <= KERNEL_ROWS or costs.predict(rows, cells) <= rules.stall_target_ms
+    return rows <= WIDE_ROWS or costs.predict(rows, cells) <= rules.stall_target_ms
 
 
 def victim(live: Sequence[Job], job: Job) -> Job | None:
