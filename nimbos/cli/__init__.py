@@ -13,7 +13,9 @@ import typer
 
 from nimbos import __version__
 from nimbos.cli import models, native
+from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
+from nimbos.cli.doctor import doctor
 from nimbos.cli.up import up
 from nimbos.errors import NimbosError
 
@@ -26,6 +28,8 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(chat)
+app.command()(bench)
+app.command()(doctor)
 models.register(app)
 native.register(app)
 

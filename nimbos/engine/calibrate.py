@@ -122,7 +122,7 @@ def measure_model(
     for number, (m, context) in enumerate(wanted):
         times = []
         with _context_of(model, context):
-            for _ in range(repeats + 1):
+            for _ in range(repeats + 1 if m <= 64 else 2):  # long steps vary little, and cost seconds
                 # up to 32 rows: one row for each of m sequences, as in decoding; above: one sequence, as in prefill
                 spread = m <= 32 and m + 1 < model.options.sequences
                 step = (
