@@ -1,0 +1,58 @@
+"""Runs the installed `nimbos` command with a home of its own, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.live import PATIENCE_S
+
+NIMBOS = str(Path(sys.executable).with_name("nimbos"))
+CONFIG = "[engine]\nthreads = 1\ncells = 4096\nsequences = 32\n"
+
+
+def make_home(folder: Path) -> Path:
+    """A private home whose engines are small."""
+    home = folder / "home"
+    home.mkdir(mode=0o700)
+    (home / "config.toml").write_text(CONFIG)
+    return home
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NIMBOS_")}
+    return {**kept, "NIMBOS_HOME": str(home), "NO_COLOR": "1", "COLUMNS": "200", **more}
+
+
+def run(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [NIMBOS, *arguments],
+        env=environment(home, **more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def document(home: Path, *arguments: str, **more: str) -> dict[str, Any]:
+    """What a command that succeeds prints with `--json`; nothing else may stand on stdout."""
+    done = run(home, *arguments, "--json", **more)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def refusal(home: Path, *arguments: str, **more: str) -> str:
+    """The one line with which a command fails."""
+    done = run(home, *arguments, **more)
+    assert done.returncode == 1, done.stdout
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
