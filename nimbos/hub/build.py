@@ -33,6 +33,8 @@ _OPTIONS = {
     "LLAMA_CURL": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
+# AMX tiles crash where a hypervisor shows the processor's but does not let them be used; what they gain is not needed.
+_WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 _PERCENT = re.compile(rb"^\[ *(\d+)%\]")
 
 
@@ -48,8 +50,8 @@ async def build_library(
 
     Raises: DownloadFailed naming the tool that is missing, or with the compiler's last words.
     """
-    cmake = shutil.which("cmake")
-    if cmake is None or not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+    cmake, compiler = shutil.which("cmake"), _compiler()
+    if cmake is None or compiler is None:
         raise DownloadFailed(
             "Building libllama needs cmake and a C++ compiler. Install them (Debian: apt install cmake g++; cmake also "
             "comes by `pip install cmake`), or install npm and run `nimbos engine install`."
@@ -57,7 +59,8 @@ async def build_library(
     archive = await _fetch_source(scratch, requirement, expected, progress)
     tree = scratch / "source"
     await asyncio.to_thread(extract, archive, tree, _llama_member)
-    options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
+    flags = await _flags(compiler)
+    options = [f"-D{name}={value}" for name, value in {**_OPTIONS, **flags}.items()]
     build = scratch / "build"
     progress.note("configuring the build")
     await _run([cmake, "-S", str(tree), "-B", str(build), *options], progress)
@@ -66,6 +69,27 @@ async def build_library(
     await _run([cmake, "--build", str(build), "--config", "Release", "--target", "llama", "-j", jobs], progress)
     await asyncio.to_thread(_collect, build, tree, staged)
     return f"pypi:{requirement}"
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+async def _flags(compiler: str) -> dict[str, str]:
+    """Compiler flags for this machine; a compiler that does not know them would not use AMX either."""
+    process = await asyncio.create_subprocess_exec(
+        *(compiler, *_WITHOUT_AMX, "-E", "-x", "c++", os.devnull),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    if await process.wait():
+        return {}
+    own = {name: os.environ.get(variable, "") for name, variable in (("C", "CFLAGS"), ("CXX", "CXXFLAGS"))}
+    return {f"CMAKE_{name}_FLAGS": " ".join((*_WITHOUT_AMX, flags)).strip() for name, flags in own.items()}
 
 
 async def _fetch_source(scratch: Path, requirement: str, expected: Expected, progress: Progress) -> Path:
