@@ -80,18 +80,27 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     x_nimbos: NimbosFields | None = None
 
 
+# Where a request says nothing of how to sample: small open models write nonsense from the untouched distribution.
+SILENT_TEMPERATURE = 0.7
+SILENT_MIN_P = 0.05
+
+
 def sampling_of(fields: SamplingFields, *, logprobs: int | None) -> Sampling:
-    """Raises: InvalidRequest naming the field and its range."""
+    """A request that names any of temperature, top_p, top_k, min_p and typical_p gets just what it names.
+
+    Raises: InvalidRequest naming the field and its range."""
     seed = fields.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(8), "little", signed=True)
     else:
         _within("seed", seed, -(2**63), 2**63 - 1)
+    chosen = (fields.temperature, fields.top_p, fields.top_k, fields.min_p, fields.typical_p)
+    silent = all(value is None for value in chosen)
     return Sampling(
-        temperature=_within("temperature", fields.temperature, 0, 2, absent=1.0),
+        temperature=_within("temperature", fields.temperature, 0, 2, absent=SILENT_TEMPERATURE if silent else 1.0),
         top_p=_within("top_p", fields.top_p, 0, 1, absent=1.0),
         top_k=max(0, int(_within("top_k", fields.top_k, -1, 1_000_000, absent=0))),
-        min_p=_within("min_p", fields.min_p, 0, 1, absent=0.0),
+        min_p=_within("min_p", fields.min_p, 0, 1, absent=SILENT_MIN_P if silent else 0.0),
         typical_p=_within("typical_p", fields.typical_p, 0, 1, absent=1.0),
         repetition_penalty=_within("repetition_penalty", fields.repetition_penalty, 0.01, 10, absent=1.0),
         frequency_penalty=_within("frequency_penalty", fields.frequency_penalty, -2, 2, absent=0.0),

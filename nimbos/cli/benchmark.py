@@ -23,7 +23,7 @@ from nimbos.engine.memo import StepTimes, head_hash
 from nimbos.errors import EngineFailed, ModelUnusable
 from nimbos.hub import LocalModel
 
-DEEP_CELLS = 2048  # where the cost of a long context is read off
+DEEP_CELLS, DEEP_ROWS = 2048, (1, 4, 16)  # where the cost of a long context is read off
 QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -101,7 +101,8 @@ def _calibrate(settings: Settings, model: LocalModel, *, quick: bool, bar: Bar) 
         model=str(model.path),
         threads=thread_count(settings.engine),
         rows=QUICK_ROWS if quick else KNOTS,
-        contexts=(0,) if quick else (0, deep),
+        deep_rows=() if quick else DEEP_ROWS,
+        deep_cells=0 if quick else deep,
         step_tokens=settings.engine.max_step_tokens,
         repeats=1 if quick else 3,
     )
@@ -139,10 +140,10 @@ async def _ask(engine: Engine, size: Size, bar: Bar) -> EngineSpeed:
         before = await workload.stats()
         bar.begin("First token")
         first_token_s = await workload.first_token_s()
+        bar.begin("Decode")  # before the prompts that stay in memory afterwards
+        decode = await workload.decode()
         bar.begin("Prefill")
         prefill = await workload.prefill()
-        bar.begin("Decode")
-        decode = await workload.decode()
         bar.begin("Fan-out")
         fan_out = await workload.fan_out()
         after = await workload.stats()

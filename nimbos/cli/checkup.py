@@ -185,6 +185,6 @@ def _about_machine(checkup: Checkup) -> list[str]:
     if comparison is not None and comparison.contended:
         found.append(
             f"While measuring, {comparison.cpu_share:.0%} of the cores' time was to be had; the rest went to others, "
-            "so the numbers below are too low."
+            "so the numbers are too low."
         )
     return found

@@ -56,7 +56,6 @@ def compare(settings: Settings, model: LocalModel, paths: list[Path], bar: Bar) 
         model=str(model.path),
         threads=thread_count(settings.engine),
         rows=rows,
-        contexts=(0,),
         step_tokens=settings.engine.max_step_tokens,
     )
     times: dict[Path, dict[int, list[float]]] = {path: defaultdict(list) for path in paths}
@@ -100,7 +99,10 @@ def _speeds(times: dict[int, list[float]], own: dict[int, list[float]]) -> tuple
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """One sentence for each other library, in words."""
+    """One sentence for each other library, in words. Other programs do not slow all libraries alike, so beside them
+    there is none."""
+    if comparison.contended:
+        return ["Other programs had too much of the cores to say which is faster. Try again when they are idle."]
     found = []
     for other in comparison.libraries:
         if other.used:

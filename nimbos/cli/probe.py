@@ -29,13 +29,15 @@ Point = tuple[int, int, float]  # rows, cells each row attends to before the ste
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """`repeats`: None takes as many as fit in a few seconds."""
+    """Steps of `rows` rows before any context, and of `deep_rows` that each attend to `deep_cells` cells: they take
+    much longer, and a few tell what a cell costs. `repeats`: None takes as many as fit in a few seconds."""
 
     model: str
     threads: int
     rows: tuple[int, ...]
-    contexts: tuple[int, ...]
     step_tokens: int
+    deep_rows: tuple[int, ...] = ()
+    deep_cells: int = 0
     repeats: int | None = None
 
 
@@ -56,8 +58,8 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
 
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True, tag="timed"):
-    """`table`: for engines; it needs more than one context. `cpu_share`: of cores × time, what this process really
-    computed; less means that others had the cores."""
+    """`table`: for engines; only with deep rows. `cpu_share`: of cores × time, what this process really computed; less
+    means that others had the cores."""
 
     points: list[Point]
     table: StepTimeTable | None
@@ -104,7 +106,7 @@ def measure(library: Library, timing: Timing) -> Timed:
 
     path = Path(timing.model)
     options = ModelOptions(
-        cells=max(timing.contexts) + max(1024, timing.step_tokens),
+        cells=timing.deep_cells + max(1024, timing.step_tokens),
         sequences=MEASURE_SEQUENCES,
         threads=timing.threads,
         step_tokens=timing.step_tokens,
@@ -114,23 +116,34 @@ def measure(library: Library, timing: Timing) -> Timed:
     model.open_context()
     try:
         begun, begun_cpu = time.perf_counter(), time.process_time()
-        points = measure_model(
-            model,
-            contexts=timing.contexts,
-            rows=timing.rows,
-            repeats=timing.repeats or _affordable_repeats(model, timing),
-            progress=lambda done, total: say(Step(done=done, total=total)),
-        )
+        points = _points(model, timing)
         share = (time.process_time() - begun_cpu) / ((time.perf_counter() - begun) * timing.threads)
         prior = StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
-        table = table_from(points, prior) if len(timing.contexts) > 1 else None
+        table = table_from(points, prior) if timing.deep_rows else None
         return Timed(points=points, table=table, cpu_share=min(1.0, share))
     finally:
         model.close()
 
 
+def _points(model: Model, timing: Timing) -> list[Point]:
+    repeats = timing.repeats or _affordable_repeats(model, timing)
+    total = len(timing.rows) + len(timing.deep_rows)
+
+    def at(done: int, _: int) -> None:
+        say(Step(done=done, total=total))
+
+    def at_deep(done: int, _: int) -> None:
+        say(Step(done=len(timing.rows) + done, total=total))
+
+    points = measure_model(model, contexts=(0,), rows=timing.rows, repeats=repeats, progress=at)
+    if timing.deep_rows:
+        deep = (timing.deep_cells,)
+        points += measure_model(model, contexts=deep, rows=timing.deep_rows, repeats=repeats, progress=at_deep)
+    return points
+
+
 def _affordable_repeats(model: Model, timing: Timing) -> int:
-    once = measure_model(model, contexts=timing.contexts, rows=timing.rows, repeats=1)
+    once = measure_model(model, contexts=(0,), rows=timing.rows, repeats=1)
     total_s = sum(milliseconds for _, _, milliseconds in once) / 1e3
     return max(REPEATS_MIN, min(REPEATS_MAX, int(TIMING_S / max(1e-6, total_s))))
 

@@ -26,7 +26,7 @@ _TEXT = (
 )
 FIRST_TOKEN_PROMPT = 32
 FAN_OUT_OWN, FAN_OUT_ANSWER = 16, 16
-AGAIN_UNDER_S = 60.0  # a pair of fan-outs that took less is run once more, in the reverse order
+AGAIN_UNDER_S = 30.0  # a pair of fan-outs that took less is run once more, in the reverse order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

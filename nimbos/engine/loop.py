@@ -194,8 +194,10 @@ class Loop:
             if self._share and self._follows(job):
                 self._changed = True  # somebody behind it may be looked at
                 continue
+            if not self._finds_place(job):
+                continue  # the limit is on its account's rows; another account may have a place
             if not self._make_live(job):
-                return
+                return  # cells are short: nobody overtakes the one that is first
             self._changed = True
 
     def _release_followers(self) -> None:
@@ -225,12 +227,16 @@ class Loop:
     def _root(self, job: Job) -> str:
         return job.account if self._share else f"{job.account}\0{job.number}"
 
-    def _make_live(self, job: Job) -> bool:
+    def _finds_place(self, job: Job) -> bool:
         while not may_live(job, self._live, self.costs, self.rules):
             loser = victim(self._live, job) if len(self._live) >= self.rules.live_jobs else None
             if loser is None:
                 return False
             self._preempt(loser)
+        return True
+
+    def _make_live(self, job: Job) -> bool:
+        """False when there are not enough cells for it, now."""
         match = self._match(job)
         while not self._has_room(job, match):
             loser = victim(self._live, job)
@@ -357,7 +363,11 @@ class Loop:
                 self._finish(job, track.answer.finish)
 
     def _choose(self, job: Job, track: Track, logits: Floats) -> None:
-        """The next tokens of a job: one that is sampled, and those before and after it that need no sampling."""
+        """The next tokens of a job: one that is sampled, and those before and after it that need no sampling.
+
+        Guessed tokens (prompt-lookup speculation, not built yet) would be appended here as well, as rows that each
+        want logits, and be taken back after the next step where the model disagrees.
+        """
         answer = track.answer
         job.running = True
         self._take_forced(job, answer)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nimbos.cli import checkup, running
+from nimbos.cli.compare import Comparison, Measured, Speed, verdict
 from nimbos.cli.machine import busy_share, features_unused, features_used
 from nimbos.cli.measuring import Bar, libraries, time_library, why_not_now
 from nimbos.cli.probe import Refused, Timing
@@ -115,6 +116,22 @@ def test_two_libraries_are_measured_in_turn_and_compared(home: Path, tiny: Path,
     assert 0 < found["cpu_share"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("ratio", "cpu_share", "words"),
+    [
+        (1.5, 1.0, "other would gain here: decode of 1 1.50×."),
+        (0.5, 1.0, "other would gain nothing here: decode of 1 0.50×."),
+        (1.01, 1.0, "other would gain nothing here."),
+        (None, 1.0, "other runs this model; the one that is used does not."),
+        (1.5, 0.6, "Other programs had too much of the cores to say which is faster. Try again when they are idle."),
+    ],
+)
+def test_the_verdict_says_no_more_than_was_measured(ratio: float | None, cpu_share: float, words: str) -> None:
+    measured = Measured(library="other", used=False, speeds=(Speed(rows=1, tokens_per_second=9.0, ratio=ratio),))
+    comparison = Comparison(model="m", threads=1, order=(), libraries=(measured,), cpu_share=cpu_share)
+    assert verdict(comparison) == [words]
+
+
 def test_a_wrong_model_name_is_one_line(home: Path) -> None:
     assert "no-such-model" in refusal(home, "doctor", "--model", "no-such-model")
 
@@ -158,7 +175,7 @@ def test_a_probe_that_is_killed_is_a_refusal_that_names_the_signal(tiny: Path) -
             (child,) = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
             os.kill(int(child), signal.SIGKILL)
 
-    timing = Timing(model=str(tiny), threads=1, rows=(1, 8, 128), contexts=(0,), step_tokens=128, repeats=200)
+    timing = Timing(model=str(tiny), threads=1, rows=(1, 8, 128), step_tokens=128, repeats=200)
     answer = time_library(wheel_library(), timing, Killer(), "dying")
     assert isinstance(answer, Refused)
     assert "SIGKILL" in answer.reason
