@@ -59,8 +59,8 @@ def _report(results: Results) -> list[str]:
     lines += [f"  Decode, {d.rows:>2} at a time      {rate(d.tokens_per_second)}" for d in speed.decode]
     if (fan := speed.fan_out) is not None:
         lines.append(
-            f"  Fan-out                  {fan.gain:.1f}× faster: {fan.branches} answers that share {fan.shared_tokens} "
-            f"tokens in {fan.shared_s:.2f} s, computed apart in {fan.apart_s:.2f} s"
+            f"  Fan-out                  {fan.gain:.1f}×: {fan.branches} answers that share {fan.shared_tokens} tokens "
+            f"in {fan.shared_s:.2f} s, computed apart in {fan.apart_s:.2f} s"
         )
     lines += [
         f"  Around the computing     {speed.overhead_share:.1%} of its time",

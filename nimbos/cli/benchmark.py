@@ -116,7 +116,7 @@ def _calibrate(settings: Settings, model: LocalModel, *, quick: bool, bar: Bar) 
         if answer.model:
             raise ModelUnusable(str(model.path), reason=answer.reason)
         reasons.append(f"{choice.path}: {answer.reason}")
-    raise EngineFailed("No usable libllama: " + " | ".join(reasons))
+    raise EngineFailed(f"No libllama here could time {model.id}: " + " | ".join(reasons))
 
 
 def _keep(times: StepTimes, table: StepTimeTable | None) -> str | None:

@@ -58,7 +58,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
 
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True, tag="timed"):
-    """`table`: for engines; only with deep rows. `cpu_share`: of cores × time, what this process really computed; less
+    """`table`: for engines; only with deep rows, and where the model can share prefixes. `cpu_share`: of cores × time, what this process really computed; less
     means that others had the cores."""
 
     points: list[Point]
@@ -119,7 +119,7 @@ def measure(library: Library, timing: Timing) -> Timed:
         points = _points(model, timing)
         share = (time.process_time() - begun_cpu) / ((time.perf_counter() - begun) * timing.threads)
         prior = StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
-        table = table_from(points, prior) if timing.deep_rows else None
+        table = table_from(points, prior) if any(cells for _, cells, _ in points) else None
         return Timed(points=points, table=table, cpu_share=min(1.0, share))
     finally:
         model.close()
@@ -127,7 +127,8 @@ def measure(library: Library, timing: Timing) -> Timed:
 
 def _points(model: Model, timing: Timing) -> list[Point]:
     repeats = timing.repeats or _affordable_repeats(model, timing)
-    total = len(timing.rows) + len(timing.deep_rows)
+    deep_rows = timing.deep_rows if model.shares_prefixes else ()  # a deep step copies its context to each row
+    total = len(timing.rows) + len(deep_rows)
 
     def at(done: int, _: int) -> None:
         say(Step(done=done, total=total))
@@ -136,9 +137,9 @@ def _points(model: Model, timing: Timing) -> list[Point]:
         say(Step(done=len(timing.rows) + done, total=total))
 
     points = measure_model(model, contexts=(0,), rows=timing.rows, repeats=repeats, progress=at)
-    if timing.deep_rows:
+    if deep_rows:
         deep = (timing.deep_cells,)
-        points += measure_model(model, contexts=deep, rows=timing.deep_rows, repeats=repeats, progress=at_deep)
+        points += measure_model(model, contexts=deep, rows=deep_rows, repeats=repeats, progress=at_deep)
     return points
 
 

@@ -118,29 +118,38 @@ def measure_model(
     from nimbos.engine.model import Rows
 
     found: list[tuple[int, int, float]] = []
-    wanted = [(m, c) for c in contexts for m in rows if c + m <= model.cells and m <= model.options.step_tokens]
-    for number, (m, context) in enumerate(wanted):
-        times = []
+    counts = [m for m in rows if m <= model.options.step_tokens]
+    for level, context in enumerate(contexts):
         with _context_of(model, context):
-            for _ in range(repeats + 1 if m <= 64 else 2):  # long steps vary little, and cost seconds
-                # up to 32 rows: one row for each of m sequences, as in decoding; above: one sequence, as in prefill
-                spread = m <= 32 and m + 1 < model.options.sequences
-                step = (
-                    [Rows(sequence=1 + i, start=context, tokens=[10 + i], logits=True) for i in range(m)]
-                    if spread
-                    else [Rows(sequence=1, start=context, tokens=[10 + i % 50 for i in range(m)], logits=True)]
-                )
-                for sequence in {row.sequence for row in step}:
-                    model.copy(0, sequence, context)
-                start = time.perf_counter()
-                model.decode(step)
-                times.append((time.perf_counter() - start) * 1e3)
-                for sequence in {row.sequence for row in step}:
-                    model.drop(sequence)
-        found.append((m, context, statistics.median(times[1:])))
-        if progress:
-            progress(number + 1, len(wanted))
+            for number, m in enumerate(counts, start=1):
+                if context + m * (m <= 32) + m <= model.cells:
+                    found.append((m, context, _time_step(model, m, context, repeats if m <= 64 else 1)))
+                if progress:
+                    progress(level * len(counts) + number, len(contexts) * len(counts))
     return found
+
+
+def _time_step(model: Model, m: int, context: int, repeats: int) -> float:
+    """Median milliseconds of `m` rows; the first run warms up and is not counted."""
+    from nimbos.engine.model import Rows
+
+    # up to 32 rows: one row for each of m sequences, as in decoding; above: one sequence, as in prefill
+    spread = m <= 32 and m + 1 < model.options.sequences
+    step = (
+        [Rows(sequence=1 + i, start=context, tokens=[10 + i], logits=True) for i in range(m)]
+        if spread
+        else [Rows(sequence=1, start=context, tokens=[10 + i % 50 for i in range(m)], logits=True)]
+    )
+    times = []
+    for _ in range(repeats + 1):
+        for row in step:
+            model.copy(0, row.sequence, context)
+        start = time.perf_counter()
+        model.decode(step)
+        times.append((time.perf_counter() - start) * 1e3)
+        for row in step:
+            model.drop(row.sequence)
+    return statistics.median(times[1:])
 
 
 @contextmanager

@@ -88,6 +88,18 @@ def test_a_machine_that_others_use_keeps_no_step_times(home: Path, tiny: Path, m
     assert not list((home / "cache").rglob("steps/*"))
 
 
+def test_a_model_that_cannot_share_is_measured_without_a_context(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "Size", lambda: benchmark.QUICK)
+    settings = load(home)
+    sliding = tiny_gguf.write("gemma3", tmp_path)
+    results = benchmark.run(settings, Hub(settings).find(str(sliding)), quick=False, bar=Bar())
+    assert [point.rows for point in results.calibration] == list(KNOTS)
+    assert {point.cells for point in results.calibration} == {0}
+    assert results.table is None
+
+
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_control_c_leaves_no_file_and_no_process_behind(home: Path, tiny: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
