@@ -115,7 +115,6 @@ def measure_model(
 
     Returns: (rows, cells each row attends to before the step, median milliseconds).
     """
-    from nimbos.engine.model import Rows
 
     found: list[tuple[int, int, float]] = []
     counts = [m for m in rows if m <= model.options.step_tokens]
