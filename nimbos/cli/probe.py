@@ -58,8 +58,8 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
 
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True, tag="timed"):
-    """`table`: for engines; only with deep rows, and where the model can share prefixes. `cpu_share`: of cores × time, what this process really computed; less
-    means that others had the cores."""
+    """`table`: for engines; only with deep rows, and where the model can share prefixes. `cpu_share`: of cores × time,
+    what this process really computed; less means that others had the cores."""
 
     points: list[Point]
     table: StepTimeTable | None

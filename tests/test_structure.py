@@ -1,0 +1,256 @@
+"""The house rules that a reader relies on, held on the syntax tree: which package may know which, what a package
+shows, that importing does no work, that errors are not swallowed, and that only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "nimbos"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Each layer may import those before it, and its members not each other. New packages are placed here.
+LAYERS = (
+    ("__init__",),
+    ("errors",),
+    ("types",),
+    ("config", "db", "blobs"),
+    ("ledger", "work", "engine", "chat", "keys", "meters"),
+    ("hub",),
+    ("cloud", "sources"),
+    ("service",),
+    ("kernel", "evals"),
+    ("adk", "store"),
+    ("api", "runtime"),
+    ("server",),
+    ("cli",),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+DOORS = {
+    "api": {"build"},
+    "chat": {
+        "DIAL_FIELDS",
+        "LEVEL_TOKENS",
+        "Chat",
+        "ChatRequest",
+        "ContentDelta",
+        "Delta",
+        "Dial",
+        "FoldedMessage",
+        "Plan",
+        "ReasoningDelta",
+        "Splitter",
+        "ToolCall",
+        "ToolCallDelta",
+        "fold",
+    },
+    "engine": {"STEP_BUCKETS_S", "Engine", "EngineStats"},
+    "hub": {"Gguf", "Hub", "LocalModel", "ModelFacts", "NativeLibrary", "Progress", "read_gguf"},
+}
+
+# Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
+PAST_DOORS = {
+    ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
+    ("cli", "hub"): {"catalog", "memory", "progress"},
+    ("runtime", "engine"): {"scripted"},
+    ("server", "api"): {"access", "protocol"},
+    ("sources", "engine"): {"scripted"},
+}
+
+# What may be called while a module is imported: it builds a value, and reads, starts or registers nothing.
+PURE = {
+    "Path",
+    "TypeVar",
+    "auto",
+    "bytes",
+    "codecs.getincrementaldecoder",
+    "ctypes.CFUNCTYPE",
+    "dataclass",
+    "field",
+    "float",
+    "frozenset",
+    "hashlib.sha256",
+    "len",
+    "msgspec.field",
+    "msgspec.json.Decoder",
+    "msgspec.json.Encoder",
+    "msgspec.msgpack.Decoder",
+    "msgspec.msgpack.Encoder",
+    "range",
+    "re.compile",
+    "struct.Struct",
+    "structlog.get_logger",
+}
+PURE_METHODS = {"encode", "hexdigest", "split", "to_bytes"}
+COMMAND_TREE = {"typer.Typer", "app.callback", "app.command", "app.command()", "models.register", "native.register"}
+
+# Loop tops: they log the traceback and fail the one request. Every other broad `except` ends by raising again, or is
+# around a library that raises plain `Exception`, and raises ours from it.
+LOOP_TOPS = {"engine/worker.py:_prepare", "api/errors.py:__call__", "api/sse.py:_pump"}
+PLAIN_EXCEPTIONS = {"engine/grammar.py:_lark_from_gbnf"}
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def part_of(file: Path) -> str:
+    """The package, or the module for those that stand alone."""
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), filename=str(file))
+
+
+def imports_of(file: Path) -> Iterator[tuple[str, ...]]:
+    """Modules of Nimbos that a file imports anywhere, also for types only, without the leading `nimbos`."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, *rest = name.split(".")
+            if root == "nimbos":
+                yield tuple(rest)
+
+
+def test_the_tree_was_found_and_every_part_has_a_layer() -> None:
+    assert len(FILES) > 50
+    assert {part_of(file) for file in FILES} - RANK.keys() == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_point_one_way(file: Path) -> None:
+    own = part_of(file)
+    wrong = []
+    for path in imports_of(file):
+        other = path[0] if path and path[0] in RANK else "__init__"
+        if other != own and RANK[other] >= RANK[own]:
+            wrong.append(other)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_doors_are_walked_around_only_where_it_is_listed(file: Path) -> None:
+    own = part_of(file)
+    for path in imports_of(file):
+        if len(path) < 2 or path[0] == own or path[0] not in DOORS:
+            continue
+        package, inner = path[0], path[1]
+        if inner not in DOORS[package]:
+            assert inner in PAST_DOORS.get((own, package), set()), f"{package}.{inner}"
+
+
+@pytest.mark.parametrize("package", sorted(DOORS))
+def test_a_package_shows_its_door_and_nothing_else(package: str) -> None:
+    tree = tree_of(ROOT / package / "__init__.py")
+    shown: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            shown = set(ast.literal_eval(node.value))
+    assert shown == DOORS[package]
+    own = {alias.name for path, alias in _from_imports(tree) if path.startswith("nimbos.")}
+    assert own == shown
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert defined <= {"__getattr__"}  # for what is loaded only when it is asked for
+
+
+def test_every_package_has_a_door() -> None:
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+    assert packages == DOORS.keys() | {"cli"}  # whose door is the command itself
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_importing_does_no_work(file: Path) -> None:
+    tree = tree_of(file)
+    allowed = PURE | _own_values(tree) | (COMMAND_TREE if name_of(file) == "cli/__init__.py" else set())
+    for call in _calls_at_import(tree):
+        name = ast.unparse(call.func)
+        method = isinstance(call.func, ast.Attribute) and call.func.attr in PURE_METHODS
+        assert name in allowed or method, f"{name_of(file)}:{call.lineno}: {name}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if part_of(file) != "cli"], ids=name_of)
+def test_only_the_command_line_prints(file: Path) -> None:
+    printing = [
+        node.lineno
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+    assert printing == []
+
+
+def test_broad_excepts_stand_at_loop_tops_or_raise_again() -> None:
+    swallowed, mapped = set(), set()
+    for file in FILES:
+        for function in ast.walk(tree_of(file)):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{name_of(file)}:{function.name}"
+                for handler in filter(_is_broad, _own_handlers(function)):
+                    last = handler.body[-1]
+                    if not isinstance(last, ast.Raise):
+                        swallowed.add(where)
+                    elif last.exc is not None:
+                        mapped.add(where)
+    assert swallowed == LOOP_TOPS
+    assert mapped == PLAIN_EXCEPTIONS
+
+
+def _from_imports(tree: ast.Module) -> Iterator[tuple[str, ast.alias]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.module or "", alias
+
+
+def _own_values(tree: ast.Module) -> set[str]:
+    """Names of classes that are defined here or imported from Nimbos: making one is making a value, as classes that
+    do work when they are made are made in functions."""
+    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    imported = {alias.name for path, alias in _from_imports(tree) if path.startswith("nimbos.")}
+    return {name for name in classes | imported if name[:1].isupper()}
+
+
+def _calls_at_import(tree: ast.AST) -> Iterator[ast.Call]:
+    """Not inside functions, but their decorators and defaults; not under `if __name__ == "__main__"`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            early = [*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)]
+            for part in early:
+                yield from (call for call in ast.walk(part) if isinstance(call, ast.Call))
+            continue
+        if isinstance(node, ast.Call):
+            yield node
+        yield from _calls_at_import(node)
+
+
+def _own_handlers(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.ExceptHandler]:
+    """Not those of functions inside it."""
+    left: list[ast.AST] = list(function.body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        if isinstance(node, ast.ExceptHandler):
+            yield node
+        left.extend(ast.iter_child_nodes(node))
+
+
+def _is_broad(handler: ast.ExceptHandler) -> bool:
+    if handler.type is None:
+        return True
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds)
