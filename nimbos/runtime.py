@@ -21,6 +21,8 @@ from nimbos.sources import Sources
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
 _CELLS_MIN, _CELLS_MAX = 2_048, 131_072
+_EMBEDDING_SEQUENCES_MAX = 64
+_RECURRENT_SEQUENCES_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,8 @@ def assemble(
 
     def memory_needed(model: LocalModel) -> int:
         cells = cells_of(model, settings.engine)
-        return hub.check_memory(model, cells=cells, budget_bytes=budget_bytes)
+        sequences = sequences_of(model, settings.engine)
+        return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
 
     sources = Sources(
         shelf=hub,
@@ -68,6 +71,15 @@ def cells_of(model: LocalModel, settings: EngineSettings) -> int:
         return settings.cells
     per_cell = model.facts.kv_bytes_per_cell + model.facts.window_bytes_per_cell
     return max(_CELLS_MIN, min(_CELLS_MAX, settings.kv_memory_mib * 2**20 // max(1, per_cell)))
+
+
+def sequences_of(model: LocalModel, settings: EngineSettings) -> int:
+    """How many sequences the engine will make room for; each costs a state where layers are recurrent."""
+    if model.facts.kind == "embed":
+        return min(_EMBEDDING_SEQUENCES_MAX, settings.sequences)
+    if model.facts.state_bytes:
+        return min(_RECURRENT_SEQUENCES_MAX, settings.sequences)
+    return settings.sequences
 
 
 def memory_budget_bytes(settings: Settings) -> int:

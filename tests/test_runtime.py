@@ -1,0 +1,46 @@
+"""What the parts are told when they are put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nimbos.cli.measuring import require_memory
+from nimbos.config import EngineSettings, ServerSettings, Settings
+from nimbos.errors import ModelUnusable
+from nimbos.hub import Hub, LocalModel, ModelFacts
+from nimbos.runtime import sequences_of
+from tests import tiny_gguf
+
+CELLS = 4096
+
+
+def model_with(facts: ModelFacts) -> LocalModel:
+    return LocalModel(id="m", path=Path("m.gguf"), size_bytes=1, sha256="", source="", facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sequences", "expected"),
+    [
+        (ModelFacts(), 128, 128),
+        (ModelFacts(state_bytes=7), 128, 16),
+        (ModelFacts(state_bytes=7), 8, 8),
+        (ModelFacts(kind="embed"), 128, 64),
+    ],
+)
+def test_as_many_sequences_are_counted_as_the_engine_makes(facts: ModelFacts, sequences: int, expected: int) -> None:
+    assert sequences_of(model_with(facts), EngineSettings(sequences=sequences)) == expected
+
+
+def test_the_states_of_a_recurrent_model_count_for_each_sequence(tmp_path: Path) -> None:
+    hub = Hub(Settings(home=str(tmp_path / "home")), environment={})
+    model = hub.find(str(tiny_gguf.write("qwen35", tmp_path)))
+    assert model.facts.state_bytes
+    need = hub.check_memory(model, cells=CELLS, budget_bytes=1 << 40, sequences=16)
+    assert need == hub.check_memory(model, cells=CELLS, budget_bytes=1 << 40) + 15 * model.facts.state_bytes
+    mebibytes = need // 2**20  # below the need, and above what a single sequence would need
+    assert mebibytes * 2**20 < need
+    settings = Settings(engine=EngineSettings(cells=CELLS), server=ServerSettings(memory_mib=mebibytes))
+    with pytest.raises(ModelUnusable):
+        require_memory(hub, model, settings)
