@@ -17,7 +17,8 @@ import msgspec
 from rich.console import Console
 
 from nimbos import config
-from nimbos.errors import NimbosError, NotReady, Unauthorized
+from nimbos.api.access import is_loopback
+from nimbos.errors import InvalidRequest, NimbosError, NotReady, Unauthorized
 from nimbos.keys import owner_key_file
 from nimbos.server import find_running
 
@@ -163,23 +164,51 @@ def _safe(text: str) -> str:
 
 
 def _connect(url: str | None, key: str | None) -> httpx2.Client:
+    """The owner's key goes to this machine's own server and nowhere else; nothing for loopback goes to a proxy."""
     settings = config.load()
-    trust: str | None = None
-    if url is None:
-        running = find_running(settings)
-        if running is None:
-            raise NotReady("No server runs on this machine. Start one with `nimbos up`, or give --url.")
-        url = running.url
-        trust = running.certificate or None
+    running = find_running(settings)
+    if url is None and running is None:
+        raise NotReady("No server runs on this machine. Start one with `nimbos up`, or give --url.")
+    address = _address(url or (running.url if running is not None else ""))
+    own = running is not None and _origin(address) == _origin(httpx2.URL(running.url))
     if key is None:
-        try:
-            key = owner_key_file(settings).read_text().strip()
-        except OSError as error:
-            raise Unauthorized("There is no key on this machine. Give --key, or set NIMBOS_API_KEY.") from error
-    timeout = httpx2.Timeout(None, connect=_CONNECT_S)
-    base = url.rstrip("/").removesuffix("/v1")
-    verify = ssl.create_default_context(cafile=trust) if trust is not None else True
-    return httpx2.Client(base_url=base, headers={"authorization": f"Bearer {key}"}, timeout=timeout, verify=verify)
+        if not own:
+            raise Unauthorized(
+                f"{address} is not the server that runs on this machine, so the owner's key is not sent to it. "
+                "Give --key, or set NIMBOS_API_KEY."
+            )
+        key = _owner_secret(settings)
+    trust = running.certificate if own and running is not None else ""
+    return httpx2.Client(
+        base_url=address,
+        headers={"authorization": f"Bearer {key}"},
+        timeout=httpx2.Timeout(None, connect=_CONNECT_S),
+        verify=ssl.create_default_context(cafile=trust) if trust else True,
+        trust_env=not is_loopback(address.host),
+    )
+
+
+def _address(url: str) -> httpx2.URL:
+    """Raises: InvalidRequest."""
+    try:
+        address = httpx2.URL(url.rstrip("/").removesuffix("/v1"))
+    except httpx2.InvalidURL as error:
+        raise InvalidRequest(f"{url!r} cannot be an address: {error}.") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise InvalidRequest(f"{url!r} is no address such as http://127.0.0.1:8000.")
+    return address
+
+
+def _origin(address: httpx2.URL) -> tuple[str, str, int | None]:
+    return address.scheme, address.host, address.port
+
+
+def _owner_secret(settings: config.Settings) -> str:
+    """Raises: Unauthorized."""
+    try:
+        return owner_key_file(settings).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unauthorized("There is no key on this machine. Give --key, or set NIMBOS_API_KEY.") from error
 
 
 def _first_model(client: httpx2.Client) -> str:
