@@ -25,6 +25,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_SHOWN_NAME_CHARACTERS = 100  # of a name that came from outside
+
 
 class NimbosError(Exception):
     """The root. `code` and `status` are what the wire shows; `param` is the field at fault, if one is."""
@@ -90,7 +92,8 @@ class ModelNotFound(NotFound):
 
     def __init__(self, model: str, *, have: tuple[str, ...] = ()) -> None:
         known = ", ".join(have) if have else "none yet"
-        hint = f"There is no model {model!r} here (installed: {known}). Try `nimbos pull {model}`."
+        shown = model[:_SHOWN_NAME_CHARACTERS]
+        hint = f"There is no model {shown!r} here (installed: {known}). Try `nimbos pull {shown}`."
         super().__init__(hint, param="model")
         self.model = model
 

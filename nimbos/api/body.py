@@ -13,10 +13,12 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from nimbos.errors import InvalidRequest, PayloadTooLarge, UnsupportedField
+from nimbos.integers import beyond_64_bits
 
 DEPTH_LIMIT = 64
 _DRAIN_FACTOR = 4  # so much more of a too large body is read and dropped, so that its client gets to read the answer
-_INT64 = 2**63
+_SHOWN_CHARACTERS = 100  # of what the client wrote, in an error
+_MESSAGE_CHARACTERS = 400
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -61,8 +63,8 @@ def decode(content: bytes, into: type[T], *, refused: dict[str, str] | None = No
         if refused and name in refused and value is not None:
             raise UnsupportedField(name, why=f"not supported here: {refused[name]}")
         if name not in known and name not in (refused or {}):
-            nearest = difflib.get_close_matches(name, sorted(known), n=1)
-            raise UnsupportedField(name[:100], why="unknown", nearest=nearest[0] if nearest else None)
+            nearest = difflib.get_close_matches(name[:_SHOWN_CHARACTERS], sorted(known), n=1)
+            raise UnsupportedField(name[:_SHOWN_CHARACTERS], why="unknown", nearest=nearest[0] if nearest else None)
     given = {name: value for name, value in table.items() if name in known}
     return convert(given, into)
 
@@ -106,10 +108,11 @@ def _check_depth(table: dict[str, Any]) -> None:
 
 
 def _check_integers(table: dict[str, Any]) -> None:
-    """No top-level number beyond 64 bits gets further; floats beyond range are not JSON to the decoder."""
-    for name, value in table.items():
-        if isinstance(value, int) and not -_INT64 <= value < 2 * _INT64:
-            raise InvalidRequest(f"`{name}` is a number beyond 64 bits.", param=name)
+    """No number beyond 64 bits gets further; floats beyond range are not JSON to the decoder."""
+    place = beyond_64_bits(table)
+    if place is not None:
+        place = place[:_SHOWN_CHARACTERS]
+        raise InvalidRequest(f"`{place}` is a number beyond 64 bits.", param=place)
 
 
 def _too_deep() -> InvalidRequest:
@@ -119,6 +122,7 @@ def _too_deep() -> InvalidRequest:
 def _with_path(message: str, at: str) -> tuple[str, str | None]:
     """msgspec says "Expected `int`, got `str` - at `$.a[0].b`"; the path becomes the error's `param`."""
     text, _, place = message.partition(" - at `$")
+    text = text[:_MESSAGE_CHARACTERS]
     path = f"{at}{place.rstrip('`')}".lstrip(".")
     if not path:
         return f"The body is not as it should be: {text}.", None

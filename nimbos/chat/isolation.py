@@ -16,10 +16,13 @@ import msgspec
 import nimbos
 from nimbos.chat.renderer import RENDER_SECONDS
 from nimbos.chat.template import MAX_PROMPT_CHARACTERS, Rendered, RenderFailure, RenderJob, RenderResult
+from nimbos.errors import InvalidRequest
+from nimbos.integers import beyond_64_bits
 
 _START_SECONDS = 30
 _MAX_REPLY_BYTES = 4 * MAX_PROMPT_CHARACTERS + 4096  # a character has at most four bytes
 _ROOT = Path(__file__).anchor
+_PLACE_CHARACTERS = 100
 _LENGTH = struct.Struct(">I")
 _INHERITED = ("TZ", "SYSTEMROOT")  # what Python and the local date need, and nothing else
 
@@ -36,8 +39,11 @@ class RenderProcess:
         return self._process.pid if self._process else None
 
     async def render(self, job: RenderJob) -> RenderResult:
-        """A failure is a value. After one of kind memory, time or died the worker is gone; the next starts another."""
-        frame = msgspec.msgpack.encode(job)
+        """A failure is a value. After one of kind memory, time or died the worker is gone; the next starts another.
+
+        Raises: InvalidRequest for an integer beyond 64 bits among the job's variables, saying where it stands.
+        """
+        frame = _encode(job)
         async with self._turn:
             clean = False
             try:
@@ -98,6 +104,14 @@ class RenderProcess:
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     return {**kept, "PYTHONPATH": str(Path(nimbos.__file__).parent.parent), "PYTHONUTF8": "1"}
+
+
+def _encode(job: RenderJob) -> bytes:
+    try:
+        return msgspec.msgpack.encode(job)
+    except OverflowError as error:
+        place = (beyond_64_bits(job.variables) or "messages")[:_PLACE_CHARACTERS]
+        raise InvalidRequest(f"`{place}` has an integer beyond 64 bits.", param=place) from error
 
 
 def _decode(reply: bytes) -> RenderResult:

@@ -210,7 +210,10 @@ def _host(url: str) -> str:
 
 def _next(here: str, response: httpx2.Response) -> str:
     location = response.headers.get("location", "")
-    target = httpx2.URL(here).join(location)
+    try:
+        target = httpx2.URL(here).join(location)
+    except ValueError as error:
+        raise DownloadFailed(f"{without_query(here)} redirects to an address that cannot be: {error}.") from error
     if target.scheme not in ("http", "https") or not target.host or target.userinfo:
         raise DownloadFailed(f"{without_query(here)} redirects to something that is no plain web address.")
     if here.startswith("https:") and target.scheme == "http":

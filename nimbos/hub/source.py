@@ -135,7 +135,10 @@ def _package_file(text: str, rest: str) -> PackageFile:
 
 
 def _web_file(text: str) -> WebFile:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{without_query(text)[:200]!r} cannot be an address: {error}.", param="model") from error
     if not parts.hostname or not unquote(parts.path).rpartition("/")[2]:
         raise InvalidRequest(f"{without_query(text)!r} names no file on a server.", param="model")
     if parts.username or parts.password:

@@ -157,3 +157,15 @@ async def test_model_without_a_template_or_marks_gets_plain_names_and_stops_at_t
     assert "".join(part.text for part in plan.parts) == "User: Hi\n\nAssistant:"
     assert "\nUser:" in plan.stop
     await chat.close()
+
+
+async def test_an_integer_that_the_worker_cannot_be_sent_is_refused_by_its_place() -> None:
+    worker = RenderProcess()
+    variables = {"messages": [{"tool_calls": [{"function": {"arguments": {"a": [1, 2**64]}}}]}]}
+    try:
+        with pytest.raises(InvalidRequest) as caught:
+            await worker.render(RenderJob("{{ messages }}", variables))
+        assert caught.value.param == "messages[0].tool_calls[0].function.arguments.a[1]"
+        assert isinstance(await worker.render(RenderJob("{{ messages }}", {"messages": [2**64 - 1]})), Rendered)
+    finally:
+        await worker.close()

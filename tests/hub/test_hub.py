@@ -164,7 +164,18 @@ def test_ids_cannot_leave_the_store(hub: Hub, settings: Settings) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "~nobody-here/x.gguf", "\0.gguf", "\ud800", "x" * 100_000, "../../nothing/there", "hf:../x", "pypi:", "."],
+    [
+        "",
+        "~nobody-here/x.gguf",
+        "\0.gguf",
+        "\ud800",
+        "x" * 100_000,
+        "../../nothing/there",
+        "hf:../x",
+        "pypi:",
+        ".",
+        "https://[",
+    ],
 )
 def test_any_name_that_is_not_there_is_a_clean_error(name: str, hub: Hub) -> None:
     with pytest.raises((ModelNotFound, InvalidRequest)):
