@@ -20,6 +20,8 @@ TOP_LOGPROBS_MAX = 20
 BIASES_MAX = 1024
 GRAMMAR_CHARACTERS_MAX = 256 * 1024
 
+_METACHARACTER = re.compile(r"[\\.+*?()|\[\]{}^$]")
+
 Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 _TIERS = {"priority": AskClass.INTERACTIVE, "fast": AskClass.INTERACTIVE, "flex": AskClass.BATCH}
 
@@ -237,7 +239,8 @@ def _add_guided(
 
 
 def _literal(text: str) -> str:
-    return re.sub(r"([^\w\s])", r"\\\1", text)
+    """Only what means something is escaped: the engine's expressions know no `\\<` and refuse `\\€`."""
+    return _METACHARACTER.sub(r"\\\g<0>", text)
 
 
 def _grammar_kind(source: str) -> Literal["gbnf", "lark"]:
