@@ -32,6 +32,8 @@ def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
             super().__init__(config, server_state, app_state, _loop)
             self._header_bytes = 0
             self._in_headers = True
+            self._in_body = False
+            self._bodiless_bytes = 0
             self._deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -43,10 +45,16 @@ def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """While headers come, what came before this piece may not reach the limit."""
+            """While headers come, what came before this piece may not reach the limit. Nor may, after them, what is no
+            body: chunk extensions and trailers, which the parser keeps.
+            """
             if self._in_headers:
                 self._header_bytes += len(data)
+            elif self._in_body:
+                self._bodiless_bytes += len(data)
             super().data_received(data)
+            if self._in_body and self._bodiless_bytes > header_limit_bytes:
+                self.transport.abort()
             if self._in_headers and self._header_bytes > header_limit_bytes and not self.transport.is_closing():
                 self._refuse()
 
@@ -59,9 +67,18 @@ def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             self._in_headers = False
-            self._header_bytes = 0
+            self._in_body = True
+            self._header_bytes = self._bodiless_bytes = 0
             self._end_deadline()
             super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._bodiless_bytes = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._in_body = False
+            super().on_message_complete()
 
         def _end_deadline(self) -> None:
             if self._deadline is not None:

@@ -44,6 +44,8 @@ BODIES = {
     "Infinity": b'{"model": "demo", "temperature": Infinity}',
     "a number beyond floats": b'{"model": "demo", "temperature": 1e999}',
     "a number beyond 64 bits": b'{"model": "demo", "seed": 99999999999999999999999999}',
+    "a number beyond 64 bits deep inside": b'{"model": "demo", "messages": [{"a": [1, {"b": -99999999999999999999}]}]}',
+    "a number beyond floats as a bias": b'{"model": "demo", "logit_bias": {"1": 1' + b"0" * 400 + b"}}",
     "a very long number": b'{"model": "demo", "seed": ' + b"9" * 5000 + b"}",
     "invalid UTF-8": b'{"model": "\xff\xfe"}',
     "overlong UTF-8": b'{"model": "\xc0\xaf"}',
@@ -127,6 +129,29 @@ def test_a_wrong_field_is_a_400_that_names_it(live: Live, fields: dict[str, obje
     assert len(error["message"]) < 1_000
 
 
+def test_a_number_beyond_64_bits_is_named_by_its_place(live: Live) -> None:
+    messages = [{"role": "user", "content": "hi", "more": {"deep": [0, 2**64]}}]
+    error = error_of(live.chat(messages=messages), 400)
+    assert error["param"] == "messages[0].more.deep[1]"
+
+
+def test_the_largest_64_bit_numbers_are_no_fault(live: Live) -> None:
+    kwargs = {"chat_template_kwargs": {"low": -(2**63), "high": 2**64 - 1}}
+    assert live.chat(**kwargs).status_code == 200
+
+
+@pytest.mark.parametrize("model", ["x" * 50_000, "https://[", "https://[x/" + "y" * 50_000])
+def test_a_model_name_that_cannot_be_is_told_shortly(live: Live, model: str) -> None:
+    response = live.chat(model=model)
+    assert response.status_code in (400, 404)
+    assert len(error_of(response, response.status_code)["message"]) < 1_000
+
+
+def test_a_long_unknown_name_inside_is_not_echoed(live: Live) -> None:
+    error = error_of(live.chat(x_nimbos={"x" * 50_000: 1}), 400)
+    assert len(error["message"]) < 1_000
+
+
 def test_duplicate_keys_are_tolerated_and_the_last_counts(live: Live) -> None:
     body = b'{"model": "x", "model": "demo", "messages": [{"role": "user", "content": "hi"}]}'
     assert live.http.post(CHAT, content=body).status_code == 200
@@ -179,6 +204,25 @@ def test_headers_over_the_limit_are_a_431(small: Live, header: str) -> None:
 def test_a_header_that_never_ends_is_a_431_before_it_fills_memory(small: Live) -> None:
     answer = send_raw(small, b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-endless: " + b"a" * 200_000)
     assert answer.startswith(b"HTTP/1.1 431") or answer == b""  # or the connection was gone before all was sent
+
+
+CHUNKED = (
+    f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {OWNER_SECRET}\r\n"
+    "transfer-encoding: chunked\r\n\r\n"
+).encode()
+SMALL_CHAT = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hi"}]}).encode()
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nx-endless: ", b"1;extension="])
+def test_trailers_that_never_end_lose_their_connection(small: Live, endless: bytes) -> None:
+    answer = send_raw(small, CHUNKED + b"1\r\n{\r\n" + endless + b"a" * 1_000_000)  # more than the server reads at once
+    assert answer == b""
+
+
+def test_a_chunked_body_with_small_trailers_is_served(small: Live) -> None:
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in SMALL_CHAT + b" " * 2_000)
+    answer = send_raw(small, CHUNKED + chunks + b"0\r\nx-checksum: 1\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
