@@ -40,6 +40,9 @@ def main() -> None:
     except NimbosError as error:
         print(f"Error: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
+    except OSError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except KeyboardInterrupt as interrupt:
         raise SystemExit(130) from interrupt
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import httpx2
 import msgspec
 
 from nimbos.errors import ConfigError, DownloadFailed
@@ -50,7 +51,7 @@ class HuggingFace:
 
     def _names(self, repository: str) -> list[str]:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         api = HfApi(endpoint=self.endpoint, token=self._secret or False)
         try:
@@ -58,7 +59,9 @@ class HuggingFace:
         except RepositoryNotFoundError as error:
             reason = f"There is no repository {repository!r} at {self.endpoint}, or it needs a token in HF_TOKEN."
             raise SourceMissing(reason) from error
-        except (HfHubHTTPError, OSError) as error:
+        except HFValidationError as error:
+            raise DownloadFailed(f"{repository!r} cannot be a repository at {self.endpoint}: {error}") from error
+        except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: no JSON came
             raise SourceUnreachable(f"{self.endpoint} does not list {repository}: {type(error).__name__}.") from error
 
 
@@ -113,7 +116,10 @@ class ModelScope:
 def _endpoint(environment: Mapping[str, str], variable: str, default: str) -> str:
     """Raises: ConfigError for what is no web address."""
     named = environment.get(variable, "").strip().rstrip("/")
-    parts = urlsplit(named or default)
+    try:
+        parts = urlsplit(named or default)
+    except ValueError as error:
+        raise ConfigError(f"{variable} is {named!r}, which cannot be an address: {error}.") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{variable} is {named!r}; it must be a web address such as {default}.")
     return named or default

