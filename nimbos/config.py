@@ -54,7 +54,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory_mib: int = 0
     keep_alive_s: float = 15.0
     stall_write_s: float = 60.0
-    unknown_fields: str = "strict"
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -103,6 +102,8 @@ def load(home: Path | None = None) -> Settings:
     file = home / "config.toml"
     try:
         table = tomllib.loads(file.read_text()) if file.exists() else {}
+        if "home" in table:
+            raise ConfigError(f"{file}: the key `home` cannot be set here; NIMBOS_HOME names the folder.")
         settings = msgspec.convert({**table, "home": str(home)}, Settings)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: {error}") from error

@@ -37,6 +37,10 @@ class EngineSource(TokenSource, Protocol):
 
     @property
     def pid(self) -> int | None: ...
+    @property
+    def given_up(self) -> bool: ...
+    @property
+    def answering(self) -> bool: ...
 
     async def start(self) -> ModelCard: ...
 
@@ -144,7 +148,7 @@ class Sources:
     def ready(self) -> bool:
         """Whether some model can answer now, without loading first."""
         return bool(self._scripted) or any(
-            held.engine is None or held.engine.pid is not None for held in self._loaded.values()
+            held.engine is None or held.engine.answering for held in self._loaded.values()
         )
 
     def engines(self) -> dict[str, EngineSource]:
@@ -241,7 +245,7 @@ class Sources:
 
     async def _forget_dead(self, loaded: Loaded) -> None:
         """An engine that is not restarted any more makes room for a new one at the next ask."""
-        if loaded.engine is None or loaded.engine.pid is not None:
+        if loaded.engine is None or not loaded.engine.given_up:
             return
         name = loaded.card.id
         if self._loaded.get(name) is loaded:

@@ -191,7 +191,8 @@ def table_from(found: list[tuple[int, int, float]], prior: StepTime) -> StepTime
     shortest, longest = min(c for _, c, _ in found), max(c for _, c, _ in found)
     base = {rows: ms for rows, c, ms in found if c == shortest}
     deep = {rows: ms for rows, c, ms in found if c == longest}
-    per_cell = [(deep[m] - base[m]) / (m * (longest - shortest)) * 1e3 for m in base if m in deep and m <= 32]
-    cell_us = max(0.0, statistics.median(per_cell)) if per_cell and longest > shortest else prior.table.cell_us
+    span = longest - shortest
+    per_cell = [(deep[m] - base[m]) / (m * span) * 1e3 for m in base if span and m in deep and m <= 32]
+    cell_us = max(0.0, statistics.median(per_cell)) if per_cell else prior.table.cell_us
     row_ms = [max(0.01, base.get(m, prior.table.row_ms[i]) - cell_us * m * shortest / 1e3) for i, m in enumerate(KNOTS)]
     return StepTimeTable(row_ms=row_ms, seen=[8 if m in base else 0 for m in KNOTS], cell_us=cell_us)

@@ -74,7 +74,7 @@ def confine(readable: list[Path]) -> str:
 def _allow(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:  # not there, or no business of ours: it stays closed
         return
     try:
         allowed = _READ if path.is_dir() else _READ & ~(1 << 3)

@@ -33,6 +33,7 @@ log = structlog.get_logger("nimbos.engine")
 
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "TZ")
 RESTART_WINDOW_S = 60.0
+PREPARE_DEATHS = 2  # of the engine while it prepared one and the same prompt
 STATS_TIMEOUT_S = 30.0
 SOCKET_BYTES = 4 * 1024 * 1024
 
@@ -49,6 +50,7 @@ class _Active:
     admitted: bool = False
     restarts: int = 0
     strikes: int = 0
+    failed: bool = False
 
 
 _MakeRequest = Callable[[int], "protocol.Prepare | protocol.StatsRequest"]
@@ -78,11 +80,22 @@ class Engine:
         self._finishes: deque[float] = deque(maxlen=64)
         self._times: StepTimes | None = None
         self._skip = 0
+        self._prepare_deaths: dict[int, int] = {}
         self._died_with: int | None = None
 
     @property
     def active(self) -> int:
         return len(self._asks)
+
+    @property
+    def answering(self) -> bool:
+        """False while it loads, also after a death."""
+        return self._up.is_set()
+
+    @property
+    def given_up(self) -> bool:
+        """It is not restarted any more; a new one may be."""
+        return self._broken is not None
 
     @property
     def pid(self) -> int | None:
@@ -136,6 +149,7 @@ class Engine:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=errors,
+                start_new_session=True,  # Ctrl-C is for the server, which ends this process when it is done
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         assert self._times is not None
@@ -179,8 +193,8 @@ class Engine:
         """Ends the process; asks in flight fail."""
         self._closing = True
         self._up.clear()
-        for active in list(self._asks.values()):
-            active.chunks.put_nowait(EngineFailed(f"The model {self.model_id!r} was unloaded."))
+        self._broken = EngineFailed(f"The model {self.model_id!r} was unloaded.")
+        self._fail_all(self._broken)
         if self._reading is not None:
             self._reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -231,15 +245,15 @@ class Engine:
         active = _Active(ask, asyncio.Queue(), {b: list(ids) for b, ids in ask.emitted.items()}, list(ask.finished))
         self._asks[ask.id] = active
         branches = 1 if ask.kind is Kind.EMBED else ask.n
+        told = len(ask.finished)
         try:
             if self._up.is_set():  # else the restart submits it
                 self._submit(active)
-            while len(active.finished) < branches:
+            while told < branches:
                 chunk = await active.chunks.get()
                 if isinstance(chunk, NimbosError):
                     raise chunk
-                if isinstance(chunk, Final):
-                    active.finished.append(chunk.branch)
+                told += isinstance(chunk, Final)
                 yield chunk
         finally:
             del self._asks[ask.id]
@@ -249,6 +263,8 @@ class Engine:
 
     async def stats(self) -> protocol.EngineStats:
         """Raises: EngineFailed when the engine does not answer."""
+        if not self._up.is_set():
+            raise EngineFailed(f"The engine for {self.model_id!r} is starting.")
         reply = await self._request(lambda number: protocol.StatsRequest(number=number), timeout=STATS_TIMEOUT_S)
         assert isinstance(reply, protocol.EngineStats)
         return msgspec.structs.replace(reply, restarts=self.restarts)
@@ -295,15 +311,16 @@ class Engine:
         message = make(number)
         if isinstance(message, protocol.Prepare):
             self._unanswered[number] = message
-        if self._up.is_set():
-            self._send(message)
         try:
+            if self._up.is_set():
+                self._send(message)
             return await asyncio.wait_for(future, timeout)
         except TimeoutError as error:
             raise EngineFailed(f"The engine for {self.model_id!r} did not answer within {timeout:.0f} s.") from error
         finally:
             self._replies.pop(number, None)
             self._unanswered.pop(number, None)
+            self._prepare_deaths.pop(number, None)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -313,6 +330,13 @@ class Engine:
             self._take(message)
         if not self._closing:
             self._reading = asyncio.create_task(self._restart(), name=f"restart {self.model_id}")
+            self._reading.add_done_callback(self._restart_ended)
+
+    def _restart_ended(self, task: asyncio.Task[None]) -> None:
+        """A bug in restarting must not leave callers waiting."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("restart failed", model=self.model_id, error=repr(error))
+            self._give_up("it could not be restarted")
 
     def _take(self, message: protocol.FromEngine) -> None:
         if isinstance(message, protocol.Produced):
@@ -340,6 +364,10 @@ class Engine:
         active.strikes = 0
         if isinstance(chunk, TokenChunk):
             active.emitted.setdefault(chunk.branch, []).extend(chunk.ids)
+        elif isinstance(chunk, Final):
+            if chunk.branch in active.finished:
+                return
+            active.finished.append(chunk.branch)
         active.chunks.put_nowait(chunk)
 
     # --- restarting
@@ -353,13 +381,15 @@ class Engine:
             now = time.monotonic()
             self._deaths.append(now)
             recent = sum(now - death < RESTART_WINDOW_S for death in self._deaths)
-            idle_deaths = recent if not self._asks else min(a.strikes for a in self._asks.values())
-            if idle_deaths >= self._settings.engine.restart_limit:
+            fruitless = recent if not self._asks else min(a.strikes for a in self._asks.values())
+            if fruitless >= self._settings.engine.restart_limit:
                 self._give_up(f"its process died {recent} times within {RESTART_WINDOW_S:.0f} s")
                 return
             for active in self._asks.values():
                 active.restarts += 1
-                active.strikes += 1
+                active.strikes += not self._unanswered  # else a prompt in preparation is as likely the cause
+            for number in self._unanswered:
+                self._prepare_deaths[number] = self._prepare_deaths.get(number, 0) + 1
             self._fail_poison()
             self.restarts += 1
             try:
@@ -374,7 +404,8 @@ class Engine:
             for message in self._unanswered.values():
                 self._send(message)
             for active in self._asks.values():
-                self._submit(active)
+                if not active.failed:
+                    self._submit(active)
             return
 
     def _fail_poison(self) -> None:
@@ -382,12 +413,21 @@ class Engine:
         limit = self._settings.engine.restart_limit
         for active in self._asks.values():
             if active.strikes >= limit:
+                active.failed = True
                 active.chunks.put_nowait(EngineFailed(f"The engine died {active.strikes} times over this request."))
+        for number, deaths in list(self._prepare_deaths.items()):
+            future = self._replies.get(number)
+            if deaths >= PREPARE_DEATHS and future is not None and not future.done():
+                future.set_exception(EngineFailed(f"The engine died {deaths} times over this prompt."))
+                self._unanswered.pop(number, None)
 
     def _give_up(self, reason: str) -> None:
         error = EngineFailed(f"The engine for {self.model_id!r} is down: {reason}.")
         log.error("engine given up", model=self.model_id, reason=reason)
         self._broken = error
+        self._fail_all(error)
+
+    def _fail_all(self, error: NimbosError) -> None:
         for active in self._asks.values():
             active.chunks.put_nowait(error)
         for future in self._replies.values():
@@ -403,8 +443,8 @@ async def _frame(reader: asyncio.StreamReader) -> protocol.FromEngine | None:
             return None
         message: protocol.FromEngine = protocol.decode_from_engine(await reader.readexactly(size))
         return message
-    except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
-        return None
+    except (asyncio.IncompleteReadError, OSError, ValueError, RecursionError, msgspec.MsgspecError):
+        return None  # gone, or it says what no engine of ours would: it is ended and started again
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ WEIGHT = {AskClass.INTERACTIVE: 16.0, AskClass.AGENT: 4.0, AskClass.BATCH: 1.0}
 _SLOT = struct.Struct("<IId")  # process id, waiting (0 or 1), virtual milliseconds
 _SLOTS = 64
 _YIELD_S = 0.0001
+_PASSED_OVER_MAX = 10  # after so many times of patience with the lease free, others lose their turn
 _PATIENCE_S = 0.02  # a waiting slot whose process does not take its turn for so long may be dead: look
 
 
@@ -65,14 +66,15 @@ class Lease:
         if busiest:  # idle time is no credit: who comes back starts where the least of those at work are
             self._virtual = max(self._virtual, min(busiest))
         self._write(self._slot, os.getpid(), True, self._virtual)
-        patience = time.monotonic() + _PATIENCE_S
+        patience, passed_over = time.monotonic() + _PATIENCE_S, 0
         while True:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             if not self._somebody_before():
                 self._write(self._slot, os.getpid(), False, self._virtual)
                 return
             if time.monotonic() > patience:
-                self._bury_dead()
+                passed_over += 1
+                self._bury_dead(also_slow=passed_over >= _PASSED_OVER_MAX)
                 patience = time.monotonic() + _PATIENCE_S
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             time.sleep(_YIELD_S)
@@ -82,10 +84,14 @@ class Lease:
             waiting and (virtual, slot) < (self._virtual, self._slot) for slot, _, waiting, virtual in self._others()
         )
 
-    def _bury_dead(self) -> None:
-        for slot, pid, waiting, _ in self._others():
+    def _bury_dead(self, *, also_slow: bool) -> None:
+        """The lease is free and those before us do not take it. The dead lose their slot; one that is stopped, or whose
+        number another process has now, loses its turn."""
+        for slot, pid, waiting, virtual in self._others():
             if waiting and not _alive(pid):
                 self._write(slot, 0, False, 0.0)
+            elif waiting and also_slow and (virtual, slot) < (self._virtual, self._slot):
+                self._write(slot, pid, False, virtual)
 
     def _claim(self) -> int:
         taken = {slot: pid for slot, pid, _, _ in self._rows() if pid}

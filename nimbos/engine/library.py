@@ -44,8 +44,8 @@ def quiet_environment(environment: dict[str, str] | None = None) -> None:
     """Sets what must stand before the process starts.
 
     How long OpenMP's threads spin (GOMP_SPINCOUNT) is left alone: spinning less costs speed on a quiet machine, and
-    on a busy one `threads.py` does better. MALLOC_*: the sampler's large arrays stay with the process instead of going back to the kernel after each token,
-    which made sampling up to 2.5 times faster.
+    on a busy one `threads.py` does better. MALLOC_*: the sampler's large arrays stay with the process instead of going
+    back to the kernel after each token, which made sampling up to 2.5 times faster.
     """
     target = environment if environment is not None else os.environ
     target.setdefault("MALLOC_TRIM_THRESHOLD_", "268435456")

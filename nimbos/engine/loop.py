@@ -7,6 +7,7 @@ a token means for its branch is `answer.py`'s; here they meet. Read `worker.py` 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -19,12 +20,13 @@ from nimbos.engine.grammar import Matcher
 from nimbos.engine.model import Floats, Model, Rows
 from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
 from nimbos.engine.sampler import pick
-from nimbos.engine.scheduler import FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.scheduler import RANK, FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
 from nimbos.engine.threads import ThreadChoice
 from nimbos.engine.track import Track
 from nimbos.errors import AnswerFailed
 from nimbos.types import AskClass, Chunk, FinishReason
 
+SPARE_SHARE = 8  # an eighth of the cells is left to accounts that hold nothing, so that a flood cannot shut them out
 RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its prompt
 WORTH_WAITING = 16  # tokens of a prefix that must still be coming for a job to wait for it
 LOOKED_AT = 16  # waiting jobs that are tried each time something changed
@@ -148,7 +150,7 @@ class Loop:
         chosen = self._plan_within_cells()
         if not chosen.slices:
             self.flush()
-            return False
+            return self._changed and bool(self._waiting)
         rows = [
             Rows(
                 sequence=_sequence(s.job),
@@ -160,10 +162,10 @@ class Loop:
         ]
         urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
         planned = time.perf_counter()
+        self.abortable = self.model.can_truncate and not chosen.has_interactive
         with self._hold(urgent):
             begun, begun_cpu = time.perf_counter(), time.process_time()
             self.model.use_threads(self.threads.threads)
-            self.abortable = not chosen.has_interactive
             result = self.model.decode(rows)
             self.abortable = False
             ended = time.perf_counter()
@@ -190,14 +192,18 @@ class Loop:
         self._changed = False
         now = _now_ms()
         candidates = [job for job in self._waiting if job.leader is None]
-        for job in admission_order(candidates, self.clock, self.rules, now)[:LOOKED_AT]:
+        short_of_cells = len(RANK)
+        for job in admission_order(candidates, self.clock, self.rules, now, self._live)[:LOOKED_AT]:
+            if RANK[job.ask_class] >= short_of_cells:
+                continue  # nobody of its class or below overtakes one that waits for cells
             if self._share and self._follows(job):
                 self._changed = True  # somebody behind it may be looked at
                 continue
             if not self._finds_place(job):
                 continue  # the limit is on its account's rows; another account may have a place
             if not self._make_live(job):
-                return  # cells are short: nobody overtakes the one that is first
+                short_of_cells = min(short_of_cells, RANK[job.ask_class])
+                continue
             self._changed = True
 
     def _release_followers(self) -> None:
@@ -232,12 +238,17 @@ class Loop:
             loser = victim(self._live, job) if len(self._live) >= self.rules.live_jobs else None
             if loser is None:
                 return False
+            others = [other for other in self._live if other is not loser]
+            if not may_live(job, others, self.costs, self.rules):
+                return False  # its place would help nobody
             self._preempt(loser)
         return True
 
     def _make_live(self, job: Job) -> bool:
         """False when there are not enough cells for it, now."""
         match = self._match(job)
+        if not self._has_room(job, match) and not self._could_have_room(job, match):
+            return False
         while not self._has_room(job, match):
             loser = victim(self._live, job)
             if loser is None:
@@ -265,7 +276,16 @@ class Loop:
             return True
         promised = sum(j.pending + min(self._remaining(j), RESERVE_TOKENS) for j in self._live)
         need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
-        return need <= self.tree.free_cells + self.tree.evictable_cells(match) - promised
+        holds = self.rules.fair and any(j.account == job.account for j in self._live)
+        spare = self.tree.cells // SPARE_SHARE if holds else 0
+        return need <= self.tree.free_cells + self.tree.evictable_cells(match) - promised - spare
+
+    def _could_have_room(self, job: Job, match: Match) -> bool:
+        """Whether giving up every live job of a lower class would make room; nothing is preempted for nothing."""
+        kept = [j for j in self._live if RANK[j.ask_class] <= RANK[job.ask_class]]
+        held = sum(len(j.tokens) + min(self._remaining(j), RESERVE_TOKENS) for j in kept)
+        need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
+        return not kept or need + held <= self.tree.cells
 
     def _remaining(self, job: Job) -> int:
         track = self._tracks[id(job)]
@@ -344,6 +364,7 @@ class Loop:
             self.tree.extend(_sequence(job), job.tokens[job.computed : job.computed + part.count])
             job.computed += part.count
             job.served_ms = now
+            self._changed |= not job.running  # a prompt moved on: the next may become live
             self._tracks[id(job)].stepped(milliseconds, chosen.rows)
 
     def _sample(self, parts: list[Slice]) -> None:
@@ -352,11 +373,17 @@ class Loop:
         logits = self.model.logits(len(parts))
         for row, part in enumerate(parts):
             job = part.job
-            track = self._tracks[id(job)]
+            track = self._tracks.get(id(job))
+            if track is None:
+                continue  # another branch of its ask failed in this very step
             try:
                 self._choose(job, track, logits[row])
             except AnswerFailed as error:
                 self._fail(job, str(error))
+                continue
+            except Exception:  # a loop top: a bug of ours costs one ask, not all of them
+                traceback.print_exc()
+                self._fail(job, "The next token could not be chosen.")
                 continue
             self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
             if track.answer.finish is not None:

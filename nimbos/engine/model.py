@@ -75,6 +75,10 @@ class Model:
             or library.llama_model_n_swa(self._model) > 0
             or self.kind is Kind.EMBED
         )
+        # a recurrent state has no tail to take off, so a step of such a model is never aborted
+        self.can_truncate = not (
+            library.llama_model_is_recurrent(self._model) or library.llama_model_is_hybrid(self._model)
+        )
         self._context = 0
         self._vocabulary: Vocab | None = None
 
@@ -321,6 +325,8 @@ class Model:
     def drop(self, sequence: int, start: int = 0) -> None:
         """Forgets positions [start, ∞) of a sequence; a cell that no other sequence holds becomes free."""
         if not self.library.llama_memory_seq_rm(self._memory, sequence, start, -1):
+            if start > 0:
+                raise EngineFailed("This model cannot take back a part of a sequence.")
             self.library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def clear(self) -> None:

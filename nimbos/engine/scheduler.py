@@ -19,6 +19,9 @@ from nimbos.types import AskClass
 
 RANK = {AskClass.INTERACTIVE: 0, AskClass.AGENT: 1, AskClass.BATCH: 2}
 WIDE_ROWS = 16  # measured: 16 rows decode 2.3 times as many tokens a second as one, 32 rows 2.8 times
+FILL = 0.75  # of the stall target: steps vary, so what may be left out is added only up to here
+NEAR_TARGET = 0.6  # of the stall target: above it, prompts would get next to nothing beside the running rows
+STRETCH = 1.5  # times what the running rows take alone: as far as a waiting prompt may stretch such a step
 KERNEL_ROWS = 4  # x86 kernels for repacked weights work on multiples of four rows
 
 
@@ -137,27 +140,37 @@ def rank(job: Job, clock: FairClock, rules: Rules, now_ms: float) -> int:
     return max(0, RANK[job.ask_class] - aged)
 
 
-def admission_order(waiting: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> list[Job]:
+def admission_order(
+    waiting: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float, live: Sequence[Job] = ()
+) -> list[Job]:
     """Who becomes live first: by class, then by the account that had least, then by arrival."""
+    served = {job.account for job in live}
     if not rules.fair:
         return sorted(waiting, key=lambda j: j.number)
-    return sorted(waiting, key=lambda j: (rank(j, clock, rules, now_ms), clock.virtual(j.account), j.number))
+    return sorted(
+        waiting, key=lambda j: (rank(j, clock, rules, now_ms), clock.virtual(j.account), j.account in served, j.number)
+    )
 
 
 def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
     """Whether one more live job is good for those that run.
 
+    Prompts become live no earlier than they can be computed: what became live keeps its cells, and who is next should
+    be decided as late as possible.
     Up to `WIDE_ROWS` interactive rows a step gains much by each more; beyond them, one is taken in only while the step
     stays within the stall target. An account that has nothing live may always have one, so that a flood of others
     cannot hold the last place.
     """
     if len(live) >= rules.live_jobs:
         return False
-    if job.ask_class is not AskClass.INTERACTIVE or not rules.fair:
+    if not rules.fair or all(j.account != job.account for j in live):
+        return True
+    beginning = sum(j.pending for j in live if not j.running and RANK[j.ask_class] <= RANK[job.ask_class])
+    if beginning >= rules.max_rows:
+        return False
+    if job.ask_class is not AskClass.INTERACTIVE:
         return True
     peers = [j for j in live if j.ask_class is AskClass.INTERACTIVE]
-    if all(j.account != job.account for j in peers):
-        return True
     rows = len(peers) + 1
     cells = sum(len(j.tokens) for j in peers) + len(job.tokens)
     return rows <= WIDE_ROWS or costs.predict(rows, cells) <= rules.stall_target_ms
@@ -184,16 +197,18 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
     step = _Step(costs, rules)
     for job in held:
         step.add(job, job.pending)
-    late = [job for job in ready if held and _starved_prompt(job, rules, now_ms)]
-    for job in late:  # interactive rows themselves: they come before the ceiling
-        step.add(job, max(_fitting(step, job, min(job.pending, rules.max_rows), rules.stall_target_ms), KERNEL_ROWS))
+    alone_ms = step.milliseconds
+    urgent = [job for job in ready if held and not job.running and _urgent(job, key(job)[0])]
+    if alone_ms > NEAR_TARGET * rules.stall_target_ms:  # else these fit below the target, like all others
+        for job in urgent[:1]:  # interactive work itself: it may stretch the step, or it would never begin
+            step.add(job, max(_fitting(step, job, job.pending, STRETCH * alone_ms), KERNEL_ROWS))
     stalled = bool(held) and step.milliseconds > rules.stall_target_ms
-    ceiling = rules.stall_target_ms if held else None
+    ceiling = FILL * rules.stall_target_ms if held else None
     for job in ready:
-        if job in held or job in late:
+        if job in held or job in step:
             continue
         if job.running:
-            _add_running(step, job, ceiling, waiting_prompt)
+            _add_running(step, job, ceiling, waiting_prompt, aged=key(job)[0] == 0)
         else:
             _add_prompt(step, job, ceiling, _slice_limit(job, rules))
     return Plan(tuple(step.slices), step.rows, step.milliseconds, bool(held) or waiting_prompt, stalled)
@@ -220,6 +235,9 @@ class _Step:
         self.rows = 0
         self.cells = 0
 
+    def __contains__(self, job: Job) -> bool:
+        return any(part.job is job for part in self.slices)
+
     @property
     def milliseconds(self) -> float:
         return self.costs.predict(self.rows, self.cells) if self.rows else 0.0
@@ -240,10 +258,11 @@ def _attended(job: Job, count: int) -> int:
     return count * (job.computed + count // 2)
 
 
-def _add_running(step: _Step, job: Job, ceiling: float | None, waiting_prompt: bool) -> None:
-    """A row of a lower class rides along where it costs the interactive ones nothing they would notice."""
+def _add_running(step: _Step, job: Job, ceiling: float | None, waiting_prompt: bool, *, aged: bool) -> None:
+    """A row of a lower class rides along where it costs the interactive ones nothing they would notice, and when all
+    of its kind went without for so long that it has risen to their rank."""
     if job.ask_class is not AskClass.INTERACTIVE:
-        if ceiling is not None and step.with_rows(job, job.pending) > ceiling:
+        if ceiling is not None and not aged and step.with_rows(job, job.pending) > ceiling:
             return
         if (
             ceiling is None
@@ -259,11 +278,9 @@ def _slice_limit(job: Job, rules: Rules) -> int:
     return rules.max_rows if job.ask_class is AskClass.INTERACTIVE else rules.quiet_rows
 
 
-def _starved_prompt(job: Job, rules: Rules, now_ms: float) -> bool:
-    """An interactive prompt that found no room beside running rows for several steps must begin all the same."""
-    if job.running or job.ask_class is not AskClass.INTERACTIVE:
-        return False
-    return now_ms - max(job.served_ms, job.arrived_ms) > 4 * rules.stall_target_ms
+def _urgent(job: Job, rank_now: int) -> bool:
+    """Interactive by itself, or because an interactive one waits for it, or by age."""
+    return job.ask_class is AskClass.INTERACTIVE or rank_now == 0
 
 
 def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int) -> None:
@@ -274,7 +291,8 @@ def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int) -> Non
     if ceiling is not None:
         room = _fitting(step, job, room, ceiling)
     if 0 < room < job.pending:
-        room = (step.rows + room) // KERNEL_ROWS * KERNEL_ROWS - step.rows or room
+        aligned = (step.rows + room) // KERNEL_ROWS * KERNEL_ROWS - step.rows
+        room = aligned if aligned > 0 else room
     if room > 0:
         step.add(job, room)
 

@@ -37,7 +37,7 @@ class Track:
 
         Returns: them, for the server to keep, or None when they were known already (a preempted or restarted ask).
         """
-        restarted = self.submit.restarts > 0
+        restarted = self.job.branch in self.submit.cached  # it had begun before the engine died
         if self.admitted_ms is not None or restarted:
             self.computed_again += len(self.job.tokens) - matched if self.admitted_ms is None else 0
         if self.admitted_ms is None:

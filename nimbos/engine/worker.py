@@ -29,7 +29,7 @@ from nimbos.engine.lease import Lease
 from nimbos.engine.library import candidates, thread_count
 from nimbos.engine.llama import open_library
 from nimbos.engine.loop import Loop
-from nimbos.engine.model import Model, ModelOptions
+from nimbos.engine.model import SEQUENCES_MAX, Model, ModelOptions
 from nimbos.engine.prompts import Prompts
 from nimbos.engine.scheduler import Rules
 from nimbos.engine.sizes import choose_cells
@@ -38,6 +38,7 @@ from nimbos.types import AskClass, Kind, ModelCard, Tokens
 
 EMBED_STEP_TOKENS = 2048
 LEARN_EVERY_S = 30.0
+RECURRENT_SEQUENCES = 16
 
 
 class Pipe:
@@ -92,7 +93,7 @@ class Worker:
             cells=max(cells, step),
             threads=threads,
             step_tokens=step,
-            sequences=min(64, settings.engine.sequences) if embeds else settings.engine.sequences,
+            sequences=_sequences(model, settings.engine.sequences),
         )
         tier = confine.confine([Path(start.model_path), library.folder, *confine.code_paths()])
         model.open_context()
@@ -111,7 +112,7 @@ class Worker:
                 max_rows=step,
                 fair=settings.engine.fair,
                 quiet_rows=min(128, step),
-                live_jobs=max(1, min(64, settings.engine.sequences // 2)),
+                live_jobs=max(1, min(64, model.options.sequences // (2 if model.shares_prefixes else 1))),
             )
             share = settings.engine.share_prefixes and model.shares_prefixes
             self._loop = Loop(model, costs, rules, post=pipe.send, hold=hold, share=share, context_limit=limit)
@@ -155,9 +156,8 @@ class Worker:
         try:
             while (message := self._pipe.receive()) is not None:
                 self._sort(message)
-        except OSError:
-            pass
-        os._exit(0)  # end of file: the server died, or let go of this engine
+        finally:
+            os._exit(0)  # end of file, or a frame that cannot be read: the server died, or let go of this engine
 
     def _sort(self, message: protocol.ToEngine) -> None:
         if isinstance(message, protocol.Prepare):
@@ -194,7 +194,7 @@ class Worker:
                     self._arrive(work)
             except NimbosError as error:
                 self._refuse(work, protocol.refusal_of(error))
-            except Exception:  # a loop top: fails this request, keeps the process
+            except BaseException:  # a loop top (a panic in Rust is no Exception): fails this request, keeps the process
                 traceback.print_exc()
                 self._refuse(work, protocol.Refusal(message="The prompt could not be prepared.", server_fault=True))
 
@@ -272,6 +272,12 @@ class Worker:
             self._learned_steps = steps
             self._pipe.send(protocol.Learned(table=msgspec.json.encode(self._costs.table)))
         self._learned_at = time.monotonic()
+
+
+def _sequences(model: Model, wanted: int) -> int:
+    """Ids in use: each costs a recurrent model a whole state, and others nothing."""
+    most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES
+    return max(2, min(most, 64 if model.kind is Kind.EMBED else wanted))
 
 
 def _costs(table: bytes, model: Model) -> StepTime:

@@ -49,6 +49,11 @@ class FakeEngine:
         self.name = name
         self.active = 0
         self.pid: int | None = None
+        self.given_up = False
+
+    @property
+    def answering(self) -> bool:
+        return self.pid is not None
 
     async def start(self) -> ModelCard:
         self.yard.starts.append(self.name)
@@ -186,7 +191,7 @@ async def test_an_engine_that_is_given_up_is_loaded_anew_at_the_next_ask() -> No
     with pytest.raises(EngineFailed):
         async with yard.sources.hold("a") as held:
             assert isinstance(held.engine, FakeEngine)
-            held.engine.pid = None
+            held.engine.given_up = True
             raise EngineFailed("It died too often.")
     assert yard.closes == ["a"]
     assert await yard.use("a") == "a"

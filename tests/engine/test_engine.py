@@ -445,3 +445,62 @@ async def test_the_engine_process_is_confined(engine: Engine) -> None:
         pytest.skip(f"no confinement here: {engine.ready.tier}")
     status = Path(f"/proc/{engine.pid}/status").read_text()
     assert "NoNewPrivs:\t1" in status
+
+
+async def test_a_final_that_was_not_taken_yet_is_not_repeated_after_a_death(engine: Engine) -> None:
+    """Branch 0 is almost done when the ask comes; it ends, nobody has read that, and the engine dies."""
+    first = (await answer(engine, ask(n=2))).ids
+    prepared = await engine.prepare(ask(n=2, limit_tokens=24, emitted={0: tuple(first[0][:22])}))
+    stream = engine.generate(prepared.ask)
+    told = Told()
+    told.take(await anext(stream))
+    active = engine._asks[prepared.ask.id]
+    while active.finished != [0]:
+        await asyncio.sleep(0)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    async with aclosing(stream):
+        async for chunk in stream:
+            told.take(chunk)
+    assert sorted(final.branch for final in told.finals) == [0, 1]
+    assert len(told.ids[1]) == 24
+    assert len(told.ids[0]) == 2
+
+
+async def test_emitted_tokens_that_break_the_grammar_fail_their_ask_alone(engine: Engine) -> None:
+    grammar = Grammar(kind="regex", source="[0-9]{3}")
+    prepared = await engine.prepare(ask(n=2, grammar=grammar, emitted={0: (97,), 1: (97,)}))
+    pid = engine.pid
+    with pytest.raises(EngineFailed):
+        async for _ in engine.generate(prepared.ask):
+            pass
+    assert len((await answer(engine, ask())).ids[0]) == 24
+    assert engine.pid == pid
+
+
+async def test_a_recurrent_model_is_not_harmed_by_an_interactive_arrival(tmp_path: Path) -> None:
+    """Its state cannot be taken back, so its steps are never aborted."""
+    engine = await started("qwen35", tmp_path)
+    try:
+        wanted = ask(PROMPT * 5, ask_class=AskClass.BATCH, limit_tokens=30)
+        batch = asyncio.create_task(answer(engine, wanted))
+        for number in range(12):
+            await answer(engine, ask(f"{number}", limit_tokens=2))
+        told = await batch
+        (part,) = (await engine.prepare(wanted)).ask.parts
+        assert isinstance(part, Tokens)
+        assert greedy_up_to_ties(engine.model_path, part.ids, told.ids[0])
+    finally:
+        await engine.close()
+
+
+async def test_closing_fails_what_waits(engine: Engine) -> None:
+    prepared = await engine.prepare(ask(limit_tokens=1500))
+    stream = engine.generate(prepared.ask)
+    await anext(stream)
+    await engine.close()
+    with pytest.raises(EngineFailed):
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineFailed):
+        await engine.prepare(ask())

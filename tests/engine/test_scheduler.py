@@ -75,8 +75,11 @@ def test_every_plan_keeps_the_promises(jobs: list[Job], started: set[int], led: 
     assert {id(j) for j in held} <= {id(s.job) for s in chosen.slices}, "an interactive row was left out"
     if held:
         own = [s for s in chosen.slices if s.job.ask_class is AskClass.INTERACTIVE]
-        rest = chosen.rows - sum(s.count for s in own)
-        assert chosen.predicted_ms <= RULES.stall_target_ms or rest == 0, "lower rows in a step over the target"
+        lower = [s for s in chosen.slices if s.job.ask_class is not AskClass.INTERACTIVE]
+        urgent = {id(jobs[0])} if any(j.leader is jobs[0] for j in jobs) else set()  # inherited from who waits for it
+        idle = all(id(s.job) in urgent for s in lower)
+        assert chosen.predicted_ms <= RULES.stall_target_ms or idle, "lower rows in a step over the target"
+        assert own
     if any(j.leader is None for j in jobs):
         assert chosen.slices, "there was work and nothing was planned"
 
@@ -111,7 +114,7 @@ def test_every_job_ends_in_any_mix(jobs: list[Job], answer: int) -> None:
 def test_a_prompt_slice_shrinks_to_the_stall_target() -> None:
     chosen = planned([running(), job(AskClass.BATCH, prompt=2000)])
     prompt_rows = chosen.rows - 1
-    assert 4 <= prompt_rows < 200
+    assert 3 <= prompt_rows < 200
     assert chosen.predicted_ms <= RULES.stall_target_ms
     assert chosen.rows % 4 == 0, "slices fill the kernels' rows"
 
@@ -259,3 +262,30 @@ def test_one_outlier_moves_a_learned_step_time_little() -> None:
         costs.observe(8, 0, 40.0)
     costs.observe(8, 0, 4000.0)
     assert costs.predict(8, 0) < 50.0
+
+
+def test_a_large_model_over_the_target_still_begins_prompts_and_serves_what_has_aged() -> None:
+    """One row alone takes longer than the stall target: nothing would ever fit below it."""
+    slow = StepTime.prior(weight_bytes=5_000_000_000, kv_bytes_per_token=0)
+    talk, prompt, batch = running(), job(prompt=400), running(AskClass.BATCH)
+    chosen = plan([talk, prompt, batch], slow, FairClock(), RULES, 0.0)
+    assert chosen.stalled
+    assert [s.job for s in chosen.slices] == [talk, prompt]
+    assert chosen.slices[1].count >= 4
+    later = plan([talk, batch], slow, FairClock(), RULES, 30_000.0)
+    assert batch in [s.job for s in later.slices]
+
+
+def test_prompts_become_live_no_earlier_than_they_can_be_computed() -> None:
+    live = [job(AskClass.BATCH, prompt=RULES.max_rows, account="flood")]
+    assert not may_live(job(AskClass.BATCH, account="flood"), live, COSTS, RULES)
+    assert may_live(job(AskClass.BATCH, account="polite"), live, COSTS, RULES)
+    assert may_live(job(AskClass.INTERACTIVE, account="flood"), live, COSTS, RULES), "lower classes do not count"
+    live[0].running = True
+    assert may_live(job(AskClass.BATCH, account="flood"), live, COSTS, RULES)
+
+
+def test_among_equals_the_account_that_holds_nothing_is_first() -> None:
+    jobs = [job(account="flood"), job(account="polite")]
+    order = admission_order(jobs, FairClock(), RULES, 0.0, [running(account="flood")])
+    assert order[0].account == "polite"
