@@ -21,7 +21,7 @@ from nimbos.sources import Sources
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
 _CELLS_MIN, _CELLS_MAX = 2_048, 131_072
-_EMBEDDING_SEQUENCES_MAX = 64
+_EMBEDDING_SEQUENCES = 64
 _RECURRENT_SEQUENCES_MAX = 16
 
 
@@ -75,11 +75,8 @@ def cells_of(model: LocalModel, settings: EngineSettings) -> int:
 
 def sequences_of(model: LocalModel, settings: EngineSettings) -> int:
     """How many sequences the engine will make room for; each costs a state where layers are recurrent."""
-    if model.facts.kind == "embed":
-        return min(_EMBEDDING_SEQUENCES_MAX, settings.sequences)
-    if model.facts.state_bytes:
-        return min(_RECURRENT_SEQUENCES_MAX, settings.sequences)
-    return settings.sequences
+    wanted = _EMBEDDING_SEQUENCES if model.facts.kind == "embed" else settings.sequences
+    return max(2, min(wanted, _RECURRENT_SEQUENCES_MAX)) if model.facts.state_bytes else wanted
 
 
 def memory_budget_bytes(settings: Settings) -> int:

@@ -26,7 +26,8 @@ def model_with(facts: ModelFacts) -> LocalModel:
         (ModelFacts(), 128, 128),
         (ModelFacts(state_bytes=7), 128, 16),
         (ModelFacts(state_bytes=7), 8, 8),
-        (ModelFacts(kind="embed"), 128, 64),
+        (ModelFacts(kind="embed"), 32, 64),
+        (ModelFacts(kind="embed", state_bytes=7), 128, 16),
     ],
 )
 def test_as_many_sequences_are_counted_as_the_engine_makes(facts: ModelFacts, sequences: int, expected: int) -> None:
