@@ -141,7 +141,7 @@ async def test_worker_ends_with_its_input_and_sees_no_environment(monkeypatch: p
     process = worker._process
     assert process is not None and process.stdin is not None
     if sys.platform == "linux":
-        assert b"HF_TOKEN" not in Path(f"/proc/{process.pid}/environ").read_bytes()  # noqa: ASYNC240
+        assert b"HF_TOKEN" not in Path(f"/proc/{process.pid}/environ").read_bytes()
     process.stdin.close()
     assert await process.wait() == 0
     await worker.close()
