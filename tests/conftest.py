@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     home: Path = tmp_path_factory.mktemp("home")
     with serving(home, {"demo": DEMO}) as running:
         yield running
+
+
+def pytest_configure() -> None:
+    """A run in the background of a shell ignores Ctrl-C, and so would every program that these tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

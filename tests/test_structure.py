@@ -91,7 +91,7 @@ COMMAND_TREE = {"typer.Typer", "app.callback", "app.command", "app.command()", "
 
 # Loop tops: they log the traceback and fail the one request. Every other broad `except` ends by raising again, or is
 # around a library that raises plain `Exception`, and raises ours from it.
-LOOP_TOPS = {"engine/worker.py:_prepare", "api/errors.py:__call__", "api/sse.py:_pump"}
+LOOP_TOPS = {"engine/worker.py:_prepare", "engine/loop.py:_sample", "api/errors.py:__call__", "api/sse.py:_pump"}
 PLAIN_EXCEPTIONS = {"engine/grammar.py:_lark_from_gbnf"}
 
 

@@ -194,7 +194,7 @@ def _address(url: str) -> httpx2.URL:
         address = httpx2.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx2.InvalidURL as error:
         raise InvalidRequest(f"{url!r} cannot be an address: {error}.") from error
-    if address.scheme not in ("http", "https") or not address.host:
+    if address.scheme not in ("http", "https") or not address.host or "%" in address.host:
         raise InvalidRequest(f"{url!r} is no address such as http://127.0.0.1:8000.")
     return address
 
