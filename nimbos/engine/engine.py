@@ -226,7 +226,8 @@ class Engine:
         return self.ready.card
 
     async def prepare(self, ask: Ask) -> Prepared:
-        """Raises: PromptTooLong, InvalidRequest, EngineFailed."""
+        """Raises: PromptTooLong, InvalidRequest, Overloaded when too many prompts wait to be read, EngineFailed."""
+        self._refuse_beyond_bounds(ask, [message.ask.account for message in self._unanswered.values()])
         reply = await self._request(lambda number: protocol.Prepare(number=number, ask=ask))
         assert isinstance(reply, protocol.PreparedReply)
         if reply.refusal is not None:
@@ -239,7 +240,7 @@ class Engine:
 
         Raises: Overloaded, EngineFailed.
         """
-        self._check_inbox(ask)
+        self._refuse_beyond_bounds(ask, [a.ask.account for a in self._asks.values() if not a.admitted])
         if self._broken is not None:
             raise self._broken
         active = _Active(ask, asyncio.Queue(), {b: list(ids) for b, ids in ask.emitted.items()}, list(ask.finished))
@@ -269,11 +270,11 @@ class Engine:
         assert isinstance(reply, protocol.EngineStats)
         return msgspec.structs.replace(reply, restarts=self.restarts)
 
-    def _check_inbox(self, ask: Ask) -> None:
-        """The newest caller is refused when too many wait; one account may fill at most half, so others find room."""
+    def _refuse_beyond_bounds(self, ask: Ask, waiting: list[str]) -> None:
+        """`waiting`: the account of each that waits. The newest caller is refused when they are too many; one account
+        may be at most half of them, so that others find room."""
         bound = self._settings.engine.inbox
-        waiting = [a for a in self._asks.values() if not a.admitted]
-        own = sum(a.ask.account == ask.account for a in waiting)
+        own = sum(account == ask.account for account in waiting)
         if len(waiting) >= bound:
             raise Overloaded(limit="queue", value=bound, used=len(waiting), retry_after_s=self._wait_s(1))
         if own >= max(1, bound // 2):

@@ -504,3 +504,17 @@ async def test_closing_fails_what_waits(engine: Engine) -> None:
             pass
     with pytest.raises(EngineFailed):
         await engine.prepare(ask())
+
+
+async def test_prompts_that_wait_to_be_read_are_bounded_too(tmp_path: Path) -> None:
+    engine = await started("qwen2", tmp_path, inbox=8)
+    try:
+        flood = [engine.prepare(ask(f"{n} {PROMPT}" * 50, account="flood")) for n in range(20)]
+        polite = engine.prepare(ask(account="polite"))
+        *results, other = await asyncio.gather(*flood, polite, return_exceptions=True)
+        refused = [r for r in results if isinstance(r, Overloaded)]
+        assert len(refused) == 16, "half of the inbox is one account's"
+        assert not isinstance(other, BaseException)
+        assert not engine._unanswered
+    finally:
+        await engine.close()
