@@ -52,7 +52,7 @@ class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stats?"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """`refused`: libraries that did not fit, with reasons. `tier`: of the confinement. `table_key`: see `Learned`."""
+    """`refused`: libraries that did not fit, with reasons. `tier`: of the confinement."""
 
     card: ModelCard
     library: str

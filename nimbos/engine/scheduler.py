@@ -4,9 +4,10 @@ Pure: it reads jobs, costs and the time it is given, and returns a plan; `worker
 
 There is no prefill phase and no decode phase. A *job* is one branch of an ask: it has tokens, and some of them are
 computed. A job that has produced a token is *running* and wants one row a step (or a few, when tokens are forced);
-before that it wants its prompt, in slices. A step that holds a running interactive job takes at most the stall target:
-prompt slices and rows of lower classes are left out until the predicted time fits, and only interactive rows
-themselves may exceed it (which the plan says).
+before that it wants its prompt, in slices. A step that holds a running interactive job is kept below the stall target:
+prompt slices and rows of lower classes are left out until the predicted time fits. Three things may exceed it, or they
+would never end: interactive rows themselves (which the plan says), one waiting prompt where those rows alone come near
+the target, and work that has aged to their rank.
 """
 
 from __future__ import annotations

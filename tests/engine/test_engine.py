@@ -478,22 +478,6 @@ async def test_emitted_tokens_that_break_the_grammar_fail_their_ask_alone(engine
     assert engine.pid == pid
 
 
-async def test_a_recurrent_model_is_not_harmed_by_an_interactive_arrival(tmp_path: Path) -> None:
-    """Its state cannot be taken back, so its steps are never aborted."""
-    engine = await started("qwen35", tmp_path)
-    try:
-        wanted = ask(PROMPT * 5, ask_class=AskClass.BATCH, limit_tokens=30)
-        batch = asyncio.create_task(answer(engine, wanted))
-        for number in range(12):
-            await answer(engine, ask(f"{number}", limit_tokens=2))
-        told = await batch
-        (part,) = (await engine.prepare(wanted)).ask.parts
-        assert isinstance(part, Tokens)
-        assert greedy_up_to_ties(engine.model_path, part.ids, told.ids[0])
-    finally:
-        await engine.close()
-
-
 async def test_closing_fails_what_waits(engine: Engine) -> None:
     prepared = await engine.prepare(ask(limit_tokens=1500))
     stream = engine.generate(prepared.ask)
