@@ -57,9 +57,18 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
 
 
+class StorageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`database_url`: `postgresql://…`, or "" for SQLite in the home folder; the variable NIMBOS_DATABASE_URL goes
+    before it. `blobs`: a folder for contents, "" is `blobs` in the home folder; "database" keeps them there."""
+
+    database_url: str = ""
+    blobs: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
+    storage: StorageSettings = StorageSettings()
     home: str = ""
 
     @property

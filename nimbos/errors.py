@@ -9,12 +9,15 @@ NimbosError
 ├── NotFound                  404
 │   └── ModelNotFound         404
 ├── PayloadTooLarge           413
+├── Conflict                  409  what is there does not allow this change
 ├── Overloaded                429  a limit was hit; names it, with an honest `retry_after_s`
+├── BudgetExhausted           429  nothing is left to spend; names the budget, and when its period ends
 ├── ModelUnusable             422  this file cannot serve: truncated, not GGUF, unknown family, too large
 ├── DownloadFailed            502  a source could not give what was asked of it
 ├── EngineFailed              500  the engine died more often than it is restarted, or refused a step
 │   └── AnswerFailed          500  one answer cannot go on; the engine and all others do
 ├── NotReady                  503  still loading, or shutting down
+├── StorageUnavailable        503  the database is full, locked, read-only, gone, or newer than this program
 └── ConfigError               500  a setting that cannot be
 
 A constructor takes facts; the message says what happened with the values, then what to do next.
@@ -123,6 +126,49 @@ class Overloaded(NimbosError):
         self.value = value
         self.used = used
         self.retry_after_s = retry_after_s
+
+
+class Conflict(NimbosError):
+    code = "conflict"
+    status = 409
+    kind = "invalid_request_error"
+
+
+class BudgetExhausted(NimbosError):
+    """`owner` is whose budget it is ("key laptop"), `meter` "tokens" or "cost_micros". `retry_after_s`: until its
+    period ends; None where it has none, and then asking again cannot help."""
+
+    code = "insufficient_quota"
+    status = 429
+    kind = "insufficient_quota"
+
+    def __init__(
+        self, *, owner: str, meter: str, period: str, limit: int, used: int, retry_after_s: float | None
+    ) -> None:
+        unit = "tokens" if meter == "tokens" else "millionths"
+        again = f"It is renewed in {retry_after_s:.0f} s." if retry_after_s is not None else "It is not renewed."
+        super().__init__(
+            f"The budget of the {owner} is spent: {used} of {limit} {unit} ({period}). {again} "
+            "`nimbos budget` shows and raises it."
+        )
+        self.owner = owner
+        self.meter = meter
+        self.period = period
+        self.limit = limit
+        self.used = used
+        self.retry_after_s = retry_after_s
+
+
+class StorageUnavailable(NimbosError):
+    """Nothing of the transaction was written; the service resumes when the database is back."""
+
+    code = "storage_unavailable"
+    status = 503
+
+    def __init__(self, where: str, *, reason: str) -> None:
+        super().__init__(f"The database {where} cannot be used: {reason}")
+        self.where = where
+        self.reason = reason
 
 
 class ModelUnusable(NimbosError):

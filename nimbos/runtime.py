@@ -1,6 +1,6 @@
 """Puts a server's parts together: hub, engines, sources, service. The one place where they meet.
 
-`cli/up.py` and the tests call `assemble`; everything it makes is closed by closing the service.
+`cli/serve.py` and the tests call `assemble`; closing the `Runtime` closes everything it made.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from nimbos.config import EngineSettings, Settings
 from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
+from nimbos.keys import Keys, OwnerKey
 from nimbos.meters import Meters
 from nimbos.service import Service
 from nimbos.sources import Sources
@@ -27,19 +28,31 @@ _RECURRENT_SEQUENCES_MAX = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
+    """A server's parts. Whoever called `assemble` calls `close`."""
+
+    settings: Settings
     hub: Hub
     service: Service
+    keys: Keys
     meters: Meters
 
+    async def close(self) -> None:
+        await self.service.close()
 
-def assemble(
+
+async def assemble(
     settings: Settings,
     *,
+    owner: OwnerKey,
     hub: Hub | None = None,
     scripted: Iterable[ScriptedSource] = (),
     named: Mapping[str, LocalModel] | None = None,
 ) -> Runtime:
-    """`named`: models outside the hub's folder, by id."""
+    """`named`: models outside the hub's folder, by id.
+
+    Raises: ConfigError for keys that cannot be read.
+    """
+    keys = Keys.load(settings, owner)
     hub = hub or Hub(settings)
     meters = Meters()
     budget_bytes = memory_budget_bytes(settings)
@@ -62,7 +75,8 @@ def assemble(
         named=named,
     )
     trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
-    return Runtime(hub=hub, service=Service(sources=sources, meters=meters, trusted_templates=trusted), meters=meters)
+    service = Service(sources=sources, meters=meters, trusted_templates=trusted)
+    return Runtime(settings=settings, hub=hub, service=service, keys=keys, meters=meters)
 
 
 def cells_of(model: LocalModel, settings: EngineSettings) -> int:

@@ -18,11 +18,13 @@ import structlog
 from nimbos.chat import Chat
 from nimbos.errors import NimbosError, NotReady
 from nimbos.meters import Meters
-from nimbos.types import Account, Ask, Channel, Chunk, Final, ModelCard, TokenChunk, Usage
+from nimbos.types import Account, Admission, Ask, Channel, Chunk, Final, ModelCard, Origin, TokenChunk, Usage
 
 if TYPE_CHECKING:
     from nimbos.engine import EngineStats
     from nimbos.sources import EngineSource, Listed, Sources
+
+NOWHERE = Origin()
 
 _log = structlog.get_logger(__name__)
 
@@ -59,8 +61,10 @@ class Service:
             self._chats[known] = Chat(card, trusted_templates=self._trusted_templates)
         return self._chats[known]
 
-    async def generate(self, account: Account, ask: Ask) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks. Closing the iterator cancels the ask.
+    async def generate(
+        self, account: Account, ask: Ask, *, origin: Origin = NOWHERE, admission: Admission | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks. Closing the iterator cancels the ask. `admission` is filled before the first of them.
 
         Raises: what `card` raises; PromptTooLong, InvalidRequest, Overloaded, EngineFailed.
         """

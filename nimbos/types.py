@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
 
@@ -34,6 +35,7 @@ class AskClass(StrEnum):
 class Kind(StrEnum):
     GENERATE = "generate"
     EMBED = "embed"
+    RERANK = "rerank"
 
 
 class Channel(StrEnum):
@@ -115,6 +117,12 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     `finished`: branches that need nothing more (after a restart).
     `limit_tokens`: at most so many tokens of answer in each branch, thinking included; None: to the end of the context.
     `best_of`/`n`: `n` branches share the prompt and are sampled apart.
+    `allowance_tokens`: what is paid for so far, in each branch, counted like `limit_tokens`; a branch that has used it
+    waits until the source is told more (`TokenSource.extend`), or with `allowance_last` ends there. None: no budget
+    holds it.
+    `meter_row`: the row of the meter file that is this ask's; None: nothing is counted there.
+    For `Kind.RERANK` `parts[0]` is the query and each further part a document; their scores come as `ScoreChunk`s.
+    `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
     """
 
     id: str
@@ -127,6 +135,11 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     ask_class: AskClass = AskClass.INTERACTIVE
     limit_tokens: int | None = None
+    allowance_tokens: int | None = None
+    allowance_last: bool = False
+    meter_row: int | None = None
+    pin_s: float = 0.0
+    pin_tokens: int = 0
     min_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
@@ -164,6 +177,13 @@ class VectorChunk(msgspec.Struct, frozen=True, kw_only=True, tag="vector"):
     values: bytes
 
 
+class ScoreChunk(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
+    """How well the document number `index` answers the query, from 0 to 1."""
+
+    index: int
+    score: float
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens, by meter. `cached` is a part of `input`, `thinking` a part of `output`.
     `recomputed`: computed again after an engine's death; never billed."""
@@ -197,16 +217,18 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 class Final(msgspec.Struct, frozen=True, kw_only=True, tag="final"):
     """The end of one branch. `usage` is that branch's own part (the prompt counts on branch 0), so a sum over
-    branches is the ask's usage. `stopped_by` is the stop string, if one ended it."""
+    branches is the ask's usage. `stopped_by` is the stop string, if one ended it. `budget_ended`: the branch was ended
+    (with LENGTH) because nothing more was reserved for it."""
 
     branch: int
     reason: FinishReason
     usage: Usage
     receipt: Receipt = Receipt()
     stopped_by: str | None = None
+    budget_ended: bool = False
 
 
-Chunk = TokenChunk | VectorChunk | Final
+Chunk = TokenChunk | VectorChunk | ScoreChunk | Final
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,11 +264,37 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
-    """Who pays, and whose prefixes are shared. `scopes` of the key it came with; the owner has `admin`."""
+    """Who pays, and whose prefixes are shared: a project, with what the key that proved it may do.
+
+    `key`, `organisation`, `user`: ids, "" where there is none. `scopes`: `admin`, `class:NAME`, `programs:code`.
+    `models`, `routes`: those allowed, None for all. `weight`: its share of the scheduler, 1.0 is everybody's.
+    """
 
     id: str
     name: str
+    organisation: str = ""
+    key: str = ""
+    key_name: str = ""
+    user: str = ""
     scopes: frozenset[str] = frozenset()
+    models: frozenset[str] | None = None
+    routes: frozenset[str] | None = None
+    weight: float = 1.0
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an ask came from, for the ledger: the route's path, and the process or batch it belongs to."""
+
+    route: str = ""
+    process: str = ""
+    batch: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Admission:
+    """Filled by the service when an ask is let in: `headers` are the `x-ratelimit-…` ones of its answer."""
+
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class TokenSource(Protocol):
@@ -266,6 +314,11 @@ class TokenSource(Protocol):
 
     def generate(self, ask: Ask) -> AsyncIterator[Chunk]:
         """Raises: Overloaded when the inbox is full; EngineFailed."""
+        ...
+
+    def extend(self, ask_id: str, *, allowance_tokens: int | None, last: bool) -> None:
+        """More is paid for: each branch may go on to `allowance_tokens`. With `last` nothing follows: a branch that
+        reaches it ends with LENGTH and `budget_ended`. An ask that is over is no error."""
         ...
 
     async def close(self) -> None: ...

@@ -20,7 +20,7 @@ from nimbos.api import build
 from nimbos.config import EngineSettings, ServerSettings, Settings
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.hub import Hub
-from nimbos.keys import Keys, OwnerKey
+from nimbos.keys import OwnerKey
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import address_of, bind, make_server
 from nimbos.types import Ask, Chunk
@@ -127,16 +127,16 @@ def serving(
     made: list[tuple[Any, Runtime, str]] = []
 
     async def run() -> None:
-        runtime = assemble(settings, hub=hub, scripted=sources.values(), named=named)
-        keys = Keys.load(settings, OwnerKey(secret=OWNER_SECRET, file=None))
+        owner = OwnerKey(secret=OWNER_SECRET, file=None)
+        runtime = await assemble(settings, owner=owner, hub=hub, scripted=sources.values(), named=named)
         with bind(settings.server) as bound:
-            uvicorn_server = make_server(build(settings, runtime.service, keys, runtime.meters), settings.server)
+            uvicorn_server = make_server(build(runtime), settings.server)
             made.append((uvicorn_server, runtime, address_of(settings.server, bound)))
             started.set()
             try:
                 await uvicorn_server.serve(sockets=[bound])
             finally:
-                await runtime.service.close()
+                await runtime.close()
 
     def body() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

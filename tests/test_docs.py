@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import json
 import os
@@ -87,11 +88,15 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 @pytest.fixture(scope="module")
 def routes(tmp_path_factory: pytest.TempPathFactory) -> list[Route]:
     settings = Settings(home=str(tmp_path_factory.mktemp("home")))
-    runtime = assemble(settings)
-    keys = Keys.load(settings, OwnerKey(secret="nb-x", file=None))
-    found = [
-        route for route in build(settings, runtime.service, keys, runtime.meters).routes if isinstance(route, Route)
-    ]
+
+    async def made() -> list[Route]:
+        runtime = await assemble(settings, owner=OwnerKey(secret="nb-x", file=None))
+        try:
+            return [route for route in build(runtime).routes if isinstance(route, Route)]
+        finally:
+            await runtime.close()
+
+    found = asyncio.run(made())
     assert len(found) >= 7
     return found
 

@@ -24,7 +24,8 @@ LAYERS = (
     ("service",),
     ("kernel", "evals"),
     ("adk", "store"),
-    ("api", "runtime"),
+    ("runtime",),
+    ("api",),
     ("server",),
     ("cli",),
 )

@@ -11,27 +11,26 @@ from nimbos.api.access import Access
 from nimbos.api.openai_chat import ChatCompletions
 from nimbos.api.openai_completions import Completions
 from nimbos.api.openai_embeddings import Embeddings
-from nimbos.config import Settings
-from nimbos.keys import Keys
-from nimbos.meters import Meters
-from nimbos.service import Service
+from nimbos.runtime import Runtime
 
 
-def build(settings: Settings, service: Service, keys: Keys, meters: Meters) -> Starlette:
-    chat = ChatCompletions(service, settings.server)
-    completions = Completions(service, settings.server)
-    embeddings = Embeddings(service, settings.server)
+def build(runtime: Runtime) -> Starlette:
+    """The app of one running server. Each dialect brings its own routes."""
+    service, server = runtime.service, runtime.settings.server
+    chat = ChatCompletions(service, server)
+    completions = Completions(service, server)
+    embeddings = Embeddings(service, server)
     listed = models.Models(service)
     return Starlette(
         routes=[
             Route("/health", health.Health(service).get, methods=["GET"]),
-            Route("/metrics", metrics.Metrics(service, meters).get, methods=["GET"]),
+            Route("/metrics", metrics.Metrics(service, runtime.meters).get, methods=["GET"]),
             Route("/v1/models", listed.list, methods=["GET"]),
             Route("/v1/models/{model:path}", listed.retrieve, methods=["GET"]),
             Route("/v1/chat/completions", chat.create, methods=["POST"]),
             Route("/v1/completions", completions.create, methods=["POST"]),
             Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         ],
-        middleware=[Middleware(errors.LastResort), Middleware(Access, settings=settings.server, keys=keys)],
+        middleware=[Middleware(errors.LastResort), Middleware(Access, settings=server, keys=runtime.keys)],
         exception_handlers=errors.handlers(),
     )

@@ -10,10 +10,13 @@ from typing import Any, Literal
 import msgspec
 
 from nimbos.api import fields as shared
+from nimbos.api.dialogue import Asked
 from nimbos.api.messages import ToolChoice, allow_tools, check_messages
 from nimbos.chat import ChatRequest, Dial
 from nimbos.errors import InvalidRequest, UnsupportedField
-from nimbos.types import Grammar, ModelCard
+from nimbos.types import Account, Grammar, ModelCard, Origin
+
+ORIGIN = Origin(route="/v1/chat/completions")
 
 REFUSED = {
     "audio": "this server's models write text only",
@@ -84,6 +87,27 @@ class ChatBody(shared.SamplingFields, kw_only=True):
     think: Any = None
     output_config: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def asked(body: ChatBody, account: Account, *, header_class: str | None, origin: Origin = ORIGIN) -> Asked:
+    """The body in no dialect's words. `header_class`: of `x-nimbos-class`.
+
+    Raises: InvalidRequest naming the field; Forbidden for a class that the key is not for.
+    """
+    shared.check_stream(body)
+    limit = limit_of(body)
+    return Asked(
+        model=body.model,
+        request=lambda card: chat_request(body, card),
+        sampling=shared.sampling_of(body, logprobs=logprobs_of(body)),
+        ask_class=shared.class_of(body.service_tier, shared.extension_class(body), header_class, account),
+        n=shared.count_of(body),
+        limit_tokens=limit,
+        min_tokens=shared.min_tokens_of(body, limit),
+        stops=shared.stops_of(body),
+        ignore_eos=bool(body.ignore_eos),
+        origin=origin,
+    )
 
 
 def limit_of(body: ChatBody) -> int | None:

@@ -14,7 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nimbos.errors import DownloadFailed, EngineFailed, NimbosError, NotReady, Overloaded, PayloadTooLarge
+from nimbos.errors import (
+    BudgetExhausted,
+    DownloadFailed,
+    EngineFailed,
+    NimbosError,
+    NotReady,
+    Overloaded,
+    PayloadTooLarge,
+    StorageUnavailable,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -50,7 +59,11 @@ def headers_of(error: NimbosError) -> dict[str, str]:
             "x-ratelimit-remaining-requests": str(max(0, error.value - error.used)),
             "x-ratelimit-reset-requests": f"{seconds}s",
         }
-    if isinstance(error, NotReady):
+    if isinstance(error, BudgetExhausted):
+        if error.retry_after_s is None:
+            return {"x-should-retry": "false"}
+        return {"x-should-retry": "false", "retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    if isinstance(error, NotReady | StorageUnavailable):
         return {"retry-after": "1", "x-should-retry": "true"}
     if isinstance(error, EngineFailed | DownloadFailed):
         return {"x-should-retry": "true"}

@@ -19,7 +19,7 @@ from nimbos.api import body as bodies
 from nimbos.api import fields as shared
 from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
-from nimbos.api.exchange import ask_headers, json_reply, stream_reply
+from nimbos.api.exchange import event_stream, headers_of, json_reply
 from nimbos.api.merge import merge
 from nimbos.api.prompts import Prompts, prompts_of
 from nimbos.api.sse import DONE, or_gone
@@ -27,8 +27,23 @@ from nimbos.api.text_choice import TextBranch, best
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, NotReady, UnsupportedField
 from nimbos.service import Service
-from nimbos.types import Account, Ask, Chunk, Final, FinishReason, ModelCard, Part, Text, TokenChunk, Usage, new_id
+from nimbos.types import (
+    Account,
+    Admission,
+    Ask,
+    Chunk,
+    Final,
+    FinishReason,
+    ModelCard,
+    Origin,
+    Part,
+    Text,
+    TokenChunk,
+    Usage,
+    new_id,
+)
 
+ORIGIN = Origin(route="/v1/completions")
 PROMPTS_MAX = 128
 LOGPROBS_MAX = 5
 
@@ -53,7 +68,11 @@ class Question:
     keep: int
     logprobs: int | None
     id: str
+    admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def headers(self) -> dict[str, str]:
+        return headers_of(self.asks[0], self.admission)
 
     def completion(self, choices: list[wire.TextChoice]) -> wire.TextCompletion:
         return wire.TextCompletion(
@@ -76,12 +95,12 @@ class Completions:
         )
         body = bodies.decode(content, CompletionsBody)
         question = await or_gone(request, self._understand(request, body))
-        headers = ask_headers(question.asks[0])
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(question, include_usage=usage)
-            return await stream_reply(request, events, headers=headers, settings=self._settings)
-        return json_reply(await or_gone(request, self._whole(question)), headers=headers)
+            return await event_stream(request, events, headers=question.headers, settings=self._settings)
+        completion = await or_gone(request, self._whole(question))
+        return json_reply(completion, headers=question.headers())
 
     async def _understand(self, request: Request, body: CompletionsBody) -> Question:
         account = account_of(request)
@@ -125,7 +144,10 @@ class Completions:
 
     def _chunks(self, question: Question) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(number of the prompt, chunk), of all prompts at once."""
-        return merge([self._service.generate(question.account, ask) for ask in question.asks])
+        generate = self._service.generate
+        return merge(
+            [generate(question.account, ask, origin=ORIGIN, admission=question.admission) for ask in question.asks]
+        )
 
     async def _events(self, question: Question, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         finals: list[Final] = []

@@ -14,16 +14,17 @@ from starlette.responses import Response
 from nimbos.api import body as bodies
 from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
-from nimbos.api.exchange import ask_headers, json_reply
+from nimbos.api.exchange import headers_of, json_reply
 from nimbos.api.fields import Tier, class_of
 from nimbos.api.prompts import prompts_of
 from nimbos.api.sse import or_gone
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.service import Service
-from nimbos.types import Account, Ask, Final, Kind, Usage, VectorChunk, new_id
+from nimbos.types import Account, Admission, Ask, Final, Kind, Origin, Usage, VectorChunk, new_id
 
 INPUTS_MAX = 2_048
+ORIGIN = Origin(route="/v1/embeddings")
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
@@ -47,8 +48,9 @@ class Embeddings:
         body = bodies.decode(content, EmbeddingsBody)
         account = account_of(request)
         ask = await or_gone(request, self._understand(request, body, account))
-        reply = await or_gone(request, self._embed(account, ask, body))
-        return json_reply(reply, headers=ask_headers(ask))
+        admission = Admission()
+        reply = await or_gone(request, self._embed(account, ask, body, admission))
+        return json_reply(reply, headers=headers_of(ask, admission))
 
     async def _understand(self, request: Request, body: EmbeddingsBody, account: Account) -> Ask:
         parts = prompts_of(body.input, param="input", most=INPUTS_MAX, special=False)
@@ -71,10 +73,12 @@ class Embeddings:
             ask_class=ask_class,
         )
 
-    async def _embed(self, account: Account, ask: Ask, body: EmbeddingsBody) -> wire.EmbeddingList:
+    async def _embed(
+        self, account: Account, ask: Ask, body: EmbeddingsBody, admission: Admission
+    ) -> wire.EmbeddingList:
         vectors: dict[int, bytes] = {}
         usage = Usage()
-        async with aclosing(self._service.generate(account, ask)) as chunks:
+        async with aclosing(self._service.generate(account, ask, origin=ORIGIN, admission=admission)) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, VectorChunk):
                     vectors[chunk.index] = _cut(chunk.values, body.dimensions)

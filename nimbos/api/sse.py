@@ -7,8 +7,9 @@ too slow, server shutting down. A comment is sent after a silence, so that proxi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -25,6 +26,19 @@ DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framing:
+    """How a dialect writes a stream. `keep_alive`: sent after a silence; None where the format has no comment.
+    `error`: a failure in the middle of the stream."""
+
+    media_type: str = "text/event-stream"
+    keep_alive: bytes | None = _KEEP_ALIVE
+    error: Callable[[NimbosError], bytes] = field(default=lambda error: b"data: " + errors.body_of(error) + b"\n\n")
+
+
+OPENAI = Framing()
 
 
 async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -82,9 +96,17 @@ class Stream:
 class EventResponse(Response):
     """`keep_alive_s`: silence before a comment. `stall_s`: a client that takes no bytes for so long is cut off."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, stream: Stream, *, headers: dict[str, str], keep_alive_s: float, stall_s: float) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        headers: dict[str, str],
+        keep_alive_s: float,
+        stall_s: float,
+        framing: Framing = OPENAI,
+    ) -> None:
+        self.media_type = framing.media_type
+        self._framing = framing
         self._stream = stream
         self._keep_alive_s = keep_alive_s
         self._stall_s = stall_s
@@ -121,12 +143,12 @@ class EventResponse(Response):
                 async for event in events:
                     await self._send(send, event)
             except NimbosError as error:
-                await self._send(send, b"data: " + errors.body_of(error) + b"\n\n")
+                await self._send(send, self._framing.error(error))
             except ClientDisconnect:
                 return
             except Exception as error:  # the top of this request: its client is told, the server lives on
                 failure = errors.internal(scope["path"], error)
-                await self._send(send, b"data: " + errors.body_of(failure) + b"\n\n")
+                await self._send(send, self._framing.error(failure))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, event: bytes) -> None:
@@ -146,9 +168,9 @@ class EventResponse(Response):
             if self._sending_since is not None:
                 if now - self._sending_since > self._stall_s:
                     return
-            elif now - self._sent_at >= self._keep_alive_s:
+            elif self._framing.keep_alive is not None and now - self._sent_at >= self._keep_alive_s:
                 try:
-                    await asyncio.wait_for(self._send(send, _KEEP_ALIVE), self._stall_s)
+                    await asyncio.wait_for(self._send(send, self._framing.keep_alive), self._stall_s)
                 except TimeoutError:
                     return
 

@@ -22,7 +22,7 @@ from nimbos.config import Settings
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.errors import ConfigError, ModelNotFound
 from nimbos.hub import Hub, LocalModel
-from nimbos.keys import Keys, OwnerKey, owner_key
+from nimbos.keys import OwnerKey, owner_key
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import Server, address_of, bind, check_bind, make_server, stopped_by_signals, traced
 
@@ -43,19 +43,14 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
     configure_logs(enabled=log)
     check_bind(settings.server)
     owner = owner_key(settings)
-    keys = Keys.load(settings, owner)
     with bind(settings.server) as bound:
         url = address_of(settings.server, bound)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             hub = Hub(settings)
             chosen = runner.run(choose(hub, models))
-            runtime = assemble(
-                settings,
-                hub=hub,
-                scripted=chosen.scripted,
-                named={model.id: model for model in chosen.local},
-            )
-            server = make_server(build(settings, runtime.service, keys, runtime.meters), settings.server)
+            named = {model.id: model for model in chosen.local}
+            runtime = runner.run(assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named))
+            server = make_server(build(runtime), settings.server)
             announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert)
             with stopped_by_signals(server), traced(settings, url):
                 return runner.run(_serve(server, runtime, chosen.first, bound, announce))
@@ -111,7 +106,7 @@ async def _serve(
         server.should_exit = True
         loading.cancel()
         await asyncio.gather(loading, serving, return_exceptions=True)
-        await runtime.service.close()
+        await runtime.close()
     return 0
 
 

@@ -262,6 +262,15 @@ class Engine:
                 self._send(protocol.Cancel(ask_id=ask.id))
             self._finishes.append(time.monotonic())
 
+    def extend(self, ask_id: str, *, allowance_tokens: int | None, last: bool) -> None:
+        """More is paid for; kept for a restart, too."""
+        active = self._asks.get(ask_id)
+        if active is None:
+            return
+        active.ask = msgspec.structs.replace(active.ask, allowance_tokens=allowance_tokens, allowance_last=last)
+        if self._up.is_set():
+            self._send(protocol.Extend(ask_id=ask_id, allowance_tokens=allowance_tokens, last=last))
+
     async def stats(self) -> protocol.EngineStats:
         """Raises: EngineFailed when the engine does not answer."""
         if not self._up.is_set():

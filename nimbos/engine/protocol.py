@@ -47,6 +47,14 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
     ask_id: str
 
 
+class Extend(msgspec.Struct, frozen=True, kw_only=True, tag="extend"):
+    """See `TokenSource.extend`."""
+
+    ask_id: str
+    allowance_tokens: int | None
+    last: bool
+
+
 class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag="stats?"):
     number: int
 
@@ -158,7 +166,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 STEP_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, float("inf"))
 
-ToEngine = Start | Prepare | Submit | Cancel | StatsRequest
+ToEngine = Start | Prepare | Submit | Cancel | Extend | StatsRequest
 FromEngine = Ready | LoadFailed | PreparedReply | Failed | Admitted | Produced | Learned | EngineStats
 
 _encoder = msgspec.msgpack.Encoder()

@@ -137,6 +137,9 @@ class ScriptedSource:
         finally:
             self.active -= 1
 
+    def extend(self, ask_id: str, *, allowance_tokens: int | None, last: bool) -> None:
+        """Not yet held by an allowance."""
+
     async def close(self) -> None:
         """Holds nothing."""
 
