@@ -59,7 +59,7 @@ class Access:
                 return
             self._admit(scope, headers)
         except NimbosError as error:
-            await errors.response_to(error)(scope, receive, send)
+            await errors.response_to(error, errors.shape_of(scope))(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -31,6 +31,9 @@ def build(runtime: Runtime) -> Starlette:
             Route("/v1/completions", completions.create, methods=["POST"]),
             Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         ],
-        middleware=[Middleware(errors.LastResort), Middleware(Access, settings=server, keys=runtime.keys)],
+        middleware=[
+            Middleware(errors.LastResort, shapes=errors.Shapes()),
+            Middleware(Access, settings=server, keys=runtime.keys),
+        ],
         exception_handlers=errors.handlers(),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -18,12 +19,15 @@ from nimbos.errors import (
     BudgetExhausted,
     DownloadFailed,
     EngineFailed,
+    InvalidRequest,
     NimbosError,
     NotReady,
     Overloaded,
     PayloadTooLarge,
     StorageUnavailable,
 )
+
+_SHOWN_CHARACTERS = 200  # of a path, in an error
 
 _log = structlog.get_logger(__name__)
 
@@ -44,8 +48,44 @@ def body_of(error: NimbosError) -> bytes:
     return msgspec.json.encode(ErrorBody(detail))
 
 
-def response_to(error: NimbosError) -> Response:
-    return Response(body_of(error), status_code=error.status, headers=headers_of(error), media_type="application/json")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a dialect writes an error; for every path that begins with one of `prefixes`. `headers`: more of them."""
+
+    prefixes: tuple[str, ...]
+    body: Callable[[NimbosError], bytes]
+    headers: Callable[[NimbosError], dict[str, str]] = field(default=lambda _: {})
+
+
+OPENAI = Shape(prefixes=("/",), body=body_of)
+
+
+class Shapes:
+    """The dialects' shapes by path. Kept in the scope of every request, so that whoever refuses it finds it."""
+
+    def __init__(self, shapes: Iterable[Shape] = ()) -> None:
+        self._by_prefix = sorted(
+            ((prefix, shape) for shape in (*shapes, OPENAI) for prefix in shape.prefixes),
+            key=lambda known: -len(known[0]),
+        )
+
+    def of(self, path: str) -> Shape:
+        return next((shape for prefix, shape in self._by_prefix if path.startswith(prefix)), OPENAI)
+
+
+def shape_of(scope: Scope) -> Shape:
+    """The shape that `LastResort` chose for this request."""
+    shape = scope.get("nimbos.shape")
+    return shape if isinstance(shape, Shape) else OPENAI
+
+
+def response_to(error: NimbosError, shape: Shape = OPENAI) -> Response:
+    return Response(
+        shape.body(error),
+        status_code=error.status,
+        headers={**headers_of(error), **shape.headers(error)},
+        media_type="application/json",
+    )
 
 
 def headers_of(error: NimbosError) -> dict[str, str]:
@@ -80,8 +120,8 @@ def internal(request_path: str, error: BaseException) -> NimbosError:
 
 
 def handlers() -> Mapping[Any, Callable[[Request, Any], Any]]:
-    async def known(_: Request, error: NimbosError) -> Response:
-        return response_to(error)
+    async def known(request: Request, error: NimbosError) -> Response:
+        return response_to(error, shape_of(request.scope))
 
     async def http(request: Request, error: HTTPException) -> Response:
         return _plain(request, error)
@@ -95,13 +135,15 @@ def handlers() -> Mapping[Any, Callable[[Request, Any], Any]]:
 class LastResort:
     """The top of every request: a bug of ours fails that request alone, with an answer if none had begun."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, shapes: Shapes) -> None:
         self._app = app
+        self._shapes = shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["nimbos.shape"] = self._shapes.of(scope["path"])
         begun = False
 
         async def watched(message: Message) -> None:
@@ -114,23 +156,34 @@ class LastResort:
         except Exception as error:
             failure = internal(scope["path"], error)
             if not begun:
-                await response_to(failure)(scope, receive, send)
+                await response_to(failure, shape_of(scope))(scope, receive, send)
             elif (abort := scope.get("nimbos.abort")) is not None:
                 abort()
 
 
+class NoRoute(NimbosError):
+    code = "not_found"
+    status = 404
+    kind = "invalid_request_error"
+
+
+class MethodNotAllowed(NimbosError):
+    code = "method_not_allowed"
+    status = 405
+    kind = "invalid_request_error"
+
+
 def _plain(request: Request, error: HTTPException) -> Response:
     """Starlette's own: no such route, no such method."""
-    messages = {
-        404: f"There is no route {request.method} {request.url.path} here.",
-        405: f"{request.method} is not allowed for {request.url.path}.",
-    }
-    detail = ErrorDetail(
-        message=messages.get(error.status_code, str(error.detail)),
-        type="invalid_request_error",
-        code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
-    )
-    headers = dict(error.headers or {})
-    return Response(
-        msgspec.json.encode(ErrorBody(detail)), error.status_code, headers=headers, media_type="application/json"
-    )
+    path = request.url.path[:_SHOWN_CHARACTERS]
+    failure: NimbosError
+    if error.status_code == 404:
+        failure = NoRoute(f"There is no route {request.method} {path} here.")
+    elif error.status_code == 405:
+        failure = MethodNotAllowed(f"{request.method} is not allowed for {path}.")
+    else:
+        failure = InvalidRequest(str(error.detail))
+    reply = response_to(failure, shape_of(request.scope))
+    reply.status_code = error.status_code
+    reply.headers.update(error.headers or {})
+    return reply
