@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from nimbos.keys import Keys, OwnerKey
 from nimbos.meters import Meters
 from nimbos.service import Service
 from nimbos.sources import Sources
+from nimbos.telemetry import Telemetry, open_telemetry
+from nimbos.types import new_id
 
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
@@ -28,16 +31,20 @@ _RECURRENT_SEQUENCES_MAX = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """A server's parts. Whoever called `assemble` calls `close`."""
+    """A server's parts. Whoever called `assemble` calls `close`. `server_id`: new at each start."""
 
     settings: Settings
+    server_id: str
     hub: Hub
     service: Service
     keys: Keys
     meters: Meters
+    telemetry: Telemetry | None
 
     async def close(self) -> None:
         await self.service.close()
+        if self.telemetry is not None:
+            await asyncio.to_thread(self.telemetry.close)
 
 
 async def assemble(
@@ -52,6 +59,8 @@ async def assemble(
 
     Raises: ConfigError for keys that cannot be read.
     """
+    server_id = new_id("srv")
+    telemetry = open_telemetry(server_id)
     keys = Keys.load(settings, owner)
     hub = hub or Hub(settings)
     meters = Meters()
@@ -76,7 +85,15 @@ async def assemble(
     )
     trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
     service = Service(sources=sources, meters=meters, trusted_templates=trusted)
-    return Runtime(settings=settings, hub=hub, service=service, keys=keys, meters=meters)
+    return Runtime(
+        settings=settings,
+        server_id=server_id,
+        hub=hub,
+        service=service,
+        keys=keys,
+        meters=meters,
+        telemetry=telemetry,
+    )
 
 
 def cells_of(model: LocalModel, settings: EngineSettings) -> int:

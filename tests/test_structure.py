@@ -18,7 +18,7 @@ LAYERS = (
     ("errors",),
     ("types", "integers"),
     ("config", "db", "blobs"),
-    ("ledger", "work", "engine", "chat", "keys", "meters"),
+    ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry"),
     ("hub",),
     ("cloud", "sources"),
     ("service",),

@@ -8,6 +8,7 @@ from starlette.routing import Route
 
 from nimbos.api import errors, health, metrics, models
 from nimbos.api.access import Access
+from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
 from nimbos.api.openai_completions import Completions
 from nimbos.api.openai_embeddings import Embeddings
@@ -21,18 +22,21 @@ def build(runtime: Runtime) -> Starlette:
     completions = Completions(service, server)
     embeddings = Embeddings(service, server)
     listed = models.Models(service)
+    routes = [
+        Route("/health", health.Health(service).get, methods=["GET"]),
+        Route("/metrics", metrics.Metrics(service, runtime.meters).get, methods=["GET"]),
+        Route("/v1/models", listed.list, methods=["GET"]),
+        Route("/v1/models/{model:path}", listed.retrieve, methods=["GET"]),
+        Route("/v1/chat/completions", chat.create, methods=["POST"]),
+        Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+    ]
+    shapes = errors.Shapes(())  # a dialect that writes errors in its own way adds its `Shape` here
     return Starlette(
-        routes=[
-            Route("/health", health.Health(service).get, methods=["GET"]),
-            Route("/metrics", metrics.Metrics(service, runtime.meters).get, methods=["GET"]),
-            Route("/v1/models", listed.list, methods=["GET"]),
-            Route("/v1/models/{model:path}", listed.retrieve, methods=["GET"]),
-            Route("/v1/chat/completions", chat.create, methods=["POST"]),
-            Route("/v1/completions", completions.create, methods=["POST"]),
-            Route("/v1/embeddings", embeddings.create, methods=["POST"]),
-        ],
+        routes=routes,
         middleware=[
-            Middleware(errors.LastResort, shapes=errors.Shapes()),
+            Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
+            Middleware(errors.LastResort, shapes=shapes),
             Middleware(Access, settings=server, keys=runtime.keys),
         ],
         exception_handlers=errors.handlers(),
