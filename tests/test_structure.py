@@ -17,7 +17,7 @@ LAYERS = (
     ("__init__",),
     ("errors",),
     ("types", "integers"),
-    ("config", "db", "blobs"),
+    ("config", "db", "blobs", "meterfile"),
     ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry"),
     ("hub",),
     ("cloud", "sources"),
