@@ -58,7 +58,7 @@ def decode(content: bytes, into: type[T], *, refused: dict[str, str] | None = No
     table = _object(content)
     _check_depth(table)
     _check_integers(table)
-    known = {field.encode_name for field in msgspec.structs.fields(into)}
+    known = into.__struct_encode_fields__
     for name, value in table.items():
         if refused and name in refused and value is not None:
             raise UnsupportedField(name, why=f"not supported here: {refused[name]}")
@@ -67,6 +67,17 @@ def decode(content: bytes, into: type[T], *, refused: dict[str, str] | None = No
             raise UnsupportedField(name[:_SHOWN_CHARACTERS], why="unknown", nearest=nearest[0] if nearest else None)
     given = {name: value for name, value in table.items() if name in known}
     return convert(given, into)
+
+
+def table_of(content: bytes) -> dict[str, Any]:
+    """The body as an object that is neither too deep nor holds a number beyond 64 bits.
+
+    Raises: InvalidRequest.
+    """
+    table = _object(content)
+    _check_depth(table)
+    _check_integers(table)
+    return table
 
 
 def convert(value: Any, into: type[T], *, at: str = "") -> T:
@@ -134,4 +145,4 @@ def _json_kind(value: Any) -> str:
     return kinds.get(type(value), "value")
 
 
-__all__ = ["DEPTH_LIMIT", "ClientDisconnect", "convert", "decode", "read"]
+__all__ = ["DEPTH_LIMIT", "ClientDisconnect", "convert", "decode", "read", "table_of"]
