@@ -103,7 +103,7 @@ def choose_marker(variables: Any) -> str:
 def cut(rendered: str, marker: str) -> tuple[Text, ...]:
     """The prompt in pieces; joined they are the prompt without its markers."""
     escaped = json.dumps(marker)[1:-1]  # how a template's own ASCII-only JSON writes it
-    pieces = re.split(f"{re.escape(marker)}|{re.escape(escaped)}", rendered)
+    pieces = rendered.replace(escaped, marker).split(marker)
     return tuple(Text(piece, special=True) for piece in pieces if piece)
 
 
