@@ -114,6 +114,9 @@ def load(home: Path | None = None) -> Settings:
         if "home" in table:
             raise ConfigError(f"{file}: the key `home` cannot be set here; NIMBOS_HOME names the folder.")
         settings = msgspec.convert({**table, "home": str(home)}, Settings)
+        if database_url := os.environ.get("NIMBOS_DATABASE_URL"):
+            storage = msgspec.structs.replace(settings.storage, database_url=database_url)
+            settings = msgspec.structs.replace(settings, storage=storage)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: {error}") from error
     return settings

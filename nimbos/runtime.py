@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nimbos.config import EngineSettings, Settings
+from nimbos.db import Database
 from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
@@ -35,6 +36,7 @@ class Runtime:
 
     settings: Settings
     server_id: str
+    database: Database
     hub: Hub
     service: Service
     keys: Keys
@@ -43,6 +45,7 @@ class Runtime:
 
     async def close(self) -> None:
         await self.service.close()
+        await self.database.close()
         if self.telemetry is not None:
             await asyncio.to_thread(self.telemetry.close)
 
@@ -57,8 +60,9 @@ async def assemble(
 ) -> Runtime:
     """`named`: models outside the hub's folder, by id.
 
-    Raises: ConfigError for keys that cannot be read.
+    Raises: ConfigError for keys that cannot be read; StorageUnavailable.
     """
+    database = await Database.open(settings)
     server_id = new_id("srv")
     telemetry = open_telemetry(server_id)
     keys = Keys.load(settings, owner)
@@ -88,6 +92,7 @@ async def assemble(
     return Runtime(
         settings=settings,
         server_id=server_id,
+        database=database,
         hub=hub,
         service=service,
         keys=keys,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.databases import database as database
 from tests.live import Live, serving
 
 WEATHER_CALL = {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}

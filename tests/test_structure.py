@@ -17,7 +17,9 @@ LAYERS = (
     ("__init__",),
     ("errors",),
     ("types", "integers"),
-    ("config", "db", "blobs", "meterfile"),
+    ("config", "meterfile"),
+    ("db",),
+    ("blobs",),
     ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry"),
     ("hub",),
     ("cloud", "sources"),
@@ -49,6 +51,7 @@ DOORS = {
         "ToolCallDelta",
         "fold",
     },
+    "db": {"Bound", "Database", "Dialect", "Row", "Statement", "Transaction", "insert", "insert_ignored", "upsert"},
     "engine": {"STEP_BUCKETS_S", "Engine", "EngineStats"},
     "hub": {"Gguf", "Hub", "LocalModel", "ModelFacts", "NativeLibrary", "Progress", "read_gguf"},
 }
@@ -92,7 +95,13 @@ COMMAND_TREE = {"typer.Typer", "app.callback", "app.command", "app.command()", "
 
 # Loop tops: they log the traceback and fail the one request. Every other broad `except` ends by raising again, or is
 # around a library that raises plain `Exception`, and raises ours from it.
-LOOP_TOPS = {"engine/worker.py:_prepare", "engine/loop.py:_sample", "api/errors.py:__call__", "api/sse.py:_pump"}
+LOOP_TOPS = {
+    "db/writer.py:_perform",
+    "engine/worker.py:_prepare",
+    "engine/loop.py:_sample",
+    "api/errors.py:__call__",
+    "api/sse.py:_pump",
+}
 PLAIN_EXCEPTIONS = {"engine/grammar.py:_lark_from_gbnf"}
 
 
@@ -148,6 +157,8 @@ def test_doors_are_walked_around_only_where_it_is_listed(file: Path) -> None:
         if len(path) < 2 or path[0] == own or path[0] not in DOORS:
             continue
         package, inner = path[0], path[1]
+        if (package, inner) == ("db", "tables"):
+            continue  # every part's tables are a file there, which is the part's own
         if inner not in DOORS[package]:
             assert inner in PAST_DOORS.get((own, package), set()), f"{package}.{inner}"
 
@@ -174,11 +185,13 @@ def test_every_package_has_a_door() -> None:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_importing_does_no_work(file: Path) -> None:
     tree = tree_of(file)
+    statement_words = _statement_words(tree)
     allowed = PURE | _own_values(tree) | (COMMAND_TREE if name_of(file) == "cli/__init__.py" else set())
     for call in _calls_at_import(tree):
         name = ast.unparse(call.func)
         method = isinstance(call.func, ast.Attribute) and call.func.attr in PURE_METHODS
-        assert name in allowed or method, f"{name_of(file)}:{call.lineno}: {name}"
+        statement = _root_of(call.func) in statement_words
+        assert name in allowed or method or statement, f"{name_of(file)}:{call.lineno}: {name}"
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if part_of(file) != "cli"], ids=name_of)
@@ -220,6 +233,19 @@ def _own_values(tree: ast.Module) -> set[str]:
     classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     imported = {alias.name for path, alias in _from_imports(tree) if path.startswith("nimbos.")}
     return {name for name in classes | imported if name[:1].isupper()}
+
+
+def _statement_words(tree: ast.Module) -> set[str]:
+    """Names of what declares tables and statements, which are values: from SQLAlchemy, the database and its tables."""
+    homes = ("sqlalchemy", "nimbos.db")
+    return {alias.asname or alias.name for path, alias in _from_imports(tree) if path.startswith(homes)}
+
+
+def _root_of(expression: ast.expr) -> str:
+    """The name that a chain of calls and attributes starts with: `select` of `select(…).where`."""
+    while isinstance(expression, ast.Attribute | ast.Call):
+        expression = expression.func if isinstance(expression, ast.Call) else expression.value
+    return expression.id if isinstance(expression, ast.Name) else ""
 
 
 def _calls_at_import(tree: ast.AST) -> Iterator[ast.Call]:

@@ -1,0 +1,77 @@
+"""The door to the database: transactions, reads, streams and backups, whichever database it is.
+
+Knows neither tables nor drivers: `sqlite.py` and `postgresql.py` are the two `Store`s behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from nimbos.config import Settings
+from nimbos.db.sqlite import SqliteStore
+from nimbos.db.statements import Bound, Dialect, Row, Transaction
+
+T = TypeVar("T")
+
+FILE_NAME = "nimbos.db"
+
+
+class Store(Protocol):
+    """What runs transactions: SQLite's writer thread, or a pool of connections to PostgreSQL."""
+
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T: ...
+
+    async def read(self, query: Bound) -> list[Row]: ...
+
+    def stream(self, query: Bound, *, batch: int) -> AsyncIterator[Row]: ...
+
+    async def backup(self, target: Path) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Database:
+    """Whoever opened it closes it, on the same event loop. Every method may raise StorageUnavailable; the next call
+    works again as soon as the cause is gone."""
+
+    def __init__(self, store: Store, *, dialect: Dialect) -> None:
+        self._store = store
+        self.dialect: Dialect = dialect
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Database:
+        """Makes the database where there is none, and brings its tables up to date.
+
+        Raises: StorageUnavailable, also for a database that a newer program has changed.
+        """
+        return cls(await SqliteStore.open(Path(settings.home) / FILE_NAME), dialect="sqlite")
+
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool = False) -> T:
+        """Runs one transaction whole, or not at all. An exception in the generator undoes it and is raised here.
+
+        `begin` is called again when what others did, or the loss of a group commit, demands another try: what it does
+        beside yielding statements must bear that. `durable`: on the disk before this returns; otherwise the last
+        moments may be lost at power loss, never part of a transaction. A caller that is cancelled stops waiting; the
+        transaction still runs whole or not at all.
+        Raises: StorageUnavailable; Conflict for a row that a unique key forbids.
+        """
+        return await self._store.run(begin, durable=durable)
+
+    async def read(self, query: Bound) -> list[Row]:
+        """The rows of one query, which sees what was committed before; it waits for no transaction."""
+        return await self._store.read(query)
+
+    def stream(self, query: Bound, *, batch: int = 1000) -> AsyncIterator[Row]:
+        """The rows of one query as it stood at the first of them, at most `batch` in memory. Close the iterator
+        (`contextlib.aclosing`) when leaving it early."""
+        return self._store.stream(query, batch=batch)
+
+    async def backup(self, target: Path) -> None:
+        """Writes a copy that is whole and can be opened, while transactions go on."""
+        await self._store.backup(target)
+
+    async def close(self) -> None:
+        """Finishes what was started, refuses what comes later."""
+        await self._store.close()

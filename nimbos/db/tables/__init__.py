@@ -1,0 +1,1 @@
+"""The tables of every part, a file each, on one `metadata`."""
