@@ -50,11 +50,13 @@ def body_of(error: NimbosError) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a dialect writes an error; for every path that begins with one of `prefixes`. `headers`: more of them."""
+    """How a dialect writes an error; for every path that begins with one of `prefixes`. `headers`: more of them, asked
+    for after the body. `client_header`: a request that has it wants this shape on any path."""
 
     prefixes: tuple[str, ...]
     body: Callable[[NimbosError], bytes]
     headers: Callable[[NimbosError], dict[str, str]] = field(default=lambda _: {})
+    client_header: str | None = None
 
 
 OPENAI = Shape(prefixes=("/",), body=body_of)
@@ -64,12 +66,19 @@ class Shapes:
     """The dialects' shapes by path. Kept in the scope of every request, so that whoever refuses it finds it."""
 
     def __init__(self, shapes: Iterable[Shape] = ()) -> None:
+        known = (*shapes, OPENAI)
         self._by_prefix = sorted(
-            ((prefix, shape) for shape in (*shapes, OPENAI) for prefix in shape.prefixes),
-            key=lambda known: -len(known[0]),
+            ((prefix, shape) for shape in known for prefix in shape.prefixes), key=lambda pair: -len(pair[0])
         )
+        self._by_header = [(shape.client_header.encode(), shape) for shape in known if shape.client_header is not None]
 
-    def of(self, path: str) -> Shape:
+    def of(self, scope: Scope) -> Shape:
+        """The shape that the client's own header asks for, else that of the longest prefix of the path."""
+        names = {name for name, _ in scope["headers"]}
+        for header, shape in self._by_header:
+            if header in names:
+                return shape
+        path: str = scope["path"]
         return next((shape for prefix, shape in self._by_prefix if path.startswith(prefix)), OPENAI)
 
 
@@ -143,7 +152,7 @@ class LastResort:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["nimbos.shape"] = self._shapes.of(scope["path"])
+        scope["nimbos.shape"] = self._shapes.of(scope)
         begun = False
 
         async def watched(message: Message) -> None:
