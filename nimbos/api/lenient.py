@@ -25,17 +25,16 @@ class Ignored:
     """The fields of one request that nothing was done with, by their paths."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}
 
     def add(self, name: str) -> None:
-        if name not in self._names:
-            self._names.append(name)
+        self._names[name] = None
 
     def header(self) -> dict[str, str]:
         """Nothing when all fields were known. What a client wrote cannot end the header or make it long."""
         if not self._names:
             return {}
-        shown = [_UNPRINTABLE.sub("?", name[:_NAME_CHARACTERS]) for name in self._names[:_NAMES_MAX]]
+        shown = [_UNPRINTABLE.sub("?", name[:_NAME_CHARACTERS]) for name in [*self._names][:_NAMES_MAX]]
         more = len(self._names) - len(shown)
         return {IGNORED_HEADER: ", ".join([*shown, f"and {more} more"] if more else shown)}
 
