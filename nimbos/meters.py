@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nimbos.types import Ask, Usage
+from nimbos.types import Account, Ask, Origin, Usage
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -28,7 +28,7 @@ class Meters:
             "nimbos_ask_seconds", "From admission to the end.", by, buckets=_SECONDS, registry=self.registry
         )
 
-    def begin(self, ask: Ask) -> None:
+    def begin(self, ask: Ask, account: Account, origin: Origin) -> None:
         self._running.labels(ask.model, ask.ask_class.value).inc()
 
     def first_token(self, ask: Ask, seconds: float) -> None:

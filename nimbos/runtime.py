@@ -22,6 +22,7 @@ from nimbos.service import Service
 from nimbos.sources import Sources
 from nimbos.telemetry import Telemetry, open_telemetry
 from nimbos.types import new_id
+from nimbos.watching import LiveAsks, Watcher
 
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
@@ -41,6 +42,7 @@ class Runtime:
     service: Service
     keys: Keys
     meters: Meters
+    live: LiveAsks
     telemetry: Telemetry | None
 
     async def close(self) -> None:
@@ -88,7 +90,9 @@ async def assemble(
         named=named,
     )
     trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
-    service = Service(sources=sources, meters=meters, trusted_templates=trusted)
+    live = LiveAsks()
+    watchers: tuple[Watcher, ...] = (meters, live, *((telemetry,) if telemetry is not None else ()))
+    service = Service(sources=sources, watchers=watchers, trusted_templates=trusted)
     return Runtime(
         settings=settings,
         server_id=server_id,
@@ -97,6 +101,7 @@ async def assemble(
         service=service,
         keys=keys,
         meters=meters,
+        live=live,
         telemetry=telemetry,
     )
 

@@ -17,8 +17,8 @@ import structlog
 
 from nimbos.chat import Chat
 from nimbos.errors import NimbosError, NotReady
-from nimbos.meters import Meters
 from nimbos.types import Account, Admission, Ask, Channel, Chunk, Final, ModelCard, Origin, TokenChunk, Usage
+from nimbos.watching import Watcher
 
 if TYPE_CHECKING:
     from nimbos.engine import EngineStats
@@ -30,10 +30,10 @@ _log = structlog.get_logger(__name__)
 
 
 class Service:
-    def __init__(self, *, sources: Sources, meters: Meters, trusted_templates: frozenset[str]) -> None:
+    def __init__(self, *, sources: Sources, watchers: tuple[Watcher, ...], trusted_templates: frozenset[str]) -> None:
         """`trusted_templates`: SHA-256 of chat templates that may render in this process."""
         self._sources = sources
-        self._meters = meters
+        self._watchers = watchers
         self._trusted_templates = trusted_templates
         self._chats: dict[tuple[str, str], Chat] = {}
         self._closing = False
@@ -76,13 +76,15 @@ class Service:
             tally = Tally(prompt_tokens=prepared.prompt_tokens)
             started = time.monotonic()
             outcome = "cancelled"
-            self._meters.begin(ask)
+            for watcher in self._watchers:
+                watcher.begin(ask, account, origin)
             try:
                 async with aclosing(_generator(held.source.generate(prepared.ask))) as chunks:
                     async for chunk in chunks:
                         if tally.first_token_at is None:
                             tally.first_token_at = time.monotonic()
-                            self._meters.first_token(ask, tally.first_token_at - started)
+                            for watcher in self._watchers:
+                                watcher.first_token(ask, tally.first_token_at - started)
                         tally.add(chunk)
                         yield chunk
                 outcome = "done"
@@ -91,7 +93,8 @@ class Service:
                 raise
             finally:
                 # Settling: the ledger will join here; what was counted is never lost, whatever ended the ask.
-                self._meters.settle(ask, usage=tally.usage(), outcome=outcome, seconds=time.monotonic() - started)
+                for watcher in self._watchers:
+                    watcher.settle(ask, usage=tally.usage(), outcome=outcome, seconds=time.monotonic() - started)
                 _log_settled(ask, tally.usage(), outcome, time.monotonic() - started)
 
     async def stats(self) -> dict[str, EngineStats]:

@@ -20,7 +20,7 @@ LAYERS = (
     ("config", "meterfile"),
     ("db",),
     ("blobs",),
-    ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry"),
+    ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry", "watching"),
     ("hub",),
     ("cloud", "sources"),
     ("service",),
