@@ -294,9 +294,11 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, eq=False)
 class Admission:
-    """Filled by the service when an ask is let in: `headers` are the `x-ratelimit-…` ones of its answer."""
+    """Filled by the service when an ask is let in: `headers` are the `x-ratelimit-…` ones of its answer,
+    `prompt_tokens` what the source has counted."""
 
     headers: dict[str, str] = field(default_factory=dict)
+    prompt_tokens: int = 0
 
 
 class TokenSource(Protocol):
