@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nimbos.blobs import Blobs, open_blobs
 from nimbos.config import EngineSettings, Settings
 from nimbos.db import Database
 from nimbos.engine import Engine
@@ -38,6 +39,7 @@ class Runtime:
     settings: Settings
     server_id: str
     database: Database
+    blobs: Blobs
     hub: Hub
     service: Service
     keys: Keys
@@ -97,6 +99,7 @@ async def assemble(
         settings=settings,
         server_id=server_id,
         database=database,
+        blobs=open_blobs(settings, database),
         hub=hub,
         service=service,
         keys=keys,

@@ -54,6 +54,7 @@ DOORS = {
     "db": {"Bound", "Database", "Dialect", "Row", "Statement", "Transaction", "insert", "insert_ignored", "upsert"},
     "engine": {"STEP_BUCKETS_S", "Engine", "EngineStats"},
     "hub": {"Gguf", "Hub", "LocalModel", "ModelFacts", "NativeLibrary", "Progress", "read_gguf"},
+    "work": {"LEASE_S", "Claim", "ClaimLost", "Crew", "Work"},
 }
 
 # Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
@@ -101,6 +102,7 @@ LOOP_TOPS = {
     "engine/loop.py:_sample",
     "api/errors.py:__call__",
     "api/sse.py:_pump",
+    "work/crew.py:_do",
 }
 PLAIN_EXCEPTIONS = {"engine/grammar.py:_lark_from_gbnf"}
 
@@ -238,7 +240,9 @@ def _own_values(tree: ast.Module) -> set[str]:
 def _statement_words(tree: ast.Module) -> set[str]:
     """Names of what declares tables and statements, which are values: from SQLAlchemy, the database and its tables."""
     homes = ("sqlalchemy", "nimbos.db")
-    return {alias.asname or alias.name for path, alias in _from_imports(tree) if path.startswith(homes)}
+    imported = {alias.asname or alias.name for path, alias in _from_imports(tree) if path.startswith(homes)}
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.returns is not None]
+    return imported | {node.name for node in functions if "Column[" in ast.unparse(node.returns or node)}
 
 
 def _root_of(expression: ast.expr) -> str:
