@@ -114,18 +114,6 @@ invites = Table(
     UniqueConstraint("digest"),
 )
 
-spend_alerts = Table(
-    "spend_alerts",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("owner_kind", Text, nullable=False),  # organisation, project
-    Column("owner_id", Text, nullable=False),
-    Column("threshold_micros", BigInteger, nullable=False),
-    Column("channel", Text, nullable=False),  # JSON: {"type", "recipients", "subject_prefix"}
-    Column("created_ms", BigInteger, nullable=False),
-    Index(None, "owner_kind", "owner_id"),
-)
-
 # Append-only. `body` is stored as the very bytes that were hashed: SHA-256(prev_hash + body) is `hash`.
 audit_log = Table(
     "audit_log",
