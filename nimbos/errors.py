@@ -112,16 +112,20 @@ class PayloadTooLarge(NimbosError):
 
 
 class Overloaded(NimbosError):
-    """`limit` is what was hit: requests, tokens, budget, queue, cells."""
+    """`limit` is what was hit: requests, tokens (a minute), concurrent asks, budget, queue, cells. `owner` is whose it
+    is ("key 'laptop'"), "" where it is the server's."""
 
     code = "overloaded"
     status = 429
     kind = "rate_limit_error"
 
-    def __init__(self, *, limit: str, value: int, used: int, retry_after_s: float) -> None:
+    def __init__(self, *, limit: str, value: int, used: int, retry_after_s: float, owner: str = "") -> None:
+        whose = f" of the {owner}" if owner else ""
         super().__init__(
-            f"The limit {limit!r} of {value} is reached ({used} in use). Try again in {retry_after_s:.0f} s."
+            f"The limit {limit!r} of {value}{whose} is reached ({used} in use). "
+            f"Try again in {max(1.0, retry_after_s):.0f} s."
         )
+        self.owner = owner
         self.limit = limit
         self.value = value
         self.used = used
