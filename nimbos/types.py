@@ -123,6 +123,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     `meter_row`: the row of the meter file that is this ask's; None: nothing is counted there.
     For `Kind.RERANK` `parts[0]` is the query and each further part a document; their scores come as `ScoreChunk`s.
     `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
+    `weight`: its account's share of the scheduler; twice the weight is twice the computing while others wait, too.
     """
 
     id: str
@@ -140,6 +141,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     meter_row: int | None = None
     pin_s: float = 0.0
     pin_tokens: int = 0
+    weight: float = 1.0
     min_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
@@ -186,7 +188,7 @@ class ScoreChunk(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens, by meter. `cached` is a part of `input`, `thinking` a part of `output`.
-    `recomputed`: computed again after an engine's death; never billed."""
+    `recomputed`: computed again, after an engine's death, after giving way or for another branch; never billed."""
 
     input: int = 0
     cached: int = 0
