@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import errors, health, metrics, models
+from nimbos.api import dashscope, errors, health, metrics, models
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
@@ -30,11 +30,13 @@ def build(runtime: Runtime) -> Starlette:
         Route("/v1/chat/completions", chat.create, methods=["POST"]),
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        *dashscope.routes(runtime),
     ]
-    shapes = errors.Shapes(())  # a dialect that writes errors in its own way adds its `Shape` here
+    shapes = errors.Shapes((dashscope.SHAPE,))  # a dialect that writes errors in its own way adds its `Shape` here
     return Starlette(
         routes=routes,
         middleware=[
+            Middleware(dashscope.CompatibleMode),
             Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
             Middleware(errors.LastResort, shapes=shapes),
             Middleware(Access, settings=server, keys=runtime.keys),
