@@ -32,6 +32,7 @@ from sqlalchemy import (
     delete,
     extract,
     func,
+    null,
     select,
     update,
 )
@@ -282,7 +283,7 @@ _RELEASE = Statement(
     update(work)
     .where(*_HOLDING)
     .values(
-        owner=None,
+        owner=null(),
         clock=bindparam("clock", type_=Text),
         free_at_ms=bindparam("free_at_ms", type_=BigInteger),
     )
@@ -291,10 +292,10 @@ _RELEASE = Statement(
 _RELEASE_ALL = Statement(
     update(work)
     .where(work.c.owner == bindparam("owner", type_=Text))
-    .values(owner=None, clock=bindparam("clock", type_=Text), free_at_ms=0)
+    .values(owner=null(), clock=bindparam("clock", type_=Text), free_at_ms=0)
 )
 _ADOPT = Statement(
     update(work)
     .where(work.c.clock != bindparam("clock", type_=Text))
-    .values(clock=bindparam("clock", type_=Text), free_at_ms=0, owner=None)
+    .values(clock=bindparam("clock", type_=Text), free_at_ms=0, owner=null())
 )
