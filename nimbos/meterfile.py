@@ -24,7 +24,7 @@ import mmap
 import os
 import struct
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,18 +107,23 @@ class Row:
         compute_us: int = 0,
     ) -> None:
         """The first four are billed; what is `recomputed_…` is not, and not in them. Less than zero takes back."""
+        self.add_all(
+            (
+                input,
+                cached,
+                output,
+                thinking,
+                recomputed_input,
+                recomputed_output,
+                recomputed_thinking,
+                compute_us,
+            )
+        )
+
+    def add_all(self, amounts: Sequence[int]) -> None:
+        """As `add`, in the order of `_COUNTERS`."""
         if not self.ours:
             return
-        amounts = (
-            input,
-            cached,
-            output,
-            thinking,
-            recomputed_input,
-            recomputed_output,
-            recomputed_thinking,
-            compute_us,
-        )
         words, at = self._words, self._at + _INPUT
         for amount in amounts:
             if amount:

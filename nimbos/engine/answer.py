@@ -65,7 +65,8 @@ class Answer:
     """`finish` is None while tokens are wanted. `stopped_by`: the stop string that ended it. `recent`: for `pick`.
 
     End-of-generation tokens count as output and have no text. `max_tokens` counts all tokens of the branch, those of
-    `replay` too. An ask with a grammar thinks only if its thinking has `started`.
+    `replay` too; so does what `allow` allows. An ask with a grammar thinks only if its thinking has `started`.
+    `budget_ended`: it ended because nothing more is paid for.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Answer:
         self.branch = branch
         self.finish: FinishReason | None = None
         self.stopped_by: str | None = None
+        self.budget_ended = False
         self.output_tokens = 0
         self.recent = RecentCounts(window=0)
         if penalizes(ask.sampling):
@@ -87,6 +89,8 @@ class Answer:
         self._vocab = vocab
         self._ask = ask
         self._max_tokens = max_tokens
+        self._allowance: int | None = None
+        self._allowance_last = False
         self._matcher = matcher
         self._mask: NDArray[np.bool_] | None = None
         self._eog = tuple(sorted(vocab.eog))
@@ -113,9 +117,21 @@ class Answer:
         budget = self._ask.thinking.budget_tokens if self._ask.thinking is not None else 0
         return min(self._thinking_tokens, budget)
 
+    @property
+    def spent(self) -> bool:
+        """Whether it must wait until more is paid for."""
+        return self.finish is None and self._allowance is not None and self.output_tokens >= self._allowance
+
+    def allow(self, tokens: int | None, *, last: bool) -> None:
+        """So many tokens are paid for, None: all. With `last` the answer ends there, if it does not end before."""
+        self._allowance, self._allowance_last = tokens, last
+        self._conclude()
+
     def forced(self) -> tuple[int, ...]:
-        """Ids that must come next, at most as many as there is room for. Accept them one by one while not finished."""
-        room = 0 if self.finish is not None else self._max_tokens - self.output_tokens
+        """Ids that must come next, at most as many as there is room for and are paid for. Accept them one by one while
+        not finished."""
+        most = self._max_tokens if self._allowance is None else min(self._max_tokens, self._allowance)
+        room = 0 if self.finish is not None else max(0, most - self.output_tokens)
         if self._queue:
             return tuple(islice(self._queue, room))
         if self._matcher is None or self.phase is not Phase.AFTER or room <= 0:
@@ -267,6 +283,9 @@ class Answer:
             self._end(FinishReason.STOP)
         elif self.output_tokens >= self._max_tokens:
             self._end(FinishReason.LENGTH)
+        elif self.spent and self._allowance_last:
+            self._end(FinishReason.LENGTH)
+            self.budget_ended = self.finish is FinishReason.LENGTH
         elif self.phase is Phase.INSIDE and not self._queue:
             self._plan_farewell()
 

@@ -14,11 +14,14 @@ import numpy as np
 
 from nimbos.engine import llama
 from nimbos.engine.counters import Counters
+from nimbos.engine.intake import weight_of
 from nimbos.engine.loop import Hold, Post
 from nimbos.engine.model import Model, Rows
-from nimbos.engine.protocol import Produced
+from nimbos.engine.protocol import Produced, Submit
 from nimbos.engine.scheduler import RANK, FairClock
-from nimbos.types import Ask, AskClass, Chunk, Final, FinishReason, Receipt, Usage, VectorChunk
+from nimbos.engine.tally import Tally
+from nimbos.meterfile import Row
+from nimbos.types import Ask, AskClass, Chunk, Final, FinishReason, Receipt, VectorChunk
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +29,9 @@ class _Work:
     ask: Ask
     inputs: tuple[tuple[int, ...], ...]
     arrived_ms: float
+    tally: Tally
+    restarts: int = 0
+    computed: int = 0
     done: int = 0
     compute_ms: float = 0.0
     steps: int = 0
@@ -43,9 +49,13 @@ class Embedder:
         self._post, self._hold = post, hold
         self._waiting: list[_Work] = []
 
-    def submit(self, ask: Ask, inputs: tuple[tuple[int, ...], ...]) -> None:
+    def submit(self, submit: Submit, inputs: tuple[tuple[int, ...], ...], row: Row | None = None) -> None:
+        """After an engine's death all inputs are computed again, and told again."""
+        ask = submit.ask
+        tally = Tally(sum(map(len, inputs)), row)
+        tally.resume(output=0, thinking=0, cached=None)
         self.clock.arrive(ask.account, {work.ask.account for work in self._waiting})
-        self._waiting.append(_Work(ask, inputs, time.monotonic() * 1e3))
+        self._waiting.append(_Work(ask, inputs, time.monotonic() * 1e3, tally, submit.restarts))
 
     def cancel(self, ask_id: str) -> None:
         self._waiting = [work for work in self._waiting if work.ask.id != ask_id]
@@ -104,14 +114,18 @@ class Embedder:
             chunks.append((work.ask.id, VectorChunk(index=index, values=vector.astype("<f4").tobytes())))
             work.done += 1
             share = milliseconds * len(work.inputs[index]) / max(1, total)
+            work.tally.computed(work.computed, len(work.inputs[index]), milliseconds=share)
+            work.computed += len(work.inputs[index])
             work.compute_ms += share
             work.steps += 1
-            self.clock.charge(work.ask.account, share)
+            self.clock.charge(work.ask.account, share, weight=weight_of(work.ask))
             self.counters.charge(work.ask.account, share)
+        for work in self._waiting:
+            work.tally.write()
         for work in [w for w in self._waiting if w.done == len(w.inputs)]:
             self._waiting.remove(work)
-            usage = Usage(input=sum(map(len, work.inputs)))
-            receipt = Receipt(compute_ms=int(work.compute_ms), steps=work.steps)
+            usage = work.tally.usage(first=True, output=0, thinking=0)
+            receipt = Receipt(compute_ms=int(work.compute_ms), steps=work.steps, restarts=work.restarts)
             chunks.append((work.ask.id, Final(branch=0, reason=FinishReason.STOP, usage=usage, receipt=receipt)))
         self._post(Produced(chunks=tuple(chunks), waiting=len(self._waiting)))
 

@@ -27,6 +27,7 @@ from nimbos.engine import protocol
 from nimbos.engine.library import candidates, quiet_environment
 from nimbos.engine.memo import StepTimes, head_hash
 from nimbos.errors import EngineFailed, ModelUnusable, NimbosError, Overloaded
+from nimbos.meterfile import MeterFile
 from nimbos.types import Ask, Chunk, Final, Kind, ModelCard, Prepared, TokenChunk, Tokens
 
 log = structlog.get_logger("nimbos.engine")
@@ -59,13 +60,23 @@ _MakeRequest = Callable[[int], "protocol.Prepare | protocol.StatsRequest"]
 class Engine:
     """One model in one process. `active`: asks in flight. Use from one event loop."""
 
-    def __init__(self, *, model_path: Path, model_id: str, settings: Settings, model_hash: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        model_path: Path,
+        model_id: str,
+        settings: Settings,
+        model_hash: str = "",
+        meters: MeterFile | None = None,
+    ) -> None:
+        """`meters`: where asks that have a `meter_row` are counted."""
         self.model_path = model_path
         self.model_id = model_id
         self.restarts = 0
         self.ready: protocol.Ready | None = None
         self._settings = settings
         self._hash = model_hash
+        self._meters = meters
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -137,14 +148,15 @@ class Engine:
         environment = {k: v for k in KEPT_ENVIRONMENT if (v := os.environ.get(k)) is not None}
         quiet_environment(environment)
         self._settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with theirs, _error_log(self._settings.run_dir, self.model_id) as errors:
+        meter = self._meters.descriptor() if self._meters is not None else None
+        with theirs, _closing(meter), _error_log(self._settings.run_dir, self.model_id) as errors:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
                 "nimbos.engine.worker",
                 str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *([] if meter is None else [meter])],
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
@@ -162,6 +174,7 @@ class Engine:
                 settings=self._settings,
                 lease_path=str(self._settings.run_dir / "lease"),
                 table=self._times.load(),
+                meter_descriptor=meter,
             )
         )
         try:
@@ -309,7 +322,8 @@ class Engine:
             emitted={branch: tuple(ids) for branch, ids in active.emitted.items()},
             finished=tuple(active.finished),
         )
-        self._send(protocol.Submit(ask=ask, cached=dict(active.cached), restarts=active.restarts))
+        begun = {branch: len(ids) for branch, ids in active.ask.emitted.items()}
+        self._send(protocol.Submit(ask=ask, begun=begun, cached=dict(active.cached), restarts=active.restarts))
 
     async def _request(self, make: _MakeRequest, *, timeout: float | None = None) -> protocol.FromEngine:
         if self._broken is not None:
@@ -455,6 +469,15 @@ async def _frame(reader: asyncio.StreamReader) -> protocol.FromEngine | None:
         return message
     except (asyncio.IncompleteReadError, OSError, ValueError, RecursionError, msgspec.MsgspecError):
         return None  # gone, or it says what no engine of ours would: it is ended and started again
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

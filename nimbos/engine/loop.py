@@ -17,13 +17,16 @@ from nimbos.engine.calibrate import StepTime
 from nimbos.engine.context import ContextTree, Copy, Match, NoRoom, Operation, common_length
 from nimbos.engine.counters import Counters
 from nimbos.engine.grammar import Matcher
+from nimbos.engine.intake import take_in
 from nimbos.engine.model import Floats, Model, Rows
 from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
 from nimbos.engine.sampler import pick
 from nimbos.engine.scheduler import RANK, FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.tally import Tally
 from nimbos.engine.threads import ThreadChoice
 from nimbos.engine.track import Track
 from nimbos.errors import AnswerFailed
+from nimbos.meterfile import Row
 from nimbos.types import AskClass, Chunk, FinishReason
 
 SPARE_SHARE = 8  # an eighth of the cells is left to accounts that hold nothing, so that a flood cannot shut them out
@@ -56,6 +59,7 @@ class Loop:
         self._changed = False
         self._number = 0
         self._chunks: list[tuple[str, Chunk]] = []
+        self._counted: dict[int, Tally] = {}  # whose numbers are not written yet
 
     def warm(self) -> None:
         """Decodes a few tokens: a library that cannot is found out before anybody waits, and the threads learn whether
@@ -72,55 +76,45 @@ class Loop:
 
     # --- what the outside asks for
 
-    def submit(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None) -> None:
-        """Takes in an ask whose prompt is tokenized and whose grammar is compiled.
+    def submit(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None, row: Row | None = None) -> None:
+        """Takes in an ask whose prompt is tokenized and whose grammar is compiled. `row`: of the meter file.
 
         Raises: AnswerFailed when what was emitted does not fit the ask.
         """
-        ask = submit.ask
-        try:
-            self._take_in(submit, prompt, matcher)
-        except AnswerFailed:
-            self.cancel(ask.id)
-            raise
-        finally:
-            self._changed = True
-            self.flush()
-
-    def _take_in(self, submit: Submit, prompt: tuple[int, ...], matcher: Matcher | None) -> None:
-        ask = submit.ask
-        self.clock.arrive(ask.account, {job.account for job in (*self._live, *self._waiting)})
-        for branch in range(ask.n):
-            if branch in ask.finished:
-                continue
-            emitted = ask.emitted.get(branch, ())
-            room = self.context_limit - len(prompt)
-            limit = room if ask.limit_tokens is None else min(ask.limit_tokens, room)
-            answer = Answer(
-                self.model.vocab,
-                ask,
-                branch,
-                matcher.copy() if matcher else None,
-                prompt[-ask.sampling.penalty_window :],
-                max_tokens=limit,
-            )
-            answer.replay(emitted)
-            self._number += 1
-            job = Job(
-                ask_id=ask.id,
-                branch=branch,
-                account=ask.account,
-                ask_class=ask.ask_class,
-                arrived_ms=_now_ms(),
-                tokens=[*prompt, *emitted],
-                limit_tokens=max(0, limit - len(emitted)),
-                number=self._number,
-            )
-            self._tracks[id(job)] = Track(job, ask, answer, len(prompt), submit)
-            if answer.finish is not None or limit <= len(emitted):
-                self._finish(job, answer.finish or FinishReason.LENGTH)
+        self.clock.arrive(submit.ask.account, {job.account for job in (*self._live, *self._waiting)})
+        tracks = take_in(
+            submit,
+            prompt,
+            matcher,
+            vocab=self.model.vocab,
+            row=row,
+            context_limit=self.context_limit,
+            now_ms=_now_ms(),
+            number=self._number + 1,
+        )
+        self._number += len(tracks)
+        for track in tracks:
+            job = track.job
+            self._tracks[id(job)] = track
+            if track.answer.finish is not None or job.limit_tokens <= 0:
+                self._finish(job, track.answer.finish or FinishReason.LENGTH)
             else:
                 self._waiting.append(job)
+        self._changed = True
+        self.flush()
+
+    def extend(self, ask_id: str, *, allowance_tokens: int | None, last: bool) -> bool:
+        """More is paid for. Returns: False when there is no such ask."""
+        jobs = [job for job in (*self._live, *self._waiting) if job.ask_id == ask_id]
+        for job in jobs:
+            answer = self._tracks[id(job)].answer
+            answer.allow(allowance_tokens, last=last)
+            job.parked = answer.spent
+            if answer.finish is not None:
+                self._finish(job, answer.finish)
+        self._changed = True
+        self.flush()
+        return bool(jobs)
 
     def cancel(self, ask_id: str) -> None:
         """Forgets every branch of an ask; its cells are free, or cache, before the next step."""
@@ -179,6 +173,10 @@ class Loop:
         return True
 
     def flush(self) -> None:
+        """What was counted is written before anything is told."""
+        for tally in self._counted.values():
+            tally.write()
+        self._counted.clear()
         if self._chunks:
             self._post(Produced(chunks=tuple(self._chunks), waiting=len(self._waiting)))
             self._chunks = []
@@ -191,7 +189,7 @@ class Loop:
             return
         self._changed = False
         now = _now_ms()
-        candidates = [job for job in self._waiting if job.leader is None]
+        candidates = [job for job in self._waiting if job.leader is None and not job.parked]
         short_of_cells = len(RANK)
         for job in admission_order(candidates, self.clock, self.rules, now, self._live)[:LOOKED_AT]:
             if RANK[job.ask_class] >= short_of_cells:
@@ -209,7 +207,7 @@ class Loop:
     def _release_followers(self) -> None:
         for job in self._waiting:
             leader = job.leader
-            if leader is not None and (leader.sequence is None or leader.computed >= job.lead_tokens):
+            if leader is not None and (leader.sequence is None or leader.parked or leader.computed >= job.lead_tokens):
                 job.leader = None
                 self._changed = True
 
@@ -217,7 +215,7 @@ class Loop:
         """Whether a live job is about to compute a prefix of this one; then it waits for that."""
         best, best_length = None, self._match(job).length + WORTH_WAITING - 1
         for other in self._live:
-            if other.account != job.account or other.running or other.pending == 0:
+            if other.account != job.account or other.running or other.parked or other.pending == 0:
                 continue
             length = min(_common(other.tokens, job.tokens), len(job.tokens) - 1)
             if length > best_length and length > other.computed:
@@ -234,14 +232,17 @@ class Loop:
         return job.account if self._share else f"{job.account}\0{job.number}"
 
     def _finds_place(self, job: Job) -> bool:
-        while not may_live(job, self._live, self.costs, self.rules):
-            loser = victim(self._live, job) if len(self._live) >= self.rules.live_jobs else None
+        """Those that are parked take no place, except of a sequence."""
+        while not may_live(job, working := [j for j in self._live if not j.parked], self.costs, self.rules):
+            loser = victim(working, job) if len(working) >= self.rules.live_jobs else None
             if loser is None:
                 return False
-            others = [other for other in self._live if other is not loser]
+            others = [other for other in working if other is not loser]
             if not may_live(job, others, self.costs, self.rules):
                 return False  # its place would help nobody
             self._preempt(loser)
+        while len(self._live) >= self.rules.live_jobs:
+            self._preempt(next(j for j in self._live if j.parked))
         return True
 
     def _make_live(self, job: Job) -> bool:
@@ -266,7 +267,8 @@ class Loop:
         job.sequence, job.computed, job.served_ms = sequence, match.length, _now_ms()
         track = self._tracks[id(job)]
         cached = track.admitted(match.length, job.served_ms)
-        self.counters.admitted(prompt=track.prompt_tokens, cached=match.length, track=track)
+        self._counted[id(track.tally)] = track.tally
+        self.counters.admitted(prompt=track.tally.prompt_tokens, cached=match.length, track=track)
         if cached is not None:
             self._post(Admitted(ask_id=job.ask_id, branch=job.branch, cached=cached))
         return True
@@ -282,7 +284,7 @@ class Loop:
 
     def _could_have_room(self, job: Job, match: Match) -> bool:
         """Whether giving up every live job of a lower class would make room; nothing is preempted for nothing."""
-        kept = [j for j in self._live if RANK[j.ask_class] <= RANK[job.ask_class]]
+        kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
         held = sum(len(j.tokens) + min(self._remaining(j), RESERVE_TOKENS) for j in kept)
         need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
         return not kept or need + held <= self.tree.cells
@@ -304,8 +306,8 @@ class Loop:
             self._perform(operations)
             if chosen.rows <= self.tree.free_cells:
                 return chosen
-            loser = max(self._live, key=lambda j: (list(AskClass).index(j.ask_class), j.number))
-            if len(self._live) == 1:
+            loser = max(self._live, key=lambda j: (j.parked, RANK[j.ask_class], j.number))
+            if len(self._live) == 1 and not loser.parked:
                 self._finish(loser, FinishReason.LENGTH)
             else:
                 self._preempt(loser)
@@ -343,8 +345,11 @@ class Loop:
             keep = max(keep, job.computed)
             self.model.drop(sequence, keep)
             self.tree.extend(sequence, job.tokens[job.computed : keep])
+            track = self._tracks[id(job)]
+            track.computed(keep - job.computed, 0.0)
+            self._counted[id(track.tally)] = track.tally
             job.computed = keep
-            self._tracks[id(job)].preemptions += 1
+            track.preemptions += 1
 
     def _account(self, chosen: Plan, milliseconds: float, cpu_ms: float) -> None:
         cells = sum(s.count * (s.job.computed + s.count // 2) for s in chosen.slices)
@@ -358,14 +363,17 @@ class Loop:
         for part in chosen.slices:
             job = part.job
             share = milliseconds * part.count / chosen.rows
-            self.clock.charge(job.account, share)
+            self.clock.charge(job.account, share, weight=job.weight)
             self.clock.served(job.account, job.ask_class, now)
             self.counters.charge(job.account, share)
             self.tree.extend(_sequence(job), job.tokens[job.computed : job.computed + part.count])
+            track = self._tracks[id(job)]
+            track.computed(part.count, share)
+            track.stepped(milliseconds, chosen.rows)
+            self._counted[id(track.tally)] = track.tally
             job.computed += part.count
             job.served_ms = now
             self._changed |= not job.running  # a prompt moved on: the next may become live
-            self._tracks[id(job)].stepped(milliseconds, chosen.rows)
 
     def _sample(self, parts: list[Slice]) -> None:
         if not parts:
@@ -385,7 +393,9 @@ class Loop:
                 traceback.print_exc()
                 self._fail(job, "The next token could not be chosen.")
                 continue
+            track.answered()
             self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
+            job.parked = track.answer.spent
             if track.answer.finish is not None:
                 self._finish(job, track.answer.finish)
 
@@ -398,7 +408,7 @@ class Loop:
         answer = track.answer
         job.running = True
         self._take_forced(job, answer)
-        if answer.finish is not None or job.pending > 0:
+        if answer.finish is not None or answer.spent or job.pending > 0:
             return
         chosen = pick(
             logits,
@@ -417,7 +427,7 @@ class Loop:
 
     def _take_forced(self, job: Job, answer: Answer) -> None:
         """Appends what can only come next; the coming step computes all of it in one pass."""
-        while answer.finish is None and (forced := answer.forced()):
+        while answer.finish is None and (forced := answer.forced()):  # none when the allowance is spent
             for token in forced:
                 answer.accept(token, None)
                 job.tokens.append(token)
@@ -427,6 +437,7 @@ class Loop:
     def _fail(self, job: Job, reason: str) -> None:
         """Fails the whole ask of this job, and only that."""
         self._chunks = [(ask_id, chunk) for ask_id, chunk in self._chunks if ask_id != job.ask_id]
+        self.flush()
         self._post(Failed(ask_id=job.ask_id, refusal=Refusal(message=reason, server_fault=True)))
         self.cancel(job.ask_id)
 

@@ -19,7 +19,8 @@ FRAME_BYTES_MAX = 256 * 1024 * 1024
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     """First frame to the engine process. `lease_path`: "" for none. `table`: what is known of step times, encoded.
-    `skip_libraries`: so many of the candidates crashed here before."""
+    `skip_libraries`: so many of the candidates crashed here before. `meter_descriptor`: of the meter file, inherited;
+    None: nothing is counted there."""
 
     model_path: str
     model_id: str
@@ -28,6 +29,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     lease_path: str
     table: bytes = b""
     skip_libraries: int = 0
+    meter_descriptor: int | None = None
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
@@ -36,9 +38,12 @@ class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
-    """`cached[branch]`: prompt tokens that the first run found in memory, when this one follows an engine's death."""
+    """`cached[branch]`: prompt tokens that the first run found in memory, when this one follows an engine's death.
+    `begun[branch]`: how many of the tokens in `ask.emitted` were there when the ask was first made, and paid for then.
+    """
 
     ask: Ask
+    begun: dict[int, int] = msgspec.field(default_factory=dict)
     cached: dict[int, int] = msgspec.field(default_factory=dict)
     restarts: int = 0
 

@@ -39,7 +39,8 @@ class Job:
     """One branch of an ask. `tokens` are prompt and answer; the first `computed` of them are in memory.
 
     `sequence`: the model's id while live, else None. `leader`: a job that is computing a prefix this one shares;
-    it waits until the leader has `lead_tokens` of them.
+    it waits until the leader has `lead_tokens` of them. `parked`: it waits until more tokens are paid for; it keeps
+    what it has as long as nobody needs it. `weight`: its account's share, 1.0 is everybody's.
     """
 
     ask_id: str
@@ -51,6 +52,8 @@ class Job:
     limit_tokens: int  # tokens of answer that may still come, when admitted
     computed: int = 0
     running: bool = False
+    parked: bool = False
+    weight: float = 1.0
     sequence: int | None = None
     leader: Job | None = None
     lead_tokens: int = 0
@@ -110,8 +113,9 @@ class FairClock:
             floor = max(self._virtual.values(), default=0.0) if account not in self._virtual else self._virtual[account]
         self._virtual[account] = max(self._virtual.get(account, 0.0), floor)
 
-    def charge(self, account: str, milliseconds: float) -> None:
-        self._virtual[account] = self._virtual.get(account, 0.0) + milliseconds
+    def charge(self, account: str, milliseconds: float, *, weight: float = 1.0) -> None:
+        """An account of weight 2 pays half, and so gets twice as much as one of weight 1."""
+        self._virtual[account] = self._virtual.get(account, 0.0) + milliseconds / weight
 
     def served(self, account: str, ask_class: AskClass, now_ms: float) -> None:
         self._served_ms[account, ask_class] = now_ms
@@ -178,14 +182,15 @@ def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
 
 
 def victim(live: Sequence[Job], job: Job) -> Job | None:
-    """The live job that gives way to `job`: the latest of the lowest class below its own, or None."""
-    lower = [j for j in live if RANK[j.ask_class] > RANK[job.ask_class]]
-    return max(lower, key=lambda j: (RANK[j.ask_class], j.number), default=None)
+    """The live job that gives way to `job`: a parked one, else the latest of the lowest class below its own."""
+    lower = [j for j in live if j.parked or RANK[j.ask_class] > RANK[job.ask_class]]
+    return max(lower, key=lambda j: (j.parked, RANK[j.ask_class], j.number), default=None)
 
 
 def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_ms: float) -> Plan:
-    """The next step. Jobs that follow a leader are left out. An empty plan means nothing can be computed."""
-    ready = [job for job in live if job.leader is None and job.pending > 0]
+    """The next step. Jobs that follow a leader or are parked are left out. An empty plan means nothing can be
+    computed."""
+    ready = [job for job in live if job.leader is None and job.pending > 0 and not job.parked]
     inherited = _inherited_ranks(live, clock, rules, now_ms)
 
     def key(job: Job) -> tuple[int, bool, float, int]:

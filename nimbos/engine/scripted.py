@@ -11,11 +11,13 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nimbos.engine.script import Reply, Script, conversation_of
+from nimbos.engine.tally import Tally
 from nimbos.errors import PromptTooLong, UnsupportedField
+from nimbos.meterfile import MeterFile, Row
 from nimbos.types import (
     Ask,
     Channel,
@@ -29,7 +31,6 @@ from nimbos.types import (
     Text,
     TokenChunk,
     Tokens,
-    Usage,
 )
 
 # The conversation as JSON. The remark tells `chat` what this model can: Hermes tool calls, thinking with a switch.
@@ -69,6 +70,18 @@ class _Branch:
     thinking: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Allowance:
+    """How many tokens of each branch are paid for; `more` is set when that changes."""
+
+    tokens: int | None
+    last: bool
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def spent(self, branch: _Branch) -> bool:
+        return self.tokens is not None and branch.sent >= self.tokens
+
+
 class ScriptedSource:
     def __init__(self, script: Script, *, model_id: str, model_hash: str, created: int = 0) -> None:
         self._script = script
@@ -81,6 +94,12 @@ class ScriptedSource:
             created=created,
         )
         self.active = 0
+        self._allowances: dict[str, _Allowance] = {}
+        self._meters: MeterFile | None = None
+
+    def count_into(self, meters: MeterFile) -> None:
+        """From now on asks that have a `meter_row` are counted there."""
+        self._meters = meters
 
     @classmethod
     def load(cls, path: Path) -> ScriptedSource:
@@ -119,26 +138,45 @@ class ScriptedSource:
         prompt_tokens = _count_prompt(ask)
         line = write_line(reply, ask, room_tokens=self._card.context_tokens - prompt_tokens)
         branches = [_branch(number, ask) for number in range(ask.n) if number not in ask.finished]
+        allowance = self._allowances[ask.id] = _Allowance(ask.allowance_tokens, ask.allowance_last)
+        tally = Tally(prompt_tokens, self._row(ask), open_branches=len(branches))
+        tally.computed(0, prompt_tokens)
+        tally.write()
         self.active += 1
         try:
-            started = asyncio.get_running_loop().time()
-            step = 0
-            while not all(branch.done for branch in branches):
-                for branch in branches:
-                    if branch.done:
-                        continue
-                    if branch.sent < len(line.pieces):
-                        yield _next_token(branch, line)
-                    if branch.sent >= len(line.pieces):
+            clock = asyncio.get_running_loop().time
+            started, step = clock(), 0
+            while left := [branch for branch in branches if not branch.done]:
+                ready = [branch for branch in left if allowance.last or not allowance.spent(branch)]
+                if not ready:
+                    parked = clock()
+                    allowance.more.clear()
+                    await allowance.more.wait()
+                    started += clock() - parked
+                    continue
+                for branch in ready:
+                    if branch.sent < len(line.pieces) and not allowance.spent(branch):
+                        yield _next_token(branch, line, tally)
+                    budget_ended = branch.sent < len(line.pieces)
+                    if not budget_ended or (allowance.last and allowance.spent(branch)):
                         branch.done = True
-                        yield _final(branch, line, prompt_tokens=prompt_tokens, steps=step + 1)
+                        yield _final(branch, line, tally, steps=step + 1, budget_ended=budget_ended)
                 step += 1
                 await _pace(started, step, reply.tokens_per_second)
         finally:
             self.active -= 1
+            self._allowances.pop(ask.id, None)
 
     def extend(self, ask_id: str, *, allowance_tokens: int | None, last: bool) -> None:
-        """Not yet held by an allowance."""
+        allowance = self._allowances.get(ask_id)
+        if allowance is not None:
+            allowance.tokens, allowance.last = allowance_tokens, last
+            allowance.more.set()
+
+    def _row(self, ask: Ask) -> Row | None:
+        if self._meters is None or ask.meter_row is None:
+            return None
+        return self._meters.row(ask.meter_row, ask.id)
 
     async def close(self) -> None:
         """Holds nothing."""
@@ -179,26 +217,26 @@ def _branch(number: int, ask: Ask) -> _Branch:
     return _Branch(number=number, sent=already, begun_at=already)
 
 
-def _next_token(branch: _Branch, line: Line) -> TokenChunk:
+def _next_token(branch: _Branch, line: Line, tally: Tally) -> TokenChunk:
+    """Counted before it is told."""
     text, channel = line.pieces[branch.sent]
     chunk = TokenChunk(branch=branch.number, ids=(branch.sent,), text=text, channel=channel)
     branch.sent += 1
     branch.thinking += channel is Channel.THINKING
+    tally.answered(1, int(channel is Channel.THINKING))
+    tally.write()
     return chunk
 
 
-def _final(branch: _Branch, line: Line, *, prompt_tokens: int, steps: int) -> Final:
-    usage = Usage(
-        input=prompt_tokens if branch.number == 0 else 0,
-        output=branch.sent - branch.begun_at,
-        thinking=branch.thinking,
-    )
+def _final(branch: _Branch, line: Line, tally: Tally, *, steps: int, budget_ended: bool) -> Final:
+    output = branch.sent - branch.begun_at
     return Final(
         branch=branch.number,
-        reason=line.reason,
-        usage=usage,
+        reason=FinishReason.LENGTH if budget_ended else line.reason,
+        usage=tally.usage(first=branch.number == 0, output=output, thinking=branch.thinking),
         receipt=Receipt(steps=steps, mean_batch=1.0),
-        stopped_by=line.stopped_by,
+        stopped_by=None if budget_ended else line.stopped_by,
+        budget_ended=budget_ended,
     )
 
 

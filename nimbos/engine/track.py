@@ -1,4 +1,4 @@
-"""What the step loop remembers of one branch beside its job: the answer, and how it was served."""
+"""What the step loop remembers of one branch beside its job: the answer, what it used, and how it was served."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from nimbos.engine.answer import Answer
 from nimbos.engine.protocol import Submit
 from nimbos.engine.scheduler import Job
-from nimbos.types import Ask, Final, FinishReason, Receipt, Usage
+from nimbos.engine.tally import Tally
+from nimbos.types import Ask, Final, FinishReason, Receipt
 
 
 @dataclass(slots=True, eq=False)
 class Track:
-    """`prompt_tokens`: of the ask's prompt, without what was emitted before. `computed_again`: tokens that an earlier
-    life of this ask had computed already, after an engine's death."""
+    """`known`: positions below it were computed before, by an earlier life of this branch. `begun`: tokens of output,
+    and of thinking among them, that were there when the ask was made; they are not this ask's to pay."""
 
     job: Job
     ask: Ask
     answer: Answer
-    prompt_tokens: int
+    tally: Tally
     submit: Submit
-    cached_tokens: int | None = None
+    known: int
+    begun: tuple[int, int] = (0, 0)
+    output_tokens: int = 0
+    thinking_tokens: int = 0
     computed_again: int = 0
     admitted_ms: float | None = None
     compute_ms: float = 0.0
@@ -30,23 +34,35 @@ class Track:
 
     @property
     def submitted_tokens(self) -> int:
-        return self.prompt_tokens + len(self.ask.emitted.get(self.job.branch, ()))
+        return self.tally.prompt_tokens + len(self.ask.emitted.get(self.job.branch, ()))
+
+    def resumed(self) -> None:
+        """The answer has taken what was emitted before: it is known, and counted already."""
+        self.output_tokens, self.thinking_tokens = self._own()
 
     def admitted(self, matched: int, now_ms: float) -> int | None:
-        """Notes the prompt tokens found in memory at the first admission.
-
-        Returns: them, for the server to keep, or None when they were known already (a preempted or restarted ask).
-        """
-        restarted = self.job.branch in self.submit.cached  # it had begun before the engine died
-        if self.admitted_ms is not None or restarted:
-            self.computed_again += len(self.job.tokens) - matched if self.admitted_ms is None else 0
+        """Returns: prompt tokens found in memory, for the server to keep, at the very first admission; else None."""
+        first = self.admitted_ms is None and self.job.branch not in self.submit.cached
         if self.admitted_ms is None:
             self.admitted_ms = now_ms
-        if self.cached_tokens is not None:
-            return None
-        known = self.submit.cached.get(self.job.branch)
-        self.cached_tokens = min(matched, self.prompt_tokens) if known is None else known
-        return self.cached_tokens if known is None else None
+        self.tally.found(matched)
+        return self.tally.cached if first else None
+
+    def computed(self, count: int, milliseconds: float) -> None:
+        """The next `count` tokens of the job are in memory, for this share of a step."""
+        start = self.job.computed
+        self.computed_again += self.tally.computed(start, count, known=self.known, milliseconds=milliseconds)
+        self.known = max(self.known, start + count)
+
+    def answered(self) -> None:
+        """Counts what the answer has taken since the last call."""
+        output, thinking = self._own()
+        self.tally.answered(output - self.output_tokens, thinking - self.thinking_tokens)
+        self.output_tokens, self.thinking_tokens = output, thinking
+
+    def _own(self) -> tuple[int, int]:
+        output, thinking = self.begun
+        return self.answer.output_tokens - output, max(0, self.answer.thinking_tokens - thinking)
 
     def stepped(self, milliseconds: float, rows: int) -> None:
         self.steps += 1
@@ -54,19 +70,14 @@ class Track:
         self.compute_ms += milliseconds
 
     def final(self, reason: FinishReason, now_ms: float) -> Final:
-        first = self.job.branch == 0
-        cached = self.cached_tokens or 0
         started = self.admitted_ms if self.admitted_ms is not None else now_ms
         return Final(
             branch=self.job.branch,
             reason=reason,
             stopped_by=self.answer.stopped_by,
-            usage=Usage(
-                input=self.prompt_tokens if first else 0,
-                cached=cached if first else 0,
-                output=self.answer.output_tokens,
-                thinking=self.answer.thinking_tokens,
-                recomputed=self.computed_again,
+            budget_ended=self.answer.budget_ended,
+            usage=self.tally.usage(
+                first=self.job.branch == 0, output=self.output_tokens, thinking=self.thinking_tokens
             ),
             receipt=Receipt(
                 queue_ms=int(started - self.job.arrived_ms),

@@ -34,6 +34,7 @@ from nimbos.engine.prompts import Prompts
 from nimbos.engine.scheduler import Rules
 from nimbos.engine.sizes import choose_cells
 from nimbos.errors import ModelUnusable, NimbosError
+from nimbos.meterfile import Rows
 from nimbos.types import AskClass, Kind, ModelCard, Tokens
 
 EMBED_STEP_TOKENS = 2048
@@ -81,6 +82,7 @@ class Worker:
         """Loads the model and confines the process. Raises: ModelUnusable, EngineFailed."""
         self._pipe = pipe
         settings = start.settings
+        self._meters = Rows(start.meter_descriptor) if start.meter_descriptor is not None else None
         library, refused = open_library(candidates(settings)[start.skip_libraries :])
         threads = thread_count(settings.engine)
         lease = Lease(Path(start.lease_path)) if start.lease_path else None
@@ -118,7 +120,8 @@ class Worker:
             self._loop = Loop(model, costs, rules, post=pipe.send, hold=hold, share=share, context_limit=limit)
             self._loop.warm()
         self._costs = costs
-        self._inbox: deque[protocol.Submit | protocol.Cancel | protocol.StatsRequest] = deque()
+        self._inbox: deque[_Arrival] = deque()
+        self._compiling: dict[str, protocol.Extend | None] = {}  # asks whose grammar is not ready, and what came since
         self._ready_matchers: dict[str, Matcher] = {}
         self._arrived = threading.Event()
         self._preparing: queue.SimpleQueue[protocol.Prepare | protocol.Submit] = queue.SimpleQueue()
@@ -164,16 +167,17 @@ class Worker:
             self._preparing.put(message)
         elif isinstance(message, protocol.Submit):
             if message.ask.grammar is not None:
+                self._compiling[message.ask.id] = None
                 self._preparing.put(message)
             else:
                 self._arrive(message)
         elif isinstance(message, protocol.Cancel):
             self._cancelled.add(message.ask_id)
             self._arrive(message)
-        elif isinstance(message, protocol.StatsRequest):
+        elif isinstance(message, protocol.Extend | protocol.StatsRequest):
             self._arrive(message)
 
-    def _arrive(self, message: protocol.Submit | protocol.Cancel | protocol.StatsRequest) -> None:
+    def _arrive(self, message: _Arrival) -> None:
         self._inbox.append(message)
         self._arrived.set()
         urgent = isinstance(message, protocol.Submit) and message.ask.ask_class is AskClass.INTERACTIVE
@@ -202,6 +206,7 @@ class Worker:
         if isinstance(work, protocol.Prepare):
             self._pipe.send(protocol.PreparedReply(number=work.number, refusal=refusal))
         else:
+            self._compiling.pop(work.ask.id, None)
             self._pipe.send(protocol.Failed(ask_id=work.ask.id, refusal=refusal))
 
     # --- main thread, between steps
@@ -215,23 +220,37 @@ class Worker:
             elif isinstance(message, protocol.Cancel):
                 self._loop.cancel(message.ask_id)
                 self._ready_matchers.pop(message.ask_id, None)
+            elif isinstance(message, protocol.Extend):
+                self._extend(message)
             else:
                 self._pipe.send(self._stats(message.number))
         if len(self._cancelled) > 4096:
             self._cancelled.clear()
 
+    def _extend(self, message: protocol.Extend) -> None:
+        if message.ask_id in self._compiling:
+            self._compiling[message.ask_id] = message
+        elif isinstance(self._loop, Loop):
+            self._loop.extend(message.ask_id, allowance_tokens=message.allowance_tokens, last=message.last)
+
     def _submit(self, submit: protocol.Submit) -> None:
         ask = submit.ask
         matcher = self._ready_matchers.pop(ask.id, None)
+        extended = self._compiling.pop(ask.id, None)
         if ask.id in self._cancelled:
             self._cancelled.discard(ask.id)
             return
         inputs = tuple(part.ids for part in ask.parts if isinstance(part, Tokens))
         try:
+            row = None
+            if self._meters is not None and ask.meter_row is not None:
+                row = self._meters.row(ask.meter_row, ask.id)
             if isinstance(self._loop, Embedder):
-                self._loop.submit(ask, inputs)
+                self._loop.submit(submit, inputs, row)
             else:
-                self._loop.submit(submit, tuple(token for ids in inputs for token in ids), matcher)
+                self._loop.submit(submit, tuple(token for ids in inputs for token in ids), matcher, row)
+            if extended is not None:
+                self._extend(extended)
         except NimbosError as error:
             self._pipe.send(protocol.Failed(ask_id=ask.id, refusal=protocol.refusal_of(error)))
 
@@ -272,6 +291,9 @@ class Worker:
             self._learned_steps = steps
             self._pipe.send(protocol.Learned(table=msgspec.json.encode(self._costs.table)))
         self._learned_at = time.monotonic()
+
+
+_Arrival = protocol.Submit | protocol.Cancel | protocol.Extend | protocol.StatsRequest
 
 
 def _sequences(model: Model, wanted: int) -> int:
