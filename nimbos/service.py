@@ -72,6 +72,8 @@ class Service:
             raise NotReady("This server is shutting down. Try again in a moment.")
         async with self._sources.hold(ask.model) as held:
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
+            if admission is not None:
+                admission.prompt_tokens = prepared.prompt_tokens
             # Admission: the ledger will reserve here, before the engine sees the ask.
             tally = Tally(prompt_tokens=prepared.prompt_tokens)
             started = time.monotonic()
@@ -96,6 +98,15 @@ class Service:
                 for watcher in self._watchers:
                     watcher.settle(ask, usage=tally.usage(), outcome=outcome, seconds=time.monotonic() - started)
                 _log_settled(ask, tally.usage(), outcome, time.monotonic() - started)
+
+    async def count(self, account: Account, ask: Ask) -> int:
+        """Tokens of the ask's prompt; nothing is asked, and nothing is charged.
+
+        Raises: what `card` raises; PromptTooLong, InvalidRequest.
+        """
+        async with self._sources.hold(ask.model) as held:
+            prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
+            return prepared.prompt_tokens
 
     async def stats(self) -> dict[str, EngineStats]:
         """By model id, of every engine that answers; one that is being restarted is left out."""

@@ -96,7 +96,9 @@ class Access:
         path: str = scope["path"]
         if path in _KEYLESS:
             return
-        account = self._keys.authenticate(headers.get("authorization"))
+        secret = headers.get("x-api-key")  # Anthropic's clients
+        authorization = headers.get("authorization") or (f"Bearer {secret}" if secret is not None else None)
+        account = self._keys.authenticate(authorization)
         if path.startswith(_ADMIN_ONLY) and ADMIN not in account.scopes:
             raise Forbidden(f"This key does not have the scope {ADMIN!r}, which {path} needs.")
         scope["nimbos.account"] = account
