@@ -65,10 +65,22 @@ class StorageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     blobs: str = ""
 
 
+class BatchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`file_bytes`: the largest file. `project_bytes`: all files of a project. `lines`: of one batch.
+    `line_bytes`: the longest line. `lines_at_once`: lines of all batches that one server answers at a time."""
+
+    file_bytes: int = 200 * 1024 * 1024
+    project_bytes: int = 10 * 1024 * 1024 * 1024
+    lines: int = 50_000
+    line_bytes: int = 4 * 1024 * 1024
+    lines_at_once: int = 32
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     engine: EngineSettings = EngineSettings()
     server: ServerSettings = ServerSettings()
     storage: StorageSettings = StorageSettings()
+    batches: BatchSettings = BatchSettings()
     home: str = ""
 
     @property
