@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.databases import database as database
+from tests.databases import database_settings as database_settings
+from tests.databases import postgres as postgres
 from tests.live import Live, serving
 
 WEATHER_CALL = {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}

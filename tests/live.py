@@ -17,13 +17,14 @@ import openai
 import uvloop
 
 from nimbos.api import build
-from nimbos.config import EngineSettings, ServerSettings, Settings
+from nimbos.config import EngineSettings, ServerSettings, Settings, StorageSettings
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.hub import Hub
 from nimbos.keys import OwnerKey
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import address_of, bind, make_server
 from nimbos.types import Ask, Chunk
+from tests.databases import fresh_url
 
 OWNER_SECRET = "nb-test-owner"
 PATIENCE_S = 60
@@ -112,12 +113,15 @@ def serving(
     server: ServerSettings | None = None,
     engine: EngineSettings | None = None,
     models: tuple[Path, ...] = (),
+    database_url: str | None = None,
 ) -> Iterator[Live]:
-    """`models`: GGUF files that the operator names; their id is the file's stem."""
+    """`models`: GGUF files that the operator names; their id is the file's stem. `database_url`: "" is SQLite in
+    `home`; None is what the whole run uses (`tests/databases.py`)."""
     settings = Settings(
         home=str(home),
         server=msgspec.structs.replace(server or ServerSettings(), port=0),
         engine=engine or EngineSettings(),
+        storage=StorageSettings(database_url=fresh_url() if database_url is None else database_url),
     )
     home.mkdir(parents=True, exist_ok=True)
     sources = {name: WatchedSource.load(write_script(home, name, script)) for name, script in (scripts or {}).items()}

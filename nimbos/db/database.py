@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nimbos.config import Settings
+from nimbos.db.postgresql import PostgresqlStore
 from nimbos.db.sqlite import SqliteStore
 from nimbos.db.statements import Bound, Dialect, Row, Transaction
+from nimbos.errors import ConfigError
 
 T = TypeVar("T")
 
 FILE_NAME = "nimbos.db"
+_SCHEMES = ("postgresql://", "postgres://")
 
 
 class Store(Protocol):
@@ -46,6 +49,11 @@ class Database:
 
         Raises: StorageUnavailable, also for a database that a newer program has changed.
         """
+        url = settings.storage.database_url
+        if url:
+            if not url.startswith(_SCHEMES):
+                raise ConfigError("The database's URL must begin with postgresql://, or be empty for SQLite.")
+            return cls(await PostgresqlStore.open(url), dialect="postgresql")
         return cls(await SqliteStore.open(Path(settings.home) / FILE_NAME), dialect="sqlite")
 
     async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool = False) -> T:
