@@ -1,7 +1,10 @@
-"""Who may come in: sizes of headers, `Host`, `Origin`, then the key. A plain ASGI layer around every route.
+"""Who may come in: sizes of headers, `Host`, `Origin`, then the key and what it is for. A plain ASGI layer around every
+route.
 
 `Host` and `Origin` are checked because a page in a browser can reach loopback: by a name it made to point there
-(DNS rebinding) or across sites. `/health` needs no key and says only ready or not.
+(DNS rebinding) or across sites. `/health` needs no key and says only ready or not. A key comes as
+`Authorization: Bearer` or `x-api-key`; people who logged in to the console come with a cookie, for administration
+alone, and what they change must come from a page of this very origin.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nimbos.accounts import Accounts, Action, Identity, allowed_route
+from nimbos.accounts.roles import check
 from nimbos.api import errors
 from nimbos.config import ServerSettings
-from nimbos.errors import Forbidden, InvalidRequest, NimbosError
-from nimbos.keys import ADMIN, Keys
+from nimbos.errors import Forbidden, InvalidRequest, NimbosError, Unauthorized
 from nimbos.types import Account
 
-_KEYLESS = frozenset({"/health"})
-_ADMIN_ONLY = ("/metrics", "/v1/organization")
+LOGIN = "/v1/console/login"
+_KEYLESS = frozenset({"/health", LOGIN})
+_ADMIN_ONLY = ("/metrics", "/v1/organization", "/v1/console")
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class HeadersTooLarge(NimbosError):
@@ -32,15 +38,37 @@ class HeadersTooLarge(NimbosError):
 
 def account_of(request: Request) -> Account:
     """The account that `Access` let in."""
-    account = request.scope["nimbos.account"]
-    assert isinstance(account, Account)
-    return account
+    return identity_of(request).account
+
+
+def identity_of(request: Request) -> Identity:
+    """Who `Access` let in, and what it may administer."""
+    identity = request.scope["nimbos.identity"]
+    assert isinstance(identity, Identity)
+    return identity
+
+
+def cookie_name(scope: Scope) -> str:
+    """Over TLS the browser itself holds the cookie to this host and path."""
+    return "__Host-nimbos_session" if scope.get("scheme") == "https" else "nimbos_session"
+
+
+def session_token(scope: Scope) -> str | None:
+    wanted = cookie_name(scope)
+    for header in Headers(scope=scope).getlist("cookie"):
+        for part in header.split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == wanted and value:
+                return value
+    return None
 
 
 class Access:
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, keys: Keys) -> None:
+    """Trusts an identity that is in the scope already: only an app around this one can have put it there."""
+
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, accounts: Accounts) -> None:
         self._app = app
-        self._keys = keys
+        self._accounts = accounts
         self._header_limit_bytes = settings.max_header_bytes
         self._hosts = frozenset(_bare_host(host) for host in (settings.host, *settings.allow_hosts))
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allow_origins)
@@ -57,7 +85,7 @@ class Access:
             if origin is not None and scope["method"] == "OPTIONS":
                 await _preflight()(scope, receive, send)
                 return
-            self._admit(scope, headers)
+            await self._admit(scope, headers)
         except NimbosError as error:
             await errors.response_to(error, errors.shape_of(scope))(scope, receive, send)
             return
@@ -92,16 +120,63 @@ class Access:
         """Loopback, an allowed name, or the very address this connection came in at."""
         return bool(host) and (host in self._hosts or is_loopback(host) or host == server)
 
-    def _admit(self, scope: Scope, headers: Headers) -> None:
+    async def _admit(self, scope: Scope, headers: Headers) -> None:
         path: str = scope["path"]
         if path in _KEYLESS:
             return
-        secret = headers.get("x-api-key")  # Anthropic's clients
-        authorization = headers.get("authorization") or (f"Bearer {secret}" if secret is not None else None)
-        account = self._keys.authenticate(authorization)
-        if path.startswith(_ADMIN_ONLY) and ADMIN not in account.scopes:
-            raise Forbidden(f"This key does not have the scope {ADMIN!r}, which {path} needs.")
-        scope["nimbos.account"] = account
+        identity = scope.get("nimbos.identity") or await self._identify(scope, headers)
+        if _is_admin(path):
+            if identity.role is None:
+                raise Forbidden(f"This key does not have the scope 'admin', which {path[:200]} needs.")
+            if path == "/metrics":
+                check(identity.role, Action.SEE)
+        elif not allowed_route(identity.account, path):
+            raise Forbidden(f"This key is not for the route {path[:200]}.")
+        scope["nimbos.identity"] = identity
+        scope["nimbos.account"] = identity.account
+
+    async def _identify(self, scope: Scope, headers: Headers) -> Identity:
+        secret = _secret_of(headers)
+        if secret is not None:
+            client = scope.get("client")
+            return await self._accounts.authenticate(secret, address=client[0] if client else "")
+        token = session_token(scope)
+        if token is None:
+            raise Unauthorized("There is no key in this request. Send the header `Authorization: Bearer YOUR_KEY`.")
+        if not _is_admin(scope["path"]):
+            raise Unauthorized("A log-in is for administration; this route needs a key.")
+        if scope["method"] not in _READS and not self._is_same_origin(headers):
+            raise Forbidden("A change with a log-in's cookie must come from a page of this server itself.")
+        return await self._accounts.session(token)
+
+    def _is_same_origin(self, headers: Headers) -> bool:
+        """To the port: another program's page on this machine is another origin."""
+        origin = headers.get("origin")
+        if origin is None:
+            return False
+        return origin.lower() in self._origins or _place_of(origin) == headers.get("host", "").strip().lower()
+
+
+def _secret_of(headers: Headers) -> str | None:
+    """`Authorization` goes before `x-api-key`. Raises: Unauthorized for a header of another form."""
+    header = headers.get("authorization")
+    if header is None:
+        return headers.get("x-api-key", "").strip() or None
+    scheme, _, secret = header.partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise Unauthorized("The header `Authorization` is not of the form `Bearer YOUR_KEY`.")
+    return secret.strip()
+
+
+def _is_admin(path: str) -> bool:
+    return any(path == route or path.startswith(f"{route}/") for route in _ADMIN_ONLY)
+
+
+def _place_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
 
 
 def is_loopback(host: str) -> bool:
@@ -137,7 +212,7 @@ def _preflight() -> Response:
     return Response(
         status_code=204,
         headers={
-            "access-control-allow-methods": "GET, POST, OPTIONS",
+            "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
             "access-control-allow-headers": "*, authorization, content-type",
             "access-control-max-age": "600",
         },
