@@ -1,20 +1,20 @@
-"""Which key proves which account.
+"""Keys that stand outside the database: the owner's, and those of a file from before there were others.
 
-The bootstrap key is the owner's and has the scope `admin`. It is `NIMBOS_API_KEY`, or is made once and kept in
-`NIMBOS_HOME/owner.key` (mode 0600), so that a restart prints the same. Further keys stand in `NIMBOS_HOME/keys.toml`:
+The owner's key has the scope `admin`. It is `NIMBOS_API_KEY`, or is made once and kept in
+`NIMBOS_HOME/owner.key` (mode 0600), so that a restart prints the same. `NIMBOS_HOME/keys.toml` holds more;
+their `account` names a project:
 
     [keys.laptop]
     key = "nb-…"            # or sha256 = "…", so that the file holds no secret
     account = "alice"
     scopes = ["class:batch"]
 
-Scopes: `admin`; `class:NAME` limits a key to the classes named. Secrets stay in here: they are never logged or shown.
+Scopes: `admin`; `class:NAME` limits a key to the classes named. Keys are better made by `nimbos key create`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import secrets
 import tomllib
@@ -25,10 +25,9 @@ from pathlib import Path
 import msgspec
 
 from nimbos.config import Settings
-from nimbos.errors import ConfigError, Unauthorized
-from nimbos.types import Account, AskClass
+from nimbos.errors import ConfigError
+from nimbos.types import AskClass
 
-OWNER = "owner"
 ADMIN = "admin"
 _SCOPES = frozenset({ADMIN, *(f"class:{name}" for name in AskClass)})
 
@@ -52,36 +51,19 @@ class OwnerKey:
     file: Path | None
 
 
-class Keys:
-    def __init__(self, accounts: dict[bytes, Account]) -> None:
-        """`accounts`: by the SHA-256 of their key."""
-        self._accounts = tuple(accounts.items())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileKey:
+    """A key of `keys.toml`. `digest`: SHA-256 of the secret; `account`: the project's name."""
 
-    @classmethod
-    def load(cls, settings: Settings, owner: OwnerKey) -> Keys:
-        """Raises: ConfigError naming the file and the key's name."""
-        accounts = _read_table(settings.keys_file)
-        accounts[_digest(owner.secret)] = Account(id=OWNER, name=OWNER, scopes=frozenset({ADMIN}))
-        return cls(accounts)
+    name: str
+    digest: bytes
+    account: str
+    scopes: frozenset[str]
 
-    def authenticate(self, header: str | None) -> Account:
-        """The account that `Authorization: Bearer …` proves.
 
-        Raises: Unauthorized.
-        """
-        if not header:
-            raise Unauthorized("There is no key in this request. Send the header `Authorization: Bearer YOUR_KEY`.")
-        scheme, _, secret = header.partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
-            raise Unauthorized("The header `Authorization` is not of the form `Bearer YOUR_KEY`.")
-        given = _digest(secret.strip())
-        found: Account | None = None
-        for digest, account in self._accounts:  # always all of them: how long it takes tells nothing
-            if hmac.compare_digest(digest, given):
-                found = account
-        if found is None:
-            raise Unauthorized("This key is not known here. `nimbos up` prints where the owner's key is kept.")
-        return found
+def file_keys(settings: Settings) -> tuple[FileKey, ...]:
+    """Raises: ConfigError naming the file and the key's name."""
+    return tuple(_read_table(settings.keys_file).values())
 
 
 def owner_key(settings: Settings) -> OwnerKey:
@@ -120,25 +102,25 @@ def _create(file: Path, text: str) -> None:
         draft.unlink()
 
 
-def _read_table(file: Path) -> dict[bytes, Account]:
+def _read_table(file: Path) -> dict[bytes, FileKey]:
     try:
         table = tomllib.loads(file.read_text()) if file.exists() else {}
         entries = msgspec.convert(table, _File).keys
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{file}: {error}") from error
-    accounts: dict[bytes, Account] = {}
+    found: dict[bytes, FileKey] = {}
     for name, entry in entries.items():
         where = f"{file}: [keys.{name}]"
         digest = _digest_of(entry, where)
-        if digest in accounts:
+        if digest in found:
             raise ConfigError(f"{where}: the same key stands here twice.")
         unknown = set(entry.scopes) - _SCOPES
         if unknown:
             raise ConfigError(f"{where}: unknown scope {min(unknown)!r}; there are {', '.join(sorted(_SCOPES))}.")
         if not entry.account:
             raise ConfigError(f"{where}: `account` is empty.")
-        accounts[digest] = Account(id=entry.account, name=entry.account, scopes=frozenset(entry.scopes))
-    return accounts
+        found[digest] = FileKey(name=name, digest=digest, account=entry.account, scopes=frozenset(entry.scopes))
+    return found
 
 
 def _digest_of(entry: _Entry, where: str) -> bytes:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nimbos.accounts import Accounts
 from nimbos.blobs import Blobs, open_blobs
 from nimbos.config import EngineSettings, Settings
 from nimbos.db import Database
 from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
-from nimbos.keys import Keys, OwnerKey
+from nimbos.keys import OwnerKey, file_keys
 from nimbos.meters import Meters
 from nimbos.service import Service
 from nimbos.sources import Sources
@@ -42,13 +43,14 @@ class Runtime:
     blobs: Blobs
     hub: Hub
     service: Service
-    keys: Keys
+    accounts: Accounts
     meters: Meters
     live: LiveAsks
     telemetry: Telemetry | None
 
     async def close(self) -> None:
         await self.service.close()
+        await self.accounts.close()
         await self.database.close()
         if self.telemetry is not None:
             await asyncio.to_thread(self.telemetry.close)
@@ -66,10 +68,11 @@ async def assemble(
 
     Raises: ConfigError for keys that cannot be read; StorageUnavailable.
     """
+    configured = file_keys(settings)
     database = await Database.open(settings)
     server_id = new_id("srv")
     telemetry = open_telemetry(server_id)
-    keys = Keys.load(settings, owner)
+    accounts = await Accounts.open(database, owner=owner, file_keys=configured)
     hub = hub or Hub(settings)
     meters = Meters()
     budget_bytes = memory_budget_bytes(settings)
@@ -102,7 +105,7 @@ async def assemble(
         blobs=open_blobs(settings, database),
         hub=hub,
         service=service,
-        keys=keys,
+        accounts=accounts,
         meters=meters,
         live=live,
         telemetry=telemetry,

@@ -19,8 +19,8 @@ LAYERS = (
     ("types", "integers"),
     ("config", "meterfile"),
     ("db",),
-    ("blobs",),
-    ("ledger", "work", "engine", "chat", "keys", "meters", "telemetry", "watching"),
+    ("blobs", "keys"),
+    ("accounts", "ledger", "work", "engine", "chat", "meters", "telemetry", "watching"),
     ("hub",),
     ("cloud", "sources"),
     ("service",),
@@ -34,6 +34,7 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 DOORS = {
+    "accounts": {"Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"},
     "api": {"build"},
     "chat": {
         "DIAL_FIELDS",
@@ -59,6 +60,8 @@ DOORS = {
 
 # Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
 PAST_DOORS = {
+    ("accounts", "db"): {"tables"},
+    ("api", "accounts"): {"audit", "keys", "people", "projects", "roles", "secret", "words"},
     ("cli", "api"): {"access"},
     ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
     ("cli", "hub"): {"catalog", "memory", "progress"},

@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import dashscope, errors, health, metrics, models
+from nimbos.api import anthropic, dashscope, errors, health, metrics, models
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
@@ -21,7 +21,7 @@ def build(runtime: Runtime) -> Starlette:
     chat = ChatCompletions(service, server)
     completions = Completions(service, server)
     embeddings = Embeddings(service, server)
-    listed = models.Models(service)
+    listed = models.Models(service, server.aliases)
     routes = [
         Route("/health", health.Health(service).get, methods=["GET"]),
         Route("/metrics", metrics.Metrics(service, runtime.meters).get, methods=["GET"]),
@@ -31,15 +31,18 @@ def build(runtime: Runtime) -> Starlette:
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         *dashscope.routes(runtime),
+        *anthropic.routes(runtime),
     ]
-    shapes = errors.Shapes((dashscope.SHAPE,))  # a dialect that writes errors in its own way adds its `Shape` here
+    shapes = errors.Shapes(
+        (dashscope.SHAPE, anthropic.SHAPE)
+    )  # a dialect that writes errors in its own way adds its `Shape` here
     return Starlette(
         routes=routes,
         middleware=[
             Middleware(dashscope.CompatibleMode),
             Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
             Middleware(errors.LastResort, shapes=shapes),
-            Middleware(Access, settings=server, keys=runtime.keys),
+            Middleware(Access, settings=server, accounts=runtime.accounts),
         ],
         exception_handlers=errors.handlers(),
     )

@@ -78,9 +78,15 @@ def test_the_official_client_sees_an_authentication_error(live: Live) -> None:
 
 def test_keys_of_the_file_work_for_their_own_account(shared: Live) -> None:
     assert ask(shared, "nb-guest").status_code == 200
-    assert shared.sources["demo"].asks[-1].account == "guest"
+    guest = shared.sources["demo"].asks[-1].account
     assert ask(shared, "nb-night").headers["x-nimbos-class"] == "batch"
-    assert shared.sources["demo"].asks[-1].account == "night"
+    night = shared.sources["demo"].asks[-1].account
+    listed = shared.http.get("/v1/organization/projects", params={"limit": 100}).json()["data"]
+    assert {project["name"]: project["id"] for project in listed} == {
+        "default": "proj_default",
+        "guest": guest,
+        "night": night,
+    }
 
 
 def test_a_key_is_limited_to_its_classes(shared: Live) -> None:

@@ -1,0 +1,10 @@
+"""Accounts: the organisation, its projects, people and keys; who a secret is, and who changed what.
+
+`Accounts` is the door. Read `words.py` for the nouns, `roles.py` for who may do what.
+"""
+
+from nimbos.accounts.accounts import Accounts
+from nimbos.accounts.roles import Action, ProjectRole, Role
+from nimbos.accounts.words import Actor, Identity, allowed_model, allowed_route
+
+__all__ = ["Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"]
