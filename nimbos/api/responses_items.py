@@ -187,7 +187,9 @@ def item_id(response_id: str, index: int, kind: str) -> str:
 def _say(messages: list[dict[str, Any]], field: str, words: str) -> None:
     """Joins the assistant's message that is being put together, unless it has gone beyond this field."""
     last = messages[-1] if messages else {}
-    beyond = {"reasoning_content", "content", "tool_calls"} if field == "reasoning_content" else {"content", "tool_calls"}
+    beyond = (
+        {"reasoning_content", "content", "tool_calls"} if field == "reasoning_content" else {"content", "tool_calls"}
+    )
     if last.get("role") == "assistant" and not any(last.get(name) for name in beyond):
         last[field] = words
     else:
@@ -236,9 +238,7 @@ def _read_id(item: Item, kind: str, path: str) -> str:
         return new_id(_PREFIXES[kind])
     given = item.get("id")
     if not isinstance(given, str) or not _ID.fullmatch(given):
-        raise InvalidRequest(
-            f"`{path}.id` must have 1 to 128 letters, digits or any of _ . : -", param=f"{path}.id"
-        )
+        raise InvalidRequest(f"`{path}.id` must have 1 to 128 letters, digits or any of _ . : -", param=f"{path}.id")
     return given
 
 
@@ -342,9 +342,7 @@ def _text(item: Item, name: str, path: str) -> str:
 def _short(item: Item, name: str, path: str) -> str:
     value = _text(item, name, path)
     if not 1 <= len(value) <= _NAME_CHARACTERS:
-        raise InvalidRequest(
-            f"`{path}.{name}` must have 1 to {_NAME_CHARACTERS} characters.", param=f"{path}.{name}"
-        )
+        raise InvalidRequest(f"`{path}.{name}` must have 1 to {_NAME_CHARACTERS} characters.", param=f"{path}.{name}")
     return value
 
 

@@ -174,10 +174,14 @@ def check(body: ResponsesBody) -> None:
     include = body.include or []
     unknown = next((name for name in include if name not in INCLUDES), None)
     if unknown is not None:
-        raise InvalidRequest(f"`include` names {unknown[:60]!r}; it may name {', '.join(sorted(INCLUDES))}.", param="include")
+        raise InvalidRequest(
+            f"`include` names {unknown[:60]!r}; it may name {', '.join(sorted(INCLUDES))}.", param="include"
+        )
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= shared.TOP_LOGPROBS_MAX:
         limit = shared.TOP_LOGPROBS_MAX
-        raise InvalidRequest(f"`top_logprobs` is {body.top_logprobs}; it must be from 0 to {limit}.", param="top_logprobs")
+        raise InvalidRequest(
+            f"`top_logprobs` is {body.top_logprobs}; it must be from 0 to {limit}.", param="top_logprobs"
+        )
     if body.top_logprobs and _LOGPROBS not in include:
         raise InvalidRequest(f"`top_logprobs` needs `include: [{_LOGPROBS!r}]`.", param="top_logprobs")
     for name in ("max_output_tokens", "max_tool_calls"):
@@ -205,7 +209,9 @@ def check_context_fields(body: ContextFields) -> None:
         raise UnsupportedField("reasoning.mode", why="not 'standard', the only one here")
     asked = summary_asked(body)
     if asked not in (None, "auto", "detailed"):
-        raise UnsupportedField("reasoning.summary", why=f"{asked[:40]!r}; 'auto' and 'detailed' give the thinking whole")
+        raise UnsupportedField(
+            "reasoning.summary", why=f"{asked[:40]!r}; 'auto' and 'detailed' give the thinking whole"
+        )
 
 
 def _check_fixed(body: ResponsesBody) -> None:
@@ -229,7 +235,8 @@ def _check_metadata(metadata: dict[str, str] | None) -> None:
     for key, value in metadata.items():
         if len(key) > _KEY_CHARACTERS or len(value) > _VALUE_CHARACTERS:
             raise InvalidRequest(
-                f"Keys of `metadata` may have {_KEY_CHARACTERS} characters, values {_VALUE_CHARACTERS}.", param="metadata"
+                f"Keys of `metadata` may have {_KEY_CHARACTERS} characters, values {_VALUE_CHARACTERS}.",
+                param="metadata",
             )
 
 
@@ -240,7 +247,13 @@ def metadata_of(metadata: dict[str, str] | None) -> dict[str, str]:
 
 
 def asked(
-    body: ResponsesBody, items: list[Item], account: Account, sampling: Sampling, *, header_class: str | None, origin: Origin
+    body: ResponsesBody,
+    items: list[Item],
+    account: Account,
+    sampling: Sampling,
+    *,
+    header_class: str | None,
+    origin: Origin,
 ) -> Asked:
     """`items`: the whole context. Raises: InvalidRequest naming the field; Forbidden for a class."""
     extension = body.x_nimbos.ask_class if body.x_nimbos is not None else None

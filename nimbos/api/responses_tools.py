@@ -37,9 +37,7 @@ def chat_tools(given: list[Any] | None) -> list[dict[str, Any]] | None:
     return [_chat_tool(tool, f"tools[{number}]") for number, tool in enumerate(given)]
 
 
-def chat_choice(
-    tools: list[dict[str, Any]] | None, given: Any
-) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+def chat_choice(tools: list[dict[str, Any]] | None, given: Any) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
     """Raises: InvalidRequest, UnsupportedField."""
     if given is None:
         return tools, "auto"

@@ -162,6 +162,4 @@ def event(body: Event) -> bytes:
 def failure(error: NimbosError) -> bytes:
     """For a stream that cannot go on and has no response to tell of."""
     code = error.code
-    return event(
-        {"type": "error", "code": code, "message": error.message, "param": error.param, "sequence_number": 0}
-    )
+    return event({"type": "error", "code": code, "message": error.message, "param": error.param, "sequence_number": 0})

@@ -1,0 +1,162 @@
+"""Responses that nobody waits for on a connection: written down, done by whichever server claims them, ended once.
+
+    queue ─▶ claimed ─▶ journal of events ─▶ settle: events, items, row and claim in one transaction
+      └──────────── cancel: row and claim in one transaction, so that only one of the two can be ────────────┘
+
+What computes the answer is given to `attend`; it knows the dialect. A server that dies leaves the claim to lapse, and
+the answer is computed again, with the same seed. Read `journal.py` for the events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+from nimbos.db import Transaction
+from nimbos.errors import StorageUnavailable
+from nimbos.responses import nodes
+from nimbos.responses.journal import Journal, Live
+from nimbos.responses.store import Answered, Kept, Piece, Status, Store, begun, cancelled, finished, say
+from nimbos.work import Claim, Crew, Work
+
+KIND = "response"
+_PLACES = 64
+_SWEEP_S = 60.0
+
+_log = structlog.get_logger(__name__)
+
+Run = Callable[[Claim], Awaitable[None]]
+
+
+class Background:
+    def __init__(self, store: Store, *, owner: str) -> None:
+        """`owner`: this server, and no other crew of it."""
+        self._store = store
+        self._database = store.database
+        self._work = Work(store.database)
+        self._owner = f"{owner}/{KIND}"
+        self._crew: Crew | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.journal = Journal(store.database, self._work)
+
+    def attend(self, run: Run) -> None:
+        """From now on this server does what is queued. Within a running loop; `close` ends it."""
+
+        async def known(claim: Claim) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks[claim.ref] = task
+            try:
+                await run(claim)
+            finally:
+                self._tasks.pop(claim.ref, None)
+
+        def claim(n: int) -> Transaction[list[Claim]]:
+            return self._work.claim(KIND, self._owner, n)
+
+        self._crew = Crew(self._database, self._work, places=_PLACES, claim=claim, run=known, owner=self._owner)
+        self._crew.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def close(self) -> None:
+        """Hands back what runs."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait({self._sweeper})
+        if self._crew is not None:
+            await self._crew.close()
+
+    async def queue(self, answered: Answered, payload: bytes) -> None:
+        """`payload`: what `attend`'s function needs to compute it."""
+        write = await self._store.writing(answered)
+        if not await self._database.run(self._queueing(write, answered.id, payload), durable=True):
+            await self._store.place(answered.account, answered.past.pieces)
+            write = await self._store.writing(answered, anew=True)
+            await self._database.run(self._queueing(write, answered.id, payload), durable=True)
+        if self._crew is not None:
+            self._crew.wake()
+
+    async def begin(self, claim: Claim) -> Live:
+        """Raises: ClaimLost."""
+        live = await self.journal.open(claim.ref, claim)
+        await self._database.run(lambda: begun(claim.ref))
+        return live
+
+    async def settle(self, live: Live, kept: Kept, *, status: Status, body: bytes, output: tuple[Piece, ...]) -> None:
+        """The one end of a response. Raises: ClaimLost when it had another one already."""
+        placed = await self._store.place(kept.account, output)
+        upto = len(live.made)
+
+        def end() -> Transaction[None]:
+            yield from self._work.finish(live.claim)
+            yield from nodes.lock(kept.input_node)
+            node = yield from nodes.append(kept.account, kept.input_node, placed)
+            if not (yield from finished(kept.id, status, body, node, len(placed))):
+                yield from nodes.doubt(node)
+                return
+            yield from self.journal.writing(kept.id, live, upto)
+            if kept.conversation is not None and kept.input_node is not None and status in ("completed", "incomplete"):
+                before, asked = yield from nodes.own(kept.input_node)
+                yield from say(kept.account, kept.conversation, before, node, [*asked, *placed])
+
+        await self._database.run(end, durable=True)
+        self.journal.close(kept.id, live)
+
+    async def drop(self, claim: Claim) -> None:
+        """Ends work whose response is gone. Raises: ClaimLost."""
+        await self._database.run(lambda: self._work.finish(claim))
+
+    async def cancel(self, account: str, response_id: str) -> bool:
+        """True when it was running. Raises: NotFound."""
+
+        def end() -> Transaction[bool]:
+            was_running = yield from cancelled(account, response_id)
+            if was_running:
+                yield from self._work.drop(KIND, response_id)
+            return was_running
+
+        was_running = await self._database.run(end, durable=True)
+        self._stop(response_id)
+        return was_running
+
+    async def delete(self, account: str, response_id: str) -> None:
+        """Of any response; one that runs is stopped. Raises: NotFound."""
+
+        def remove() -> Transaction[None]:
+            yield from self._store.remove(account, response_id)
+            yield from self._work.drop(KIND, response_id)
+
+        await self._database.run(remove, durable=True)
+        self._stop(response_id)
+
+    def _stop(self, response_id: str) -> None:
+        """If this server computes it; another one finds its claim gone."""
+        task = self._tasks.get(response_id)
+        if task is not None:
+            task.cancel()
+
+    def _queueing(
+        self, write: Callable[[], Transaction[bool]], response_id: str, payload: bytes
+    ) -> Callable[[], Transaction[bool]]:
+        def queue() -> Transaction[bool]:
+            if not (yield from write()):
+                return False
+            yield from self._work.add(KIND, response_id, payload)
+            return True
+
+        return queue
+
+    async def _sweep(self) -> None:
+        """Takes away what has expired and what nothing needs, a little at a time."""
+        while True:
+            with suppress(StorageUnavailable):  # the next round will do
+                while await self._store.expire():
+                    pass
+                while await self._store.sweep():
+                    pass
+                await self.journal.prune()
+            await asyncio.sleep(_SWEEP_S)
