@@ -4,6 +4,7 @@ shows, that importing does no work, that errors are not swallowed, and that only
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ LAYERS = (
     ("hub",),
     ("cloud", "sources"),
     ("service",),
-    ("kernel", "evals"),
+    ("kernel", "evals", "batches"),
     ("adk", "store"),
     ("runtime",),
     ("api",),
@@ -245,7 +246,8 @@ def _statement_words(tree: ast.Module) -> set[str]:
     homes = ("sqlalchemy", "nimbos.db")
     imported = {alias.asname or alias.name for path, alias in _from_imports(tree) if path.startswith(homes)}
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.returns is not None]
-    return imported | {node.name for node in functions if "Column[" in ast.unparse(node.returns or node)}
+    made = re.compile(r"Column|Statement|BindParameter")
+    return imported | {node.name for node in functions if made.search(ast.unparse(node.returns or node))}
 
 
 def _root_of(expression: ast.expr) -> str:
