@@ -70,6 +70,7 @@ async def fold(events: AsyncGenerator[wire.Event, None]) -> wire.Message:
 def _begun(question: Question, manner: Manner) -> wire.Message:
     """What was in memory is known at the end only, so the whole prompt counts as input until then."""
     usage = wire.UsageBody.of(Usage(input=question.admission.prompt_tokens), pin_tokens=0)
+    usage.cache_creation = UNSET
     usage.service_tier = "batch" if question.ask.ask_class is AskClass.BATCH else "standard"
     return wire.Message(
         id=openai_wire.completion_id(question.ask, "msg").replace("-", "_"), model=manner.model, usage=usage

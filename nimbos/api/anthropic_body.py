@@ -29,13 +29,21 @@ REFUSED = {
     "compaction": "conversations are not summarised here; do it with an ask of your own",
     "container": "there is no container here",
     "mcp_servers": "this route connects to no server; give the tools themselves",
-    "thread": "conversations are not kept here; send all messages",
 }
 
 _THINKING_FIELDS = frozenset({"type", "budget_tokens"})
 _THINKING_HINTS = frozenset({"display", "block_binding"})
 _OUTPUT_FIELDS = frozenset({"effort", "format"})
 _FORMAT_FIELDS = frozenset({"type", "schema", "name", "description", "strict"})
+
+
+class ThreadsUnsupported(InvalidRequest):
+    """The official clients know this code, and go on by sending the whole conversation each time."""
+
+    code = "thread_unsupported_request"
+
+    def __init__(self) -> None:
+        super().__init__("Conversations are not kept here: leave out `thread` and send all messages.", param="thread")
 
 
 class MessagesBody(msgspec.Struct, kw_only=True):
@@ -56,6 +64,7 @@ class MessagesBody(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
+    thread: dict[str, Any] | None = None
 
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
@@ -92,10 +101,12 @@ def read(
 ) -> Wanted:
     """`counting`: only the prompt's tokens are asked for, and `max_tokens` may be absent.
 
-    Raises: InvalidRequest, UnsupportedField; Forbidden for a class that the key is not for.
+    Raises: InvalidRequest, UnsupportedField; ThreadsUnsupported; Forbidden for a class that the key is not for.
     """
     ignored = Ignored()
     body = read_known(bodies.table_of(content), MessagesBody, ignored, refused=REFUSED)
+    if body.thread is not None:
+        raise ThreadsUnsupported
     limit = _limit_of(body, counting=counting)
     _check_hints(body)
     request = _chat_request(body, ignored, limit=limit)
