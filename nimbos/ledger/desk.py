@@ -1,0 +1,210 @@
+"""The ledger's desk in a running server: lets asks in, and settles each of them once, whatever happens meanwhile.
+
+    admit    a row of the meter file, then the reservation; `Running` (running.py) is the ask from then on
+    settle   in a task of its own, which no cancelled caller takes along
+
+When the database cannot be used, new asks are refused (StorageUnavailable), and settlements wait here and are tried
+again until they are durable; only then is the meter's row freed. What still waits when the server ends stays in the
+meter file, for recovery. Knows no source and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from nimbos.db import Database, Transaction
+from nimbos.errors import NimbosError, StorageUnavailable
+from nimbos.ledger.alerts import Fired
+from nimbos.ledger.bell import Bell
+from nimbos.ledger.budgets import Held
+from nimbos.ledger.journal import Journal
+from nimbos.ledger.ledger import Extended, Ledger, Reserved, Settled
+from nimbos.ledger.rows import Settlement
+from nimbos.ledger.running import Due, Running
+from nimbos.meterfile import MeterFile
+from nimbos.types import Account, Ask, ModelCard, Origin, Prepared, Usage
+
+ADMIT_PATIENCE_S = 10.0  # how long an ask waits for what running asks hold of its budget
+HELD_TICK_S = 0.5  # another server's settlements ring no bell here
+RETRY_FIRST_S, RETRY_MOST_S = 0.25, 5.0
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class Desk:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        ledger: Ledger,
+        meters: MeterFile,
+        on_alert: Callable[[Fired], None] | None = None,
+        admit_patience_s: float = ADMIT_PATIENCE_S,
+    ) -> None:
+        """`on_alert` is told of each threshold that was crossed, once its transaction is committed."""
+        self.bell = Bell()
+        self.database = database
+        self.ledger = ledger
+        self.meters = meters
+        self._on_alert = on_alert
+        self._admit_patience_s = admit_patience_s
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._late: list[Due] = []
+        self._retrying: asyncio.Task[None] | None = None
+
+    @property
+    def late(self) -> int:
+        """Settlements that wait for the database."""
+        return len(self._late)
+
+    async def admit(
+        self, account: Account, prepared: Prepared, *, origin: Origin, card: ModelCard, journal: Journal | None = None
+    ) -> Running:
+        """Reserves for the ask; `Running.ask` is what the source gets. Whoever is given a `Running` ends it.
+
+        Raises: Overloaded, BudgetExhausted, StorageUnavailable; then nothing was taken.
+        """
+        ask = prepared.ask
+        row = self.meters.allot(ask.id)
+
+        def begin() -> Transaction[Reserved]:
+            reserved = yield from self.ledger.reserve(
+                account, ask, origin=origin, prompt_tokens=prepared.prompt_tokens, card=card
+            )
+            if journal is not None:
+                yield from journal.reserved(ask, prompt_tokens=prepared.prompt_tokens)
+            return reserved
+
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._admit_patience_s
+        reserving = asyncio.create_task(self.database.run(begin))
+        try:
+            while True:
+                try:
+                    reserved = await asyncio.shield(reserving)
+                    break
+                except Held:
+                    if clock() >= deadline:
+                        raise
+                await self.bell.wait(min(HELD_TICK_S, self._admit_patience_s))
+                reserving = asyncio.create_task(self.database.run(begin))
+        except asyncio.CancelledError:
+            self._keep(self._undo(reserving, Due(settlement=_nothing(ask), row=row, journal=journal)))
+            raise
+        except BaseException:
+            self.meters.free(row)
+            raise
+        counted = msgspec.structs.replace(
+            ask, meter_row=row, allowance_tokens=reserved.allowance_tokens, weight=account.weight
+        )
+        return Running(self, counted, reserved, row=row, journal=journal)
+
+    def settle(self, due: Due) -> asyncio.Task[None]:
+        """Begins at once. The task ends when it is durable, or when it waits for the database to come back."""
+        return self._keep(self._settle(due))
+
+    def extend(self, begin: Callable[[], Transaction[Extended]]) -> asyncio.Task[Extended]:
+        return self._keep(self._extend(begin))
+
+    def _tell(self, fired: tuple[Fired, ...]) -> None:
+        for one in fired:
+            budget = one.budget
+            _log.warning(
+                "budget.alert",
+                alert=one.alert,
+                budget=budget.id,
+                owner_kind=budget.owner_kind,
+                owner_id=budget.owner_id,
+                meter=budget.meter,
+                threshold=one.threshold,
+                used=budget.used,
+                limit=budget.limit,
+            )
+            if self._on_alert is not None:
+                self._on_alert(one)
+
+    async def close(self) -> None:
+        """Waits for settlements; tries once more those that wait for the database."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._retrying is not None:
+            self._retrying.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._retrying
+        await self._settle_late()
+        if self._late:
+            _log.error("ledger.left_to_recovery", asks=len(self._late))
+
+    async def _settle(self, due: Due) -> None:
+        try:
+            await self._write(due)
+        except StorageUnavailable as error:
+            self._late.append(due)
+            _log.warning("ledger.settlement_waits", ask=due.settlement.ask_id, reason=error.reason)
+            if self._retrying is None or self._retrying.done():
+                self._retrying = asyncio.create_task(self._retry(), name="late settlements")
+        except NimbosError as error:  # of a journal; the ask's row and its meter stay, for recovery
+            _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
+
+    async def _write(self, due: Due) -> None:
+        def begin() -> Transaction[Settled]:
+            settled = yield from self.ledger.settle(due.settlement)
+            if settled.new and due.journal is not None:
+                yield from due.journal.settled(due.settlement, settled)
+            return settled
+
+        settled = await self.database.run(begin, durable=True)
+        self.meters.free(due.row)
+        self._tell(settled.fired)
+        self.bell.ring()
+
+    async def _retry(self) -> None:
+        wait_s = RETRY_FIRST_S
+        while self._late:
+            await asyncio.sleep(wait_s)
+            wait_s = min(RETRY_MOST_S, 2 * wait_s)
+            await self._settle_late()
+
+    async def _settle_late(self) -> None:
+        """In their order, until the database fails again."""
+        while self._late:
+            due = self._late[0]
+            try:
+                await self._write(due)
+            except StorageUnavailable:
+                return
+            except NimbosError as error:
+                _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
+            self._late.pop(0)
+
+    async def _undo(self, reserving: asyncio.Task[Reserved], due: Due) -> None:
+        """The caller went while the reservation was on its way."""
+        try:
+            await reserving
+        except NimbosError:
+            self.meters.free(due.row)
+            return
+        await self._settle(due)
+
+    async def _extend(self, begin: Callable[[], Transaction[Extended]]) -> Extended:
+        extended = await self.database.run(begin)
+        self._tell(extended.fired)
+        return extended
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _nothing(ask: Ask) -> Settlement:
+    return Settlement(ask_id=ask.id, usage=Usage(), outcome="cancelled")

@@ -1,0 +1,224 @@
+"""The ledger: what an ask may use, what it used, and what that costs. The only truth about tokens and money.
+
+    reserve   before the engine sees the ask: limits, then budgets from the root, then the ask's row
+    extend    while it streams: what is used moves from `reserved` to `used`, and the next slice is reserved
+    settle    once, whatever ended it: the rest of `reserved` goes back, and rows and sums are written
+
+Each is a transaction as a plain generator, so that others compose it with rows of their own. They decide by what the
+rows say, never by what this process remembers: two servers on one database, and recovery after a death, take the same
+way. Read `budgets.py` and `limits.py` for the rules, `desk.py` for who runs these.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from nimbos.db import Transaction
+from nimbos.ledger import alerts, budgets, limits, prices, rollups, rows
+from nimbos.ledger.budgets import Budget, Hold, Need
+from nimbos.ledger.limits import Passed
+from nimbos.ledger.owners import Owners
+from nimbos.ledger.prices import PriceTable, Rates
+from nimbos.ledger.rows import Admitted, Settlement
+from nimbos.types import Account, Ask, Kind, ModelCard, Origin, Usage
+
+SLICE_TOKENS = 64  # reserved at once for each branch
+NOWHERE = Origin()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """An ask that was let in. `allowance_tokens`: what is paid for in each branch, counted like `Ask.limit_tokens`;
+    None: no budget holds it."""
+
+    ask_id: str
+    allowance_tokens: int | None
+    passed: Passed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a running ask has come. `usage`: its meter. `live`: branches that go on, each up to the allowance;
+    `ended_output`: tokens of the others, less those that were there before the ask."""
+
+    usage: Usage
+    live: int
+    ended_output: int
+    allowance_tokens: int
+    limit_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extended:
+    """`allowance_tokens` None: no budget holds it any more. `last`: nothing follows. `wait`: nothing more now, but
+    running asks may give something back. `fired`: alerts to tell."""
+
+    allowance_tokens: int | None
+    last: bool = False
+    wait: bool = False
+    fired: tuple[alerts.Fired, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """`new` is False for an ask that was settled before, or never let in: nothing changed."""
+
+    new: bool
+    cost_micros: int = 0
+    fired: tuple[alerts.Fired, ...] = ()
+
+
+class Ledger:
+    def __init__(self, *, server_id: str) -> None:
+        """`server_id` stands in the rows of this server's asks, so that recovery knows whose they were."""
+        self.server_id = server_id
+        self._tables: dict[int, PriceTable] = {prices.NO_PRICES: PriceTable()}  # versions never change
+
+    def reserve(
+        self, account: Account, ask: Ask, *, origin: Origin = NOWHERE, prompt_tokens: int, card: ModelCard
+    ) -> Transaction[Reserved]:
+        """Raises: Overloaded, BudgetExhausted; Held, where running asks may give something back."""
+        now_ms = _now_ms()
+        owners = Owners.of(account, origin, card.id)
+        need = _first_need(ask, prompt_tokens)
+        estimated_tokens = need.hold(need.slice_tokens).tokens
+        passed = yield from limits.pass_limits(owners, tokens=estimated_tokens)
+        version = yield from prices.current_version()
+        chain = yield from budgets.lock_chain(owners, now_ms)
+        hold, allowance_tokens = Hold(), None
+        if budgets.limited(chain):
+            rates = yield from self._rates(version, card.id, ask.ask_class.value)
+            need = need.at(rates)
+            granted = budgets.grant(chain, need, now_ms=now_ms)
+            hold = need.hold(granted)
+            allowance_tokens = _already(ask) + granted if need.slice_tokens else None
+            yield from _store(chain, reserved=hold, used=Hold())
+        admitted = Admitted(
+            server=self.server_id,
+            prompt_tokens=prompt_tokens,
+            price_version=version,
+            chain=chain,
+            passed=passed,
+            estimated_tokens=estimated_tokens,
+            hold=hold,
+            now_ms=now_ms,
+        )
+        yield from rows.open_row(account, ask, origin, card, owners, admitted)
+        return Reserved(ask_id=ask.id, allowance_tokens=allowance_tokens, passed=passed)
+
+    def extend(self, ask_id: str, progress: Progress) -> Transaction[Extended]:
+        """What was used is charged in any case, and the next slice reserved, down to one token in each branch."""
+        now_ms = _now_ms()
+        row = yield from rows.lock(ask_id)
+        if row is None or row["state"] != rows.OPEN:
+            return Extended(allowance_tokens=progress.allowance_tokens, last=True)
+        chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
+        if not budgets.limited(chain):
+            return Extended(allowance_tokens=None)
+        rates = yield from self._rates(row["price_version"], row["model"], row["class"])
+        own, before = rows.held(row), rows.charged(row)
+        now_used = _used(progress.usage, rates)
+        need = _next_need(progress, row["prompt_tokens"], rates)
+        granted, wait = budgets.grant_more(chain, need, own=own, used=now_used - before)
+        hold = need.hold(granted)
+        chain = yield from _store(chain, reserved=hold - own, used=now_used - before)
+        yield from rows.extend_row(ask_id, hold=hold, charged=now_used)
+        fired = yield from alerts.fire(chain, now_ms)
+        return Extended(
+            allowance_tokens=progress.allowance_tokens + granted,
+            last=granted == 0 and not wait,
+            wait=granted == 0 and wait,
+            fired=tuple(fired),
+        )
+
+    def settle(self, settlement: Settlement) -> Transaction[Settled]:
+        """May be run again: an ask is settled once."""
+        now_ms = _now_ms()
+        row = yield from rows.lock(settlement.ask_id)
+        if row is None or row["state"] == rows.SETTLED:
+            return Settled(new=False)
+        rates = yield from self._rates(row["price_version"], row["model"], row["class"])
+        used = _used(settlement.usage, rates)
+        charged = limits.decode_charged(row["limits"])
+        yield from limits.correct_tokens(charged, more=used.tokens - row["estimated_tokens"])
+        chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
+        chain = yield from _store(chain, reserved=Hold() - rows.held(row), used=used - rows.charged(row))
+        fired = yield from alerts.fire(chain, now_ms)
+        quantities = prices.quantities(settlement.usage)
+        yield from rows.add_meters(settlement.ask_id, quantities, rates)
+        yield from rows.settle_row(settlement, cost_micros=used.micros, now_ms=now_ms)
+        yield from rollups.add(rows.line_of(row), quantities, cost_micros=used.micros, ended_ms=now_ms)
+        return Settled(new=True, cost_micros=used.micros, fired=tuple(fired))
+
+    def abandon(self, ask_id: str) -> Transaction[bool]:
+        """Gives back what the ask of a silent server holds. Should that server come back, it settles as ever."""
+        row = yield from rows.lock(ask_id)
+        if row is None or row["state"] != rows.OPEN:
+            return False
+        chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), _now_ms())
+        yield from _store(chain, reserved=Hold() - rows.held(row), used=Hold())
+        yield from rows.abandon_row(ask_id)
+        return True
+
+    def _rates(self, version: int, model: str, ask_class: str) -> Transaction[Rates]:
+        table = self._tables.get(version)
+        if table is None:
+            table = self._tables[version] = yield from prices.load_table(version)
+        return table.rates(model, ask_class)
+
+
+def first_slice(ask: Ask) -> int:
+    """How many tokens of answer are reserved at first in each branch, if the budgets have them."""
+    if ask.kind is not Kind.GENERATE:
+        return 0
+    if ask.limit_tokens is None:
+        return SLICE_TOKENS
+    return max(0, min(SLICE_TOKENS, ask.limit_tokens - _already(ask)))
+
+
+def _first_need(ask: Ask, prompt_tokens: int) -> Need:
+    """Branches that begin with different lengths all get the same allowance, so the shorter ones need more."""
+    live = [number for number in range(ask.n) if number not in ask.finished]
+    behind = sum(_already(ask) - len(ask.emitted.get(number, ())) for number in live)
+    slice_tokens = first_slice(ask)
+    return Need(
+        prompt_tokens=prompt_tokens,
+        output_tokens=behind if slice_tokens else 0,
+        branches=len(live) if slice_tokens else 0,
+        slice_tokens=slice_tokens,
+    )
+
+
+def _next_need(progress: Progress, prompt_tokens: int, rates: Rates) -> Need:
+    """What of the present allowance is not used yet, and a slice more."""
+    usage, allowance_tokens = progress.usage, progress.allowance_tokens
+    most = progress.live * allowance_tokens + progress.ended_output
+    left = SLICE_TOKENS if progress.limit_tokens is None else progress.limit_tokens - allowance_tokens
+    return Need(
+        rates=rates,
+        prompt_tokens=max(0, prompt_tokens - usage.input),
+        output_tokens=max(0, most - usage.output),
+        branches=progress.live,
+        slice_tokens=max(0, min(SLICE_TOKENS, left)),
+    )
+
+
+def _already(ask: Ask) -> int:
+    """Tokens of the longest branch that were there before this ask."""
+    return max((len(ids) for number, ids in ask.emitted.items() if number not in ask.finished), default=0)
+
+
+def _used(usage: Usage, rates: Rates) -> Hold:
+    return Hold(tokens=prices.tokens_of(usage), micros=rates.cost_micros(usage))
+
+
+def _store(chain: list[Budget], *, reserved: Hold, used: Hold) -> Transaction[list[Budget]]:
+    after = [budgets.charge(budget, reserved=reserved, used=used) for budget in chain]
+    for budget in after:
+        yield from budgets.store(budget)
+    return after
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

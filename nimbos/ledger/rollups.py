@@ -1,0 +1,42 @@
+"""Sums by hour and by day, kept in the transaction that settles an ask. `reports.py` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nimbos.db import Transaction, upsert
+from nimbos.db.tables.ledger import usage_days, usage_hours
+from nimbos.ledger.periods import DAY_MS, HOUR_MS
+
+ASKS = "asks"
+_KEY = ("project", "key", "model", "class", "process", "meter")
+_ADD_HOUR = upsert(usage_hours, key=("hour_ms", *_KEY), add=("quantity", "cost_micros"))
+_ADD_DAY = upsert(usage_days, key=("day_ms", *_KEY), add=("quantity", "cost_micros"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Whose row of sums an ask belongs to."""
+
+    project: str
+    key: str
+    model: str
+    ask_class: str
+    process: str
+
+
+def add(line: Line, quantities: dict[str, int], *, cost_micros: int, ended_ms: int) -> Transaction[None]:
+    """One ask more. Rows are always taken in the same order, so that settlements do not wait in a circle."""
+    for meter, quantity in sorted({**quantities, ASKS: 1}.items()):
+        values: dict[str, str | int] = {
+            "project": line.project,
+            "key": line.key,
+            "model": line.model,
+            "class": line.ask_class,
+            "process": line.process,
+            "meter": meter,
+            "quantity": quantity,
+            "cost_micros": cost_micros if meter == ASKS else 0,
+        }
+        yield _ADD_HOUR(hour_ms=ended_ms - ended_ms % HOUR_MS, **values)
+        yield _ADD_DAY(day_ms=ended_ms - ended_ms % DAY_MS, **values)

@@ -1,0 +1,151 @@
+"""One ask that was let in: what was told of it, what it may still use, and its end.
+
+Where a budget holds it, the next slice is reserved ahead of need, in a task beside the stream. Its source is told by
+whatever `extend` is given; a branch that has used all it may waits there meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from nimbos.db import Transaction
+from nimbos.errors import NimbosError, StorageUnavailable
+from nimbos.ledger.journal import Journal
+from nimbos.ledger.ledger import SLICE_TOKENS, Extended, Progress, Reserved
+from nimbos.ledger.rows import Settlement
+from nimbos.types import Ask, Chunk, Final, TokenChunk, Usage
+
+if TYPE_CHECKING:
+    from nimbos.ledger.desk import Desk
+
+AHEAD_TOKENS = SLICE_TOKENS // 2
+EXTEND_PATIENCE_S = 30.0  # how long an answer stands still for what other asks hold of its budget
+_TICK_S = 0.5
+
+_log = structlog.get_logger(__name__)
+
+TellSource = Callable[[int | None, bool], None]  # allowance_tokens, last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """A settlement that is to be written. `row`: of the meter file."""
+
+    settlement: Settlement
+    row: int
+    journal: Journal | None
+
+
+class Running:
+    """`ask` is what the source is given. `note` every chunk before it is handed on, and `end` it once."""
+
+    def __init__(self, desk: Desk, ask: Ask, reserved: Reserved, *, row: int, journal: Journal | None) -> None:
+        self.ask = ask
+        self.reserved = reserved
+        self._desk = desk
+        self._row = row
+        self._journal = journal
+        self._begun = {number: len(ask.emitted.get(number, ())) for number in range(ask.n)}
+        self._sent = dict(self._begun)
+        self._finals: dict[int, Final] = {}
+        self._allowance_tokens = reserved.allowance_tokens
+        self._last = False
+        self._tell_source: TellSource | None = None
+        self._extending: asyncio.Task[None] | None = None
+
+    def extend_by(self, tell_source: TellSource) -> None:
+        """How the source is told that more is paid for; without it nothing is extended."""
+        self._tell_source = tell_source
+
+    def note(self, chunk: Chunk) -> None:
+        if isinstance(chunk, TokenChunk):
+            self._sent[chunk.branch] += len(chunk.ids)
+        elif isinstance(chunk, Final):
+            self._finals[chunk.branch] = chunk
+        else:
+            return
+        if self._extending is None and self._due():
+            self._extending = asyncio.create_task(self._extend())
+
+    def end(self, outcome: str) -> tuple[Usage, asyncio.Task[None]]:
+        """What the ask used, and the task that settles it: shield it, and no cancelled caller takes it along.
+        Call it when the source's iterator is closed."""
+        if self._extending is not None:
+            self._extending.cancel()  # what is on its way finds the ask settled, or is found by the settlement
+        counts = self._desk.meters.read(self._row)
+        receipts = [final.receipt for final in self._finals.values()]
+        settlement = Settlement(
+            ask_id=self.ask.id,
+            usage=counts.usage(),
+            outcome=outcome,
+            finish=",".join(_reason(self._finals[number]) for number in sorted(self._finals)),
+            told_output=sum(self._sent.values()) - sum(self._begun.values()),
+            queue_ms=max((receipt.queue_ms for receipt in receipts), default=0),
+            compute_ms=counts.compute_us // 1000 or max((receipt.compute_ms for receipt in receipts), default=0),
+            restarts=max((receipt.restarts for receipt in receipts), default=0),
+        )
+        return settlement.usage, self._desk.settle(Due(settlement=settlement, row=self._row, journal=self._journal))
+
+    def _live(self) -> list[int]:
+        return [number for number in self._sent if number not in self._finals and number not in self.ask.finished]
+
+    def _due(self) -> bool:
+        """Whether a branch comes near what is paid for."""
+        allowed, limit = self._allowance_tokens, self.ask.limit_tokens
+        if allowed is None or self._last or (limit is not None and allowed >= limit):
+            return False
+        return any(self._sent[number] >= allowed - AHEAD_TOKENS for number in self._live())
+
+    async def _extend(self) -> None:
+        """Goes on until it is far enough ahead again: a source that has been told everything sends nothing."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + EXTEND_PATIENCE_S
+        while self._due():
+            try:
+                extended = await asyncio.shield(self._desk.extend(self._extension))
+            except StorageUnavailable:
+                extended = Extended(allowance_tokens=self._allowance_tokens, wait=True)
+            except NimbosError as error:  # of a journal
+                _log.error("ledger.extension_refused", ask=self.ask.id, code=error.code)
+                extended = Extended(allowance_tokens=self._allowance_tokens, last=True)
+            if not extended.wait:
+                self._grant(extended.allowance_tokens, last=extended.last)
+                deadline = clock() + EXTEND_PATIENCE_S
+            elif clock() >= deadline:
+                self._grant(self._allowance_tokens, last=True)
+            else:
+                await self._desk.bell.wait(_TICK_S)
+        self._extending = None
+
+    def _extension(self) -> Transaction[Extended]:
+        progress = self._progress()
+        extended = yield from self._desk.ledger.extend(self.ask.id, progress)
+        if self._journal is not None:
+            yield from self._journal.extended(self.ask.id, progress, extended)
+        return extended
+
+    def _progress(self) -> Progress:
+        live = self._live()
+        ended = sum(final.usage.output for final in self._finals.values())
+        assert self._allowance_tokens is not None
+        return Progress(
+            usage=self._desk.meters.read(self._row).usage(),
+            live=len(live),
+            ended_output=ended - sum(self._begun[number] for number in live),
+            allowance_tokens=self._allowance_tokens,
+            limit_tokens=self.ask.limit_tokens,
+        )
+
+    def _grant(self, allowance_tokens: int | None, *, last: bool) -> None:
+        self._allowance_tokens, self._last = allowance_tokens, last
+        if self._tell_source is not None:
+            self._tell_source(allowance_tokens, last)
+
+
+def _reason(final: Final) -> str:
+    return "budget" if final.budget_ended else final.reason.value

@@ -1,0 +1,172 @@
+"""Making, changing and showing the tree of budgets. Read `budgets.py` for what a budget does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+
+from sqlalchemy import and_, bindparam, delete, func, literal_column, select, update
+
+from nimbos.db import Statement, Transaction, insert
+from nimbos.db.tables.ledger import budgets, usage_days
+from nimbos.errors import InvalidRequest, NotFound
+from nimbos.ledger import alerts, periods
+from nimbos.ledger.budgets import COST, TOKENS, Budget, budget_of
+from nimbos.ledger.owners import DEPTHS, OWNER_KINDS
+from nimbos.ledger.prices import PRICED
+from nimbos.types import new_id
+
+LIMIT_MAX = 10**15
+DEPTH_MAX = 64
+_METERS = (TOKENS, COST)
+
+_FIND = Statement(
+    select(budgets)
+    .where(
+        budgets.c.owner_kind == bindparam("kind"),
+        budgets.c.owner_id == bindparam("owner"),
+        budgets.c.meter == bindparam("of_meter"),
+        budgets.c.period == bindparam("of_period"),
+    )
+    .with_for_update()
+)
+_SELECT_OF = Statement(
+    select(budgets)
+    .where(budgets.c.owner_kind == bindparam("kind"), budgets.c.owner_id == bindparam("owner"))
+    .order_by(budgets.c.meter, budgets.c.period)
+)
+_SELECT_ALL = Statement(select(budgets).order_by(budgets.c.depth, budgets.c.owner_id, budgets.c.meter))
+_SELECT_ONE = Statement(select(budgets).where(budgets.c.id == bindparam("of")))
+_INSERT = insert(budgets)
+_CHANGE = Statement(
+    update(budgets)
+    .where(budgets.c.id == bindparam("of"))
+    .values(limit=bindparam("new_limit"), owner_name=bindparam("name"))
+)
+_DELETE = Statement(delete(budgets).where(budgets.c.id == bindparam("of")))
+
+
+def set_budget(
+    owner_kind: str,
+    owner_id: str,
+    *,
+    meter: str,
+    limit: int | None,
+    period: str,
+    parent: str | None = None,
+    owner_name: str = "",
+    alerts_at: Sequence[int] | None = None,
+) -> Transaction[Budget]:
+    """Makes the owner's budget of this meter and period, or changes its limit; what is used stays used.
+
+    A new one of a day or a month begins with what its owner has used in that period already. `parent`: the id of the
+    budget that a child process draws on as well; the other owners' budgets need none, an ask finds them all.
+    `alerts_at`: thresholds in the meter's unit; None leaves them as they are.
+
+    Raises: InvalidRequest; NotFound for a parent that is not there.
+    """
+    _check(owner_kind, owner_id, meter=meter, limit=limit, period=period, alerts_at=alerts_at or ())
+    rows = yield _FIND(kind=owner_kind, owner=owner_id, of_meter=meter, of_period=period)
+    now_ms = time.time_ns() // 1_000_000
+    if rows:
+        budget_id = rows[0]["id"]
+        yield _CHANGE(of=budget_id, new_limit=limit, name=owner_name or rows[0]["owner_name"])
+    else:
+        budget_id = new_id("budget")
+        depth = yield from _depth(owner_kind, parent)
+        used = yield from _used_already(owner_kind, owner_id, meter=meter, period=period, now_ms=now_ms)
+        yield _INSERT(
+            id=budget_id,
+            parent=parent,
+            depth=depth,
+            owner_kind=owner_kind,
+            owner_id=owner_id,
+            owner_name=owner_name,
+            meter=meter,
+            period=period,
+            limit=limit,
+            period_start_ms=periods.start_ms(period, now_ms),
+            reserved=0,
+            used=used,
+        )
+    if alerts_at is not None:
+        yield from alerts.replace_alerts(budget_id, alerts_at)
+    return (yield from find_budget(budget_id))
+
+
+def remove_budget(budget_id: str) -> Transaction[None]:
+    """Asks that hold some of it go on unheld by it."""
+    yield from alerts.remove_alerts(budget_id)
+    yield _DELETE(of=budget_id)
+
+
+def find_budget(budget_id: str) -> Transaction[Budget]:
+    """Raises: NotFound."""
+    rows = yield _SELECT_ONE(of=budget_id)
+    if not rows:
+        raise NotFound(f"There is no budget {budget_id[:60]!r}.", param="budget")
+    return budget_of(rows[0]).at(time.time_ns() // 1_000_000)
+
+
+def budgets_of(owner_kind: str, owner_id: str) -> Transaction[list[Budget]]:
+    rows = yield _SELECT_OF(kind=owner_kind, owner=owner_id)
+    now_ms = time.time_ns() // 1_000_000
+    return [budget_of(row).at(now_ms) for row in rows]
+
+
+def all_budgets() -> Transaction[list[Budget]]:
+    """From the root."""
+    rows = yield _SELECT_ALL()
+    now_ms = time.time_ns() // 1_000_000
+    return [budget_of(row).at(now_ms) for row in rows]
+
+
+def _depth(owner_kind: str, parent: str | None) -> Transaction[int]:
+    least = DEPTHS[owner_kind]
+    if parent is None:
+        return least
+    above = yield from find_budget(parent)
+    if above.depth + 1 > DEPTH_MAX:
+        raise InvalidRequest(f"Budgets may be nested {DEPTH_MAX} deep.", param="parent")
+    return max(least, above.depth + 1)
+
+
+@cache
+def _sum_of(owner_kind: str, meter: str) -> Statement:
+    column = usage_days.c.cost_micros if meter == COST else usage_days.c.quantity
+    meters = ("asks",) if meter == COST else PRICED
+    where = [
+        usage_days.c.day_ms >= bindparam("since_ms"),
+        usage_days.c.meter.in_([literal_column(f"'{name}'") for name in meters]),
+    ]
+    if owner_kind != "organisation":  # there is one
+        where.append(usage_days.c[owner_kind] == bindparam("owner"))
+    return Statement(select(func.sum(column).label("used")).where(and_(*where)))
+
+
+def _used_already(owner_kind: str, owner_id: str, *, meter: str, period: str, now_ms: int) -> Transaction[int]:
+    if period == "total":
+        return 0
+    values: dict[str, int | str] = {"since_ms": periods.start_ms(period, now_ms)}
+    if owner_kind != "organisation":
+        values["owner"] = owner_id
+    rows = yield _sum_of(owner_kind, meter)(**values)
+    return int(rows[0]["used"] or 0)
+
+
+def _check(
+    owner_kind: str, owner_id: str, *, meter: str, limit: int | None, period: str, alerts_at: Sequence[int]
+) -> None:
+    if owner_kind not in OWNER_KINDS:
+        raise InvalidRequest(f"There is no owner {owner_kind[:60]!r}; there are {', '.join(OWNER_KINDS)}.")
+    if not owner_id:
+        raise InvalidRequest("A budget needs an owner.")
+    if meter not in _METERS:
+        raise InvalidRequest(f"There is no meter {meter[:60]!r}; budgets count {' or '.join(_METERS)}.", param="meter")
+    if period not in periods.PERIODS:
+        known = ", ".join(periods.PERIODS)
+        raise InvalidRequest(f"There is no period {period[:60]!r}; there are {known}.", param="period")
+    for number in (*alerts_at, *(() if limit is None else (limit,))):
+        if not 0 <= number <= LIMIT_MAX:
+            raise InvalidRequest(f"A budget and its alerts are from 0 to {LIMIT_MAX}, not {number}.", param="limit")
