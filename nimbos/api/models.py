@@ -1,12 +1,19 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`: what can be asked for, scripted models first."""
+"""`GET /v1/models` and `GET /v1/models/{id}`: what can be asked for, scripted models first.
+
+A client that sends `anthropic-version` reads Anthropic's form of it (`anthropic_models.py`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nimbos.api import anthropic_models
+from nimbos.api.anthropic_errors import VERSION_HEADER
 from nimbos.api.exchange import json_reply
 from nimbos.errors import ModelNotFound
 from nimbos.service import Service
@@ -37,15 +44,21 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 class Models:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, aliases: Mapping[str, str]) -> None:
         self._service = service
+        self._aliases = aliases
 
-    async def list(self, _: Request) -> Response:
+    async def list(self, request: Request) -> Response:
+        if VERSION_HEADER in request.headers:
+            models = await self._service.models()
+            return json_reply(anthropic_models.page(models, self._aliases, request.query_params))
         return json_reply(ModelList(data=[_body(listed) for listed in await self._service.models()]))
 
     async def retrieve(self, request: Request) -> Response:
         wanted = request.path_params["model"]
         models = await self._service.models()
+        if VERSION_HEADER in request.headers:
+            return json_reply(anthropic_models.one(models, self._aliases, wanted))
         for listed in models:
             if listed.id == wanted:
                 return json_reply(_body(listed))
