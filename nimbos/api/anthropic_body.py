@@ -18,7 +18,7 @@ from nimbos.api.anthropic_cache import last_mark
 from nimbos.api.anthropic_content import read_messages, read_system
 from nimbos.api.anthropic_tools import read_choice, read_tools
 from nimbos.api.dialogue import Asked
-from nimbos.api.lenient import Ignored, object_at, read_known
+from nimbos.api.lenient import Ignored, read_known
 from nimbos.chat import ChatRequest, Dial
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.types import Account, Grammar, ModelCard, Origin
@@ -200,7 +200,9 @@ def _dial_of(body: MessagesBody, ignored: Ignored) -> Dial:
 
 def _format_of(body: MessagesBody, ignored: Ignored) -> str | None:
     """The schema as JSON text. `output_format` is the older name of `output_config.format`."""
-    newer = object_at(body.output_config or {}, "format")
+    newer = (body.output_config or {}).get("format") or {}
+    if not isinstance(newer, dict):
+        raise InvalidRequest("`output_config.format` must be an object.", param="output_config.format")
     given = newer or body.output_format or {}
     if newer and body.output_format and newer != body.output_format:
         raise InvalidRequest("`output_config.format` and `output_format` differ; send one.", param="output_format")

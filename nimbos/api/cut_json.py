@@ -14,7 +14,7 @@ def whole_object(text: str) -> str:
     """
     if _is_object(text):
         return text
-    best = "{}"
+    end, closers = 0, ""
     stack: list[str] = []
     in_string = escaped = False
     for place, character in enumerate(text):
@@ -29,8 +29,8 @@ def whole_object(text: str) -> str:
         elif character in "}]" and stack:
             stack.pop()
         if character in "}]," and stack:
-            kept = text[: place + (character != ",")]
-            best = kept + "".join(reversed(stack))
+            end, closers = place + (character != ","), "".join(reversed(stack))
+    best = text[:end] + closers
     return best if _is_object(best) else "{}"
 
 
