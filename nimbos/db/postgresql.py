@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import asyncpg
 
 from nimbos.db.postgresql_errors import TRANSPORT, Meaning, is_collision
-from nimbos.db.postgresql_schema import make_tables
+from nimbos.db.postgresql_schema import bring_up_to_date
 from nimbos.db.statements import Bound, Row, Transaction
 from nimbos.errors import ConfigError, StorageUnavailable
 
@@ -62,7 +62,7 @@ class PostgresqlStore:
         try:
             connection = await _connect(url)
             try:
-                await make_tables(connection)
+                await bring_up_to_date(connection, where=meaning.where)
             finally:
                 connection.terminate()
             pool = await asyncpg.create_pool(

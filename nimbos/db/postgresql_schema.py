@@ -1,22 +1,25 @@
-"""Makes the tables on PostgreSQL; one server at a time, however many start at once."""
+"""Brings a PostgreSQL database's tables up to date, in one transaction; one server at a time, however many start."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncpg
 
-from sqlalchemy.dialects.postgresql.asyncpg import dialect
-from sqlalchemy.schema import CreateIndex, CreateTable
+from nimbos.db.schema import READ_VERSION, VERSION_TABLE, steps
 
-from nimbos.db.tables.metadata import all_tables
-
-_LOCK = 0x6E696D626F73  # "nimbos"
+_LOCK = 0x6E696D626F73  # "nimbos" in ASCII
 
 
-async def make_tables(connection: Any) -> None:
-    own = dialect()  # type: ignore[no-untyped-call]
+async def bring_up_to_date(connection: asyncpg.Connection, *, where: str) -> None:
+    """Raises: StorageUnavailable, and what asyncpg raises; the database is then as it was."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
-        for table in all_tables().sorted_tables:
-            await connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=own)))
-            for index in sorted(table.indexes, key=lambda index: str(index.name)):
-                await connection.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=own)))
+        for statement in steps(await version(connection), "postgresql", where=where):
+            await connection.execute(statement)
+
+
+async def version(connection: asyncpg.Connection) -> str | None:
+    """Of the tables; None where there are none."""
+    if await connection.fetchval("SELECT to_regclass($1)", VERSION_TABLE) is None:
+        return None
+    found = await connection.fetchval(READ_VERSION)
+    return "unknown" if found is None else str(found)

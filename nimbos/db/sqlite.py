@@ -1,30 +1,30 @@
 """SQLite behind the `Store` protocol: one writer thread, a few readers.
 
     run()    → inbox → writer thread: `begin immediate`, a group of transactions, each in its savepoint, one commit
-    read()   → a reader thread with a connection of its own, which sees the last commit
+    read()   → a reader thread, on a connection that sees the last commit
 
-The connections' settings and the errors' meaning are in `sqlite_file.py`, the groups in `writer.py`.
+Files and their errors are in `sqlite_file.py`, the groups in `writer.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar, cast
 
-from nimbos.db.sqlite_file import LOCK_PATIENCE_S, SqliteFile
+from nimbos.db.sqlite_file import LOCK_PATIENCE_S, Opened, SqliteFile
+from nimbos.db.sqlite_schema import bring_up_to_date, copy
 from nimbos.db.statements import Bound, Row, Transaction
-from nimbos.db.tables.metadata import all_tables
 from nimbos.db.writer import Writer
+from nimbos.errors import StorageUnavailable
 
 T = TypeVar("T")
 
 _READERS = 4
-_BACKUP_PAGES = 1024  # copied at once; the source is not locked between
 
 
 class SqliteStore:
@@ -33,85 +33,104 @@ class SqliteStore:
         self._file = file
         self._writer = Writer(file)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
-        self._idle: list[sqlite3.Connection] = []
+        self._idle: list[Opened] = []
+        self._closed = False
 
     @classmethod
     async def open(cls, path: Path, *, lock_patience_s: float = LOCK_PATIENCE_S) -> SqliteStore:
+        """Raises: StorageUnavailable."""
         file = SqliteFile(path, lock_patience_s=lock_patience_s)
-        await asyncio.to_thread(_make_tables, file)
+        await asyncio.to_thread(bring_up_to_date, file)
         store = cls(file)
         store._writer.start()
         return store
 
     async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T:
+        self._check_open()
         return cast("T", await self._writer.run(begin, durable=durable))
 
     async def read(self, query: Bound) -> list[Row]:
+        self._check_open()
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._fetch, query)
 
     async def stream(self, query: Bound, *, batch: int) -> AsyncIterator[Row]:
+        self._check_open()
         loop = asyncio.get_running_loop()
-        text, parameters = query.prepared("sqlite")
-        connection = await loop.run_in_executor(self._readers, self._take)
+        reading = _Reading(self._file, query)
         try:
-            cursor = await loop.run_in_executor(self._readers, self._execute, connection, text, parameters)
-            while rows := await loop.run_in_executor(self._readers, self._more, cursor, batch):
+            while rows := await loop.run_in_executor(self._readers, reading.more, batch):
                 for row in rows:
                     yield row
         finally:
-            connection.close()
+            self._readers.submit(reading.close)
 
     async def backup(self, target: Path) -> None:
-        await asyncio.to_thread(self._copy, target)
+        await asyncio.to_thread(copy, self._file, target)
 
     async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         await asyncio.to_thread(self._writer.close)
         await asyncio.to_thread(self._readers.shutdown)
-        for connection in self._idle:
-            connection.close()
+        for opened in self._idle:
+            opened.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageUnavailable(str(self._file.path), reason="it is closed.")
 
     def _fetch(self, query: Bound) -> list[Row]:
         text, parameters = query.prepared("sqlite")
-        connection = self._take()
+        opened = self._take()
         try:
-            rows = self._execute(connection, text, parameters).fetchall()
-        except sqlite3.Error as error:
-            connection.close()
+            rows = opened.connection.execute(text, parameters).fetchall()
+        except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+            opened.close()
             raise self._file.meaning(error) from error
-        self._idle.append(connection)
+        self._idle.append(opened)
         return rows
 
-    def _take(self) -> sqlite3.Connection:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._file.connect(read_only=True)
-
-    def _execute(self, connection: sqlite3.Connection, text: str, parameters: tuple[object, ...]) -> sqlite3.Cursor:
-        try:
-            return connection.execute(text, parameters)
-        except sqlite3.Error as error:
-            raise self._file.meaning(error) from error
-
-    def _more(self, cursor: sqlite3.Cursor, batch: int) -> list[Row]:
-        try:
-            return cursor.fetchmany(batch)
-        except sqlite3.Error as error:
-            raise self._file.meaning(error) from error
-
-    def _copy(self, target: Path) -> None:
-        with closing(self._file.connect(read_only=True)) as source, closing(sqlite3.connect(target)) as copy:
-            source.backup(copy, pages=_BACKUP_PAGES)
+    def _take(self) -> Opened:
+        """A connection on the file that is there now."""
+        identity = self._file.identity()
+        while True:
+            try:
+                opened = self._idle.pop()
+            except IndexError:
+                return _connect_reader(self._file)
+            if opened.identity == identity:
+                return opened
+            opened.close()
 
 
-def _make_tables(file: SqliteFile) -> None:
-    from sqlalchemy.dialects.sqlite import dialect
-    from sqlalchemy.schema import CreateIndex, CreateTable
+class _Reading:
+    """A query that is read in pieces, on a connection of its own. Its methods run in threads, one at a time."""
 
-    with closing(file.connect()) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        for table in all_tables().sorted_tables:
-            connection.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=dialect())))
-            for index in sorted(table.indexes, key=lambda index: str(index.name)):
-                connection.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=dialect())))
-        connection.execute("COMMIT")
+    def __init__(self, file: SqliteFile, query: Bound) -> None:
+        self._file = file
+        self._text, self._parameters = query.prepared("sqlite")
+        self._lock = threading.Lock()
+        self._opened: Opened | None = None
+        self._cursor: sqlite3.Cursor | None = None
+
+    def more(self, count: int) -> list[Row]:
+        with self._lock:
+            try:
+                if self._cursor is None:
+                    self._opened = _connect_reader(self._file)
+                    self._cursor = self._opened.connection.execute(self._text, self._parameters)
+                return self._cursor.fetchmany(count)
+            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+                raise self._file.meaning(error) from error
+
+    def close(self) -> None:
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+
+
+def _connect_reader(file: SqliteFile) -> Opened:
+    opened = file.connect_current()
+    opened.connection.execute("PRAGMA query_only=1")
+    return opened

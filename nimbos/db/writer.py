@@ -2,7 +2,8 @@
 
 It takes what waits in the inbox as a group: `begin immediate`, every transaction whole in its own savepoint, one
 commit. A transaction's own exception undoes its savepoint and nothing else. Trouble with the file undoes the whole
-group; then each of its transactions is tried alone, so that only those fail which cannot be written.
+group; then each of its transactions is tried alone, so that only those fail which cannot be written. After trouble the
+connection is opened anew.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from nimbos.db.sqlite_file import SqliteFile
+from nimbos.db.sqlite_file import Opened, SqliteFile
 from nimbos.db.statements import Transaction
 from nimbos.errors import StorageUnavailable
 
@@ -22,8 +23,7 @@ _GROUP = 128  # transactions in one commit, at most
 
 
 class _Job:
-    """One transaction and who waits for it. `failed` and `result` are set in the writer thread before `done`'s loop
-    hears of them."""
+    """One transaction and who waits for it. `failed` and `result` are the writer thread's until `_deliver`."""
 
     __slots__ = ("begin", "done", "durable", "failed", "loop", "result")
 
@@ -36,122 +36,120 @@ class _Job:
         self.failed: BaseException | None = None
 
 
-class _GroupLost(Exception):
-    """SQLite could not go on with the group; nothing of it is written."""
-
-    def __init__(self, reason: sqlite3.Error) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
 class Writer:
     def __init__(self, file: SqliteFile) -> None:
         self._file = file
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="database-writer", daemon=True)
-        self._closed = False
-        self._connection: sqlite3.Connection | None = None
+        self._opened: Opened | None = None
         self._full_sync = False
 
     def start(self) -> None:
         self._thread.start()
 
     async def run(self, begin: Callable[[], Transaction[Any]], *, durable: bool) -> Any:
-        if self._closed:
-            raise StorageUnavailable(str(self._file.path), reason="it is closed.")
+        """Not after `close`."""
         job = _Job(begin, durable=durable)
         self._inbox.put(job)
         return await job.done
 
     def close(self) -> None:
         """Finishes what was put in before. Blocks."""
-        self._closed = True
         self._inbox.put(None)
         self._thread.join()
 
     def _serve(self) -> None:
-        open_ = True
-        while open_:
-            first = self._inbox.get()
-            if first is None:
-                break
-            group = [first]
-            while len(group) < _GROUP:
-                try:
-                    job = self._inbox.get_nowait()
-                except queue.Empty:
-                    break
-                if job is None:
-                    open_ = False
-                    break
-                group.append(job)
-            self._settle(group)
-        if self._connection is not None:
-            self._connection.close()
+        while group := self._next_group():
+            self._settle([job for job in group if not job.done.cancelled()])
+            _tell(group)
+        self._disconnect()
+
+    def _next_group(self) -> list[_Job]:
+        """Waits for one and takes what else is there; empty when all is done and closed."""
+        group: list[_Job] = []
+        job = self._inbox.get()
+        while job is not None:
+            group.append(job)
+            if len(group) == _GROUP:
+                return group
+            try:
+                job = self._inbox.get_nowait()
+            except queue.Empty:
+                return group
+        if group:
+            self._inbox.put(None)  # for the next turn
+        return group
 
     def _settle(self, group: list[_Job]) -> None:
-        wanted = [job for job in group if not job.done.cancelled()]
+        """Sets what became of each."""
         try:
-            self._commit(wanted)
-        except _GroupLost as lost:
-            if len(wanted) == 1:
-                wanted[0].failed = self._file.meaning(lost.reason)
-            else:
-                for job in wanted:
-                    self._settle([job])
+            cursor = self._begin(durable=any(job.durable for job in group))
+        except (StorageUnavailable, sqlite3.Error) as error:
+            self._disconnect()
+            _fail(group, self._file.meaning(error))
+            return
+        try:
+            for job in group:
+                self._perform(job, cursor)
+            cursor.execute("COMMIT")
+        except (StorageUnavailable, sqlite3.Error) as error:
+            self._disconnect()  # which undoes what was not committed
+            if len(group) == 1:
+                _fail(group, self._file.meaning(error))
                 return
-        except StorageUnavailable as error:
-            for job in wanted:
-                job.failed = error
-        if wanted:
-            _tell(wanted)
+            for job in group:
+                self._settle([job])
 
-    def _commit(self, group: list[_Job]) -> None:
-        connection = self._connection
-        if connection is None:
-            connection = self._connection = self._file.connect()
+    def _begin(self, *, durable: bool) -> sqlite3.Cursor:
+        """Raises: StorageUnavailable, sqlite3.Error."""
+        if self._opened is not None and self._opened.identity != self._file.identity():
+            self._disconnect()
+        if self._opened is None:
+            self._opened = self._file.connect_current()
             self._full_sync = False
-        durable = any(job.durable for job in group)
+        connection = self._opened.connection
         if durable != self._full_sync:
             connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._full_sync = durable
-        cursor = connection.cursor()
+        return connection.execute("BEGIN IMMEDIATE")
+
+    def _disconnect(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _perform(self, job: _Job, cursor: sqlite3.Cursor) -> None:
+        """Runs one transaction in a savepoint, and undoes that when it fails. What it raises itself is its caller's.
+
+        Raises: StorageUnavailable, sqlite3.Error when the group cannot go on.
+        """
+        job.result = job.failed = None
+        cursor.execute("SAVEPOINT own")
         try:
-            cursor.execute("BEGIN IMMEDIATE")
-            for job in group:
-                _perform(job, cursor, self._file)
-            cursor.execute("COMMIT")
-        except sqlite3.Error as error:
-            if connection.in_transaction:
-                connection.rollback()
-            raise _GroupLost(error) from error
+            job.result = _drive(job.begin(), cursor)
+        except BaseException as error:
+            job.failed = self._file.meaning(error) if isinstance(error, Exception) else error
+            if isinstance(job.failed, StorageUnavailable) and isinstance(error, sqlite3.Error):
+                raise job.failed from error
+            cursor.execute("ROLLBACK TO own")
+        cursor.execute("RELEASE own")
 
 
-def _perform(job: _Job, cursor: sqlite3.Cursor, file: SqliteFile) -> None:
-    """Runs one transaction in a savepoint. Raises: sqlite3.Error when the group cannot go on."""
-    job.result = job.failed = None
-    cursor.execute("SAVEPOINT own")
-    generator = job.begin()
+def _drive(generator: Transaction[Any], cursor: sqlite3.Cursor) -> Any:
     try:
         bound = next(generator)
         while True:
             text, parameters = bound.prepared("sqlite")
-            rows = cursor.execute(text, parameters).fetchall()
-            bound = generator.send(rows)
+            bound = generator.send(cursor.execute(text, parameters).fetchall())
     except StopIteration as stop:
-        job.result = stop.value
-    except sqlite3.Error as error:
-        meaning = file.meaning(error)
-        if isinstance(meaning, StorageUnavailable):
-            raise
-        job.failed = meaning
-    except Exception as error:
-        job.failed = error
+        return stop.value
     finally:
         generator.close()
-    if job.failed is not None:
-        cursor.execute("ROLLBACK TO own")
-    cursor.execute("RELEASE own")
+
+
+def _fail(group: list[_Job], error: BaseException) -> None:
+    for job in group:
+        job.failed = error
 
 
 def _tell(group: list[_Job]) -> None:

@@ -1,0 +1,76 @@
+"""Brings a SQLite file's tables up to date, in one transaction, with a copy of the file kept before."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+from nimbos.db.schema import HEAD, steps
+from nimbos.db.sqlite_file import SqliteFile
+from nimbos.errors import Conflict, StorageUnavailable
+
+_MIGRATION_PATIENCE_S = 60.0  # while another server migrates the same file
+
+
+def bring_up_to_date(file: SqliteFile) -> None:
+    """Makes the file if there is none. Of several programs that start at once, one does the work and the others wait.
+
+    Raises: StorageUnavailable; the file is then as it was.
+    """
+    file.create()
+    with closing(file.connect(patience_s=_MIGRATION_PATIENCE_S)) as opened:
+        if file.version(opened.connection) == HEAD:
+            return
+        try:
+            opened.connection.execute("BEGIN IMMEDIATE")
+            _migrate(file, opened.connection)
+            opened.connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise file.meaning(error) from error
+
+
+def _migrate(file: SqliteFile, connection: sqlite3.Connection) -> None:
+    """In a transaction that closing the connection undoes."""
+    found = file.version(connection)  # again: it may have been done while we waited for the lock
+    statements = steps(found, "sqlite", where=str(file.path))
+    if statements and found is not None:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        copy(file, file.path.parent / "backups" / f"{file.path.stem}-{found}-{stamp}.db")
+    for statement in statements:
+        connection.execute(statement)
+
+
+def copy(file: SqliteFile, target: Path) -> None:
+    """A whole copy of what is committed now, also while others write. It is one file, readable by its owner only.
+
+    Raises: StorageUnavailable, and Conflict where `target` exists; nothing is left then.
+    """
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if target.exists():
+            raise Conflict(f"{target} exists already. Choose another name, or remove it first.")
+        try:
+            _copy_into(file, partial)
+            os.link(partial, target)  # unlike a rename, never over what another has put there meanwhile
+        finally:
+            partial.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise Conflict(f"{target} exists already. Choose another name, or remove it first.") from error
+    except OSError as error:
+        raise StorageUnavailable(str(target), reason=f"{error.strerror}.") from error
+    except sqlite3.Error as error:
+        meaning = SqliteFile(target).meaning(error)
+        raise meaning from error
+
+
+def _copy_into(file: SqliteFile, partial: Path) -> None:
+    os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    with closing(file.connect()) as source, closing(sqlite3.connect(partial, isolation_level=None)) as made:
+        source.connection.backup(made)  # in one step: of one moment, and writers do not wait for it
+        made.execute("PRAGMA journal_mode=DELETE").fetchall()  # one file, without a log beside it
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
