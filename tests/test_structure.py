@@ -36,7 +36,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 DOORS = {
     "accounts": {"Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"},
-    "api": {"build"},
+    "api": {"build", "build_ollama"},
     "chat": {
         "DIAL_FIELDS",
         "LEVEL_TOKENS",

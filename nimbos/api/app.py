@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import anthropic, dashscope, errors, health, metrics, models
+from nimbos.api import anthropic, dashscope, errors, health, metrics, models, ollama
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
 from nimbos.api.openai_completions import Completions
 from nimbos.api.openai_embeddings import Embeddings
+from nimbos.config import ServerSettings
 from nimbos.runtime import Runtime
 
 
 def build(runtime: Runtime) -> Starlette:
-    """The app of one running server. Each dialect brings its own routes."""
+    """The app of one running server."""
+    return _app(runtime, _routes(runtime), runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
+
+
+def build_ollama(runtime: Runtime, secret: str) -> Starlette:
+    """The app of the listener that asks for no key (`nimbos up --ollama`): whoever comes there uses this one."""
+    greeting = Route("/", ollama.greet, methods=["GET"])
+    routes = [greeting, *(route for route in _routes(runtime) if ollama.serves(route.path))]
+    server = msgspec.structs.replace(runtime.settings.server, host="127.0.0.1", allow_hosts=())
+    return _app(runtime, routes, server, first=Middleware(ollama.Keyless, secret=secret))
+
+
+def _routes(runtime: Runtime) -> list[Route]:
+    """Each dialect brings its own."""
     service, server = runtime.service, runtime.settings.server
     chat = ChatCompletions(service, server)
     completions = Completions(service, server)
     embeddings = Embeddings(service, server)
     listed = models.Models(service, server.aliases)
-    routes = [
+    return [
         Route("/health", health.Health(service).get, methods=["GET"]),
         Route("/metrics", metrics.Metrics(service, runtime.meters).get, methods=["GET"]),
         Route("/v1/models", listed.list, methods=["GET"]),
@@ -31,15 +46,19 @@ def build(runtime: Runtime) -> Starlette:
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         *dashscope.routes(runtime),
+        *ollama.routes(runtime),
         *anthropic.routes(runtime),
     ]
-    shapes = errors.Shapes(
-        (dashscope.SHAPE, anthropic.SHAPE)
-    )  # a dialect that writes errors in its own way adds its `Shape` here
+
+
+def _app(runtime: Runtime, routes: list[Route], server: ServerSettings, *, first: Middleware) -> Starlette:
+    """`first` changes requests before anybody looks at them."""
+    # A dialect that writes errors in its own way adds its `Shape` here.
+    shapes = errors.Shapes((dashscope.SHAPE, anthropic.SHAPE, ollama.SHAPE))
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(dashscope.CompatibleMode),
+            first,
             Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
             Middleware(errors.LastResort, shapes=shapes),
             Middleware(Access, settings=server, accounts=runtime.accounts),

@@ -1,0 +1,232 @@
+"""Ollama's routes about models: which there are, what one is, which are loaded, and fetching and removing them.
+
+Fetching and removing need the scope `admin`. What Ollama makes of a Modelfile has no counterpart here and is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nimbos.api import body as bodies
+from nimbos.api import ollama_wire as told
+from nimbos.api.access import account_of
+from nimbos.api.exchange import event_stream, json_reply
+from nimbos.api.lenient import Ignored, read_known
+from nimbos.api.ollama_pulling import Pulling
+from nimbos.api.ollama_request import plain_name
+from nimbos.api.sse import or_gone
+from nimbos.config import Settings
+from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, NimbosError
+from nimbos.hub import Hub, LocalModel, read_gguf
+from nimbos.keys import ADMIN
+from nimbos.service import Service
+from nimbos.sources import Listed
+from nimbos.types import Account
+
+_PULLED = ("hf:", "ms:", "pypi:")
+_UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "K"))
+_FIM_KEYS = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
+
+
+class Named(msgspec.Struct, kw_only=True):
+    """`name` is an older word for `model`."""
+
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+
+    @property
+    def wanted(self) -> str:
+        """Raises: InvalidRequest."""
+        found = self.model or self.name
+        if not found:
+            raise InvalidRequest("`model` is missing.", param="model")
+        return plain_name(found)
+
+
+class Models:
+    def __init__(self, service: Service, hub: Hub, settings: Settings) -> None:
+        self._service = service
+        self._hub = hub
+        self._settings = settings
+
+    async def version(self, _: Request) -> Response:
+        return json_reply(told.Version(told.VERSION))
+
+    async def tags(self, _: Request) -> Response:
+        return json_reply(told.ModelEntries([_entry(listed) for listed in await self._service.models()]))
+
+    async def running(self, _: Request) -> Response:
+        """Those whose engines answer now. None is said to expire: a model goes when its memory is needed."""
+        loaded = await self._service.stats()
+        entries = [_entry(listed) for listed in await self._service.models() if listed.id in loaded]
+        for entry in entries:
+            entry.size = loaded[entry.name].resident_bytes or entry.size
+            entry.size_vram = 0
+            entry.context_length = loaded[entry.name].cells_total
+        return json_reply(told.ModelEntries(entries))
+
+    async def show(self, request: Request) -> Response:
+        ignored = Ignored()
+        listed = await self._find((await self._named(request, ignored)).wanted)
+        if listed.model is None:
+            template = (await self._service.card(listed.id)).chat_template
+            metadata: dict[str, Any] = {"general.architecture": "scripted"}
+        else:
+            template, metadata = await asyncio.to_thread(_read, listed.model)
+        return json_reply(_shown(listed, template, metadata), headers=ignored.header())
+
+    async def pull(self, request: Request) -> Response:
+        ignored = Ignored()
+        named = await self._named(request, ignored)
+        _require_admin(account_of(request), "Fetching a model")
+        name = named.wanted
+        if self._hub.catalog.get(name) is None and not name.startswith(_PULLED):
+            raise ModelNotFound(name, have=tuple(model.name for model in self._hub.catalog.models))
+        pulling = Pulling(self._hub, name)
+        if named.stream is False:
+            await or_gone(request, self._hub.pull(name))
+            return json_reply(told.Status(status="success"), headers=ignored.header())
+        return await event_stream(
+            request,
+            pulling.lines(),
+            headers=ignored.header,
+            settings=self._settings.server,
+            framing=told.FRAMING,
+        )
+
+    async def delete(self, request: Request) -> Response:
+        ignored = Ignored()
+        named = await self._named(request, ignored)
+        _require_admin(account_of(request), "Removing a model")
+        listed = await self._find(named.wanted)
+        if listed.model is None or self._service.engine_pid(listed.id) is not None:
+            why = "is loaded" if listed.model is not None else "is a script of its operator's"
+            raise Conflict(f"The model {listed.id!r} {why} and cannot be removed now.")
+        await asyncio.to_thread(self._hub.remove, listed.id)
+        return Response(headers=ignored.header())
+
+    async def refuse(self, request: Request) -> Response:
+        raise InvalidRequest(
+            f"{request.url.path[:100]} is not supported: models are made of GGUF files here, by /api/pull or "
+            "`nimbos pull`."
+        )
+
+    async def _named(self, request: Request, ignored: Ignored) -> Named:
+        server = self._settings.server
+        content = await bodies.read(request, limit_bytes=server.max_body_bytes, stall_s=server.stall_write_s)
+        return read_known(bodies.table_of(content), Named, ignored)
+
+    async def _find(self, name: str) -> Listed:
+        """By id, alias, catalog name or source.
+
+        Raises: ModelNotFound, ModelUnusable.
+        """
+        name = self._settings.server.aliases.get(name, name)
+        models = await self._service.models()
+        for listed in models:
+            if listed.id == name:
+                return listed
+        try:
+            found = await asyncio.to_thread(self._hub.find, name, allow_path=False)
+        except ModelNotFound as error:
+            raise ModelNotFound(name, have=tuple(listed.id for listed in models)) from error
+        return next(
+            (listed for listed in models if listed.id == found.id),
+            Listed(id=found.id, created=0, owner="nimbos", model=found),
+        )
+
+
+def _require_admin(account: Account, what: str) -> None:
+    if ADMIN not in account.scopes:
+        raise Forbidden(
+            f"{what} needs a key with the scope {ADMIN!r}. On this machine, `nimbos pull` and `nimbos rm` do it."
+        )
+
+
+def _entry(listed: Listed) -> told.ModelEntry:
+    model = listed.model
+    return told.ModelEntry(
+        name=listed.id,
+        model=listed.id,
+        modified_at=told.written_time(listed.created),
+        size=model.size_bytes if model is not None else 0,
+        digest=model.sha256 if model is not None else "",
+        details=_details(model),
+    )
+
+
+def _details(model: LocalModel | None) -> told.Details:
+    if model is None:
+        return told.Details(format="", family="", families=[], parameter_size="", quantization_level="")
+    facts = model.facts
+    return told.Details(
+        format="gguf",
+        family=facts.architecture,
+        families=[facts.architecture],
+        parameter_size=_parameters(facts.parameters),
+        quantization_level=facts.quantisation,
+    )
+
+
+def _parameters(count: int) -> str:
+    """494032768 → 494.0M, as Ollama writes it."""
+    for size, unit in _UNITS:
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _read(model: LocalModel) -> tuple[str, dict[str, Any]]:
+    """The chat template and the facts that clients look for, from the file; of a file that cannot be read, nothing."""
+    try:
+        metadata = dict(read_gguf(model.path).metadata)
+    except NimbosError:
+        return "", {}
+    template = metadata.get("tokenizer.chat_template", "")
+    kept = {
+        key: value for key, value in metadata.items() if isinstance(value, int | float) or key.startswith("general.")
+    }
+    return template if isinstance(template, str) else "", kept
+
+
+def _shown(listed: Listed, template: str, metadata: dict[str, Any]) -> told.Shown:
+    facts = listed.model.facts if listed.model is not None else None
+    architecture = str(metadata.get("general.architecture", facts.architecture if facts is not None else ""))
+    information: dict[str, Any] = dict(metadata)
+    if facts is not None:
+        information |= {
+            "general.architecture": architecture,
+            "general.parameter_count": facts.parameters,
+            f"{architecture}.context_length": facts.context_tokens,
+            f"{architecture}.embedding_length": facts.embedding_size,
+        }
+    return told.Shown(
+        license=facts.licence if facts is not None else "",
+        modelfile=f"# Made of a GGUF file, not of a Modelfile.\nFROM {listed.id}\n",
+        parameters="",
+        template=template,
+        details=_details(listed.model),
+        model_info=information,
+        capabilities=_capabilities(facts.kind if facts is not None else "generate", template, metadata),
+        modified_at=told.written_time(listed.created),
+    )
+
+
+def _capabilities(kind: str, template: str, metadata: dict[str, Any]) -> list[str]:
+    """By what the template speaks of, as it is the template that makes a model call and think."""
+    if kind != "generate":
+        return ["embedding" if kind == "embed" else kind]
+    found = ["completion"]
+    if "tools" in template or "tool_call" in template:
+        found.append("tools")
+    if "<think>" in template or "enable_thinking" in template:
+        found.append("thinking")
+    if any(key in metadata for key in _FIM_KEYS):
+        found.append("insert")
+    return found
