@@ -27,6 +27,13 @@ class Meters:
         self._duration = Histogram(
             "nimbos_ask_seconds", "From admission to the end.", by, buckets=_SECONDS, registry=self.registry
         )
+        self._alerts = Counter(
+            "nimbos_budget_alerts_total", "Thresholds of budgets that were reached.", ("meter",), registry=self.registry
+        )
+
+    def alert(self, meter: str) -> None:
+        """A budget of this meter reached a threshold."""
+        self._alerts.labels(meter).inc()
 
     def begin(self, ask: Ask, account: Account, origin: Origin) -> None:
         self._running.labels(ask.model, ask.ask_class.value).inc()

@@ -19,6 +19,8 @@ from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, file_keys
+from nimbos.ledger import Desk, Fired, Ledger, Recovery
+from nimbos.meterfile import MeterFile
 from nimbos.meters import Meters
 from nimbos.service import Service
 from nimbos.sources import Sources
@@ -47,9 +49,14 @@ class Runtime:
     meters: Meters
     live: LiveAsks
     telemetry: Telemetry | None
+    ledger: Ledger
+    recovery: Recovery
+    meter_file: MeterFile
 
     async def close(self) -> None:
         await self.service.close()
+        await self.recovery.close()
+        self.meter_file.close()
         await self.accounts.close()
         await self.database.close()
         if self.telemetry is not None:
@@ -75,29 +82,48 @@ async def assemble(
     accounts = await Accounts.open(database, owner=owner, file_keys=configured)
     hub = hub or Hub(settings)
     meters = Meters()
+    meter_file = MeterFile.create(settings.run_dir)
+    ledger = Ledger(server_id=meter_file.path.stem)
+    recovery = Recovery(database=database, ledger=ledger, run_dir=settings.run_dir)
+    await recovery.recover()
+    recovery.start()
+
+    def alerted(fired: Fired) -> None:
+        meters.alert(fired.budget.meter)
+
+    desk = Desk(database=database, ledger=ledger, meters=meter_file, on_alert=alerted)
     budget_bytes = memory_budget_bytes(settings)
 
     def start_engine(model: LocalModel) -> Engine:
-        return Engine(model_path=model.path, model_id=model.id, settings=settings, model_hash=model.sha256)
+        return Engine(
+            model_path=model.path,
+            model_id=model.id,
+            settings=settings,
+            model_hash=model.sha256,
+            meters=meter_file,
+        )
 
     def memory_needed(model: LocalModel) -> int:
         cells = cells_of(model, settings.engine)
         sequences = sequences_of(model, settings.engine)
         return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
 
+    scripted = tuple(scripted)
+    for source in scripted:
+        source.count_into(meter_file)
     sources = Sources(
         shelf=hub,
         start_engine=start_engine,
         memory_needed=memory_needed,
         memory_budget_bytes=budget_bytes,
-        scripted=tuple(scripted),
+        scripted=scripted,
         aliases=settings.server.aliases,
         named=named,
     )
     trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
     live = LiveAsks()
     watchers: tuple[Watcher, ...] = (meters, live, *((telemetry,) if telemetry is not None else ()))
-    service = Service(sources=sources, watchers=watchers, trusted_templates=trusted)
+    service = Service(sources=sources, desk=desk, watchers=watchers, trusted_templates=trusted)
     return Runtime(
         settings=settings,
         server_id=server_id,
@@ -109,6 +135,9 @@ async def assemble(
         meters=meters,
         live=live,
         telemetry=telemetry,
+        ledger=ledger,
+        recovery=recovery,
+        meter_file=meter_file,
     )
 
 

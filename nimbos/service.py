@@ -1,23 +1,25 @@
 """The one door to tokens: find the model, admit, generate, settle.
 
 Walk 1 of the design passes here: `api` brings an `Account` and an `Ask`, a source from `sources.py` brings the chunks.
-Every ask that starts is settled when its iterator closes, whatever closed it. Knows no HTTP.
+Every ask that is let in is settled when its iterator closes, whatever closed it: `ledger/desk.py`. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
 
 import msgspec
 import structlog
 
+from nimbos.accounts import allowed_model
 from nimbos.chat import Chat
-from nimbos.errors import NimbosError, NotReady
-from nimbos.types import Account, Admission, Ask, Channel, Chunk, Final, ModelCard, Origin, TokenChunk, Usage
+from nimbos.errors import Forbidden, NimbosError, NotReady
+from nimbos.ledger import Desk, Journal, Running
+from nimbos.types import Account, Admission, Ask, Chunk, ModelCard, Origin, TokenSource, Usage
 from nimbos.watching import Watcher
 
 if TYPE_CHECKING:
@@ -30,9 +32,12 @@ _log = structlog.get_logger(__name__)
 
 
 class Service:
-    def __init__(self, *, sources: Sources, watchers: tuple[Watcher, ...], trusted_templates: frozenset[str]) -> None:
+    def __init__(
+        self, *, sources: Sources, desk: Desk, watchers: tuple[Watcher, ...], trusted_templates: frozenset[str]
+    ) -> None:
         """`trusted_templates`: SHA-256 of chat templates that may render in this process."""
         self._sources = sources
+        self._desk = desk
         self._watchers = watchers
         self._trusted_templates = trusted_templates
         self._chats: dict[tuple[str, str], Chat] = {}
@@ -62,42 +67,45 @@ class Service:
         return self._chats[known]
 
     async def generate(
-        self, account: Account, ask: Ask, *, origin: Origin = NOWHERE, admission: Admission | None = None
+        self,
+        account: Account,
+        ask: Ask,
+        *,
+        origin: Origin = NOWHERE,
+        admission: Admission | None = None,
+        journal: Journal | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks. Closing the iterator cancels the ask. `admission` is filled before the first of them.
+        `journal` writes in the ledger's own transactions. When the iterator is through, what was told is durable,
+        unless the database is away; then it is settled as soon as that is back.
 
-        Raises: what `card` raises; PromptTooLong, InvalidRequest, Overloaded, EngineFailed.
+        Raises: what `card` raises; Forbidden, PromptTooLong, InvalidRequest, Overloaded, BudgetExhausted,
+        StorageUnavailable, EngineFailed.
         """
         if self._closing:
             raise NotReady("This server is shutting down. Try again in a moment.")
         async with self._sources.hold(ask.model) as held:
+            _check_model(account, held.card.id)
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
+            running = await self._desk.admit(account, prepared, origin=origin, card=held.card, journal=journal)
             if admission is not None:
                 admission.prompt_tokens = prepared.prompt_tokens
-            # Admission: the ledger will reserve here, before the engine sees the ask.
-            tally = Tally(prompt_tokens=prepared.prompt_tokens)
-            started = time.monotonic()
+                admission.headers.update(running.reserved.passed.headers())
+            watched = _Watched(self._watchers, running.ask, account, origin)
             outcome = "cancelled"
-            for watcher in self._watchers:
-                watcher.begin(ask, account, origin)
             try:
-                async with aclosing(_generator(held.source.generate(prepared.ask))) as chunks:
+                async with aclosing(_answering(held.source, running)) as chunks:
                     async for chunk in chunks:
-                        if tally.first_token_at is None:
-                            tally.first_token_at = time.monotonic()
-                            for watcher in self._watchers:
-                                watcher.first_token(ask, tally.first_token_at - started)
-                        tally.add(chunk)
+                        watched.spoke()
                         yield chunk
                 outcome = "done"
             except NimbosError as error:
                 outcome = error.code
                 raise
             finally:
-                # Settling: the ledger will join here; what was counted is never lost, whatever ended the ask.
-                for watcher in self._watchers:
-                    watcher.settle(ask, usage=tally.usage(), outcome=outcome, seconds=time.monotonic() - started)
-                _log_settled(ask, tally.usage(), outcome, time.monotonic() - started)
+                usage, settling = running.end(outcome)
+                watched.ended(usage, outcome)
+                await asyncio.shield(settling)
 
     async def count(self, account: Account, ask: Ask) -> int:
         """Tokens of the ask's prompt; nothing is asked, and nothing is charged.
@@ -107,6 +115,10 @@ class Service:
         async with self._sources.hold(ask.model) as held:
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
             return prepared.prompt_tokens
+
+    def used(self, ask_id: str) -> Usage:
+        """What an ask that is being answered has used so far."""
+        return self._desk.used(ask_id)
 
     async def stats(self) -> dict[str, EngineStats]:
         """By model id, of every engine that answers; one that is being restarted is left out."""
@@ -120,38 +132,55 @@ class Service:
         return engine.pid if engine is not None else None
 
     async def close(self) -> None:
+        """Asks that still run end, and every settlement that can be made durable is."""
         self._closing = True
         await asyncio.gather(*(chat.close() for chat in self._chats.values()))
         await self._sources.close()
+        await self._desk.close()
 
 
-class Tally:
-    """What an ask has used so far: each finished branch's own count, and for the others the tokens that came."""
+class _Watched:
+    """Tells the watchers when an ask begins, first speaks and ends."""
 
-    def __init__(self, *, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
-        self._finished: dict[int, Usage] = {}
-        self._seen: dict[int, tuple[int, int]] = {}
-        self.first_token_at: float | None = None
+    def __init__(self, watchers: tuple[Watcher, ...], ask: Ask, account: Account, origin: Origin) -> None:
+        self._watchers = watchers
+        self._ask = ask
+        self._started = time.monotonic()
+        self._spoken = False
+        for watcher in watchers:
+            watcher.begin(ask, account, origin)
 
-    def add(self, chunk: Chunk) -> None:
-        if isinstance(chunk, Final):
-            self._finished[chunk.branch] = chunk.usage
-        elif isinstance(chunk, TokenChunk):
-            output, thinking = self._seen.get(chunk.branch, (0, 0))
-            more = len(chunk.ids)
-            self._seen[chunk.branch] = output + more, thinking + (more if chunk.channel is Channel.THINKING else 0)
+    def spoke(self) -> None:
+        if not self._spoken:
+            self._spoken = True
+            for watcher in self._watchers:
+                watcher.first_token(self._ask, time.monotonic() - self._started)
 
-    def usage(self) -> Usage:
-        total = Usage()
-        for usage in self._finished.values():
-            total = total + usage
-        for branch, (output, thinking) in self._seen.items():
-            if branch not in self._finished:
-                total = total + Usage(output=output, thinking=thinking)
-        if 0 not in self._finished:  # the prompt counts on branch 0
-            total = total + Usage(input=self._prompt_tokens)
-        return total
+    def ended(self, usage: Usage, outcome: str) -> None:
+        seconds = time.monotonic() - self._started
+        for watcher in self._watchers:
+            watcher.settle(self._ask, usage=usage, outcome=outcome, seconds=seconds)
+        _log_settled(self._ask, usage, outcome, seconds)
+
+
+async def _answering(source: TokenSource, running: Running) -> AsyncGenerator[Chunk, None]:
+    """Each chunk is noted before it is handed on. Every source's `generate` is a generator: closing it cancels the
+    ask."""
+
+    def tell_source(allowance_tokens: int | None, last: bool) -> None:
+        source.extend(running.ask.id, allowance_tokens=allowance_tokens, last=last)
+
+    running.extend_by(tell_source)
+    async with aclosing(cast("AsyncGenerator[Chunk, None]", source.generate(running.ask))) as chunks:
+        async for chunk in chunks:
+            running.note(chunk)
+            yield chunk
+
+
+def _check_model(account: Account, model: str) -> None:
+    """Raises: Forbidden."""
+    if not allowed_model(account, model):
+        raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 
 
 async def _stats_or_none(engine: EngineSource) -> EngineStats | None:
@@ -159,10 +188,6 @@ async def _stats_or_none(engine: EngineSource) -> EngineStats | None:
         return await engine.stats()
     except NimbosError:
         return None
-
-
-def _generator(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
-    return cast("AsyncGenerator[Chunk, None]", chunks)  # every source's `generate` is one: closing it cancels the ask
 
 
 def _log_settled(ask: Ask, usage: Usage, outcome: str, seconds: float) -> None:

@@ -56,6 +56,7 @@ class Desk:
         self.meters = meters
         self._on_alert = on_alert
         self._admit_patience_s = admit_patience_s
+        self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._late: list[Due] = []
         self._retrying: asyncio.Task[None] | None = None
@@ -105,10 +106,17 @@ class Desk:
         counted = msgspec.structs.replace(
             ask, meter_row=row, allowance_tokens=reserved.allowance_tokens, weight=account.weight
         )
-        return Running(self, counted, reserved, row=row, journal=journal)
+        running = self._running[ask.id] = Running(self, counted, reserved, row=row, journal=journal)
+        return running
+
+    def used(self, ask_id: str) -> Usage:
+        """What a running ask has used so far."""
+        running = self._running.get(ask_id)
+        return running.used() if running is not None else Usage()
 
     def settle(self, due: Due) -> asyncio.Task[None]:
         """Begins at once. The task ends when it is durable, or when it waits for the database to come back."""
+        self._running.pop(due.settlement.ask_id, None)
         return self._keep(self._settle(due))
 
     def extend(self, begin: Callable[[], Transaction[Extended]]) -> asyncio.Task[Extended]:

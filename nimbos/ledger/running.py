@@ -58,6 +58,9 @@ class Running:
         self._tell_source: TellSource | None = None
         self._extending: asyncio.Task[None] | None = None
 
+    def used(self) -> Usage:
+        return self._desk.meters.read(self._row).usage()
+
     def extend_by(self, tell_source: TellSource) -> None:
         """How the source is told that more is paid for; without it nothing is extended."""
         self._tell_source = tell_source
@@ -134,7 +137,7 @@ class Running:
         ended = sum(final.usage.output for final in self._finals.values())
         assert self._allowance_tokens is not None
         return Progress(
-            usage=self._desk.meters.read(self._row).usage(),
+            usage=self.used(),
             live=len(live),
             ended_output=ended - sum(self._begun[number] for number in live),
             allowance_tokens=self._allowance_tokens,
