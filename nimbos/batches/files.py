@@ -137,6 +137,11 @@ class Files:
                 continue  # another server was faster
         return len(rows)
 
+    async def size_bytes(self, file_id: str) -> int:
+        """Of any project's file, also one whose time is over; 0 where there is none."""
+        rows = await self._database.read(_SIZE(id=file_id))
+        return int(rows[0]["size_bytes"]) if rows else 0
+
     def lock(self, project: str, file_id: str) -> Transaction[bool]:
         """Whether it is there; if so, it stays until the transaction ends."""
         rows = yield _FIND(project=project, id=file_id)
@@ -194,6 +199,7 @@ _COUNT = upsert(file_totals, key=("project",), add=("size_bytes", "files"))
 _TOTAL = Statement(select(file_totals).where(file_totals.c.project == bindparam("project", type_=Text)))
 _GET = Statement(select(files).where(_is("project"), _is("id"), _in_time()))
 _FIND = Statement(select(files).where(_is("project"), _is("id")).with_for_update())
+_SIZE = Statement(select(files.c.size_bytes).where(_is("id")))
 _LIST_DOWN = _page(newest_first=True)
 _LIST_UP = _page(newest_first=False)
 _DELETE = Statement(delete(files).where(_is("id")))

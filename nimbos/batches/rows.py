@@ -11,6 +11,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     func,
+    not_,
     null,
     or_,
     select,
@@ -62,7 +63,7 @@ def _move(to: State) -> Statement:
     )
 
 
-MOVE = {to: _move(to) for to in State if to is not State.VALIDATING}
+MOVE: dict[State, Statement] = {to: _move(to) for to in State if to is not State.VALIDATING}
 DELETE = Statement(delete(batches).where(batches.c.id == _text("id")))
 END = Statement(update(batches).where(batches.c.id == _text("id")).values(ending=_text("how")))
 GIVE = Statement(
@@ -169,7 +170,19 @@ SETTLE = Statement(
     )
     .returning(batch_lines.c.number)
 )
-EACH_LINE = Statement(select(batch_lines).where(batch_lines.c.batch == _text("batch")).order_by(batch_lines.c.number))
+
+
+def _each_line(*, answered: bool) -> Statement:
+    done = batch_lines.c.state == "done"
+    return Statement(
+        select(batch_lines)
+        .where(batch_lines.c.batch == _text("batch"), done if answered else not_(done))
+        .order_by(batch_lines.c.number)
+    )
+
+
+ANSWERED = _each_line(answered=True)
+NOT_ANSWERED = _each_line(answered=False)
 LEFT = Statement(
     select(func.count().label("left")).where(batch_lines.c.batch == _text("batch"), batch_lines.c.state == "waiting")
 )

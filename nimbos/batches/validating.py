@@ -35,8 +35,9 @@ class Validating:
         self._work = work
         self._settings = settings
 
-    async def run(self, batch: Batch, claim: Claim, *, file_bytes: int) -> None:
-        """Goes on where it was interrupted. Afterwards the batch is in progress, or failed, or somebody ended it.
+    async def run(self, batch: Batch, claim: Claim, *, file_bytes: int) -> bool:
+        """Goes on where it was interrupted. True when the batch is in progress, and the claim ended with that;
+        otherwise it failed, or somebody ended it.
 
         Raises: ClaimLost.
         """
@@ -46,11 +47,11 @@ class Validating:
             async with aclosing(self._blocks(batch, checker)) as blocks:
                 async for block in blocks:
                     if not await self._database.run(partial(self._keep, batch, claim, block)):
-                        return
+                        return False
         except NotFound:
             await self._database.run(lambda: self._fail(batch, claim, [fault]))
-            return
-        await self._database.run(lambda: self._begin(batch, claim))
+            return False
+        return await self._database.run(lambda: self._begin(batch, claim), durable=True)
 
     async def _blocks(self, batch: Batch, checker: Checker) -> AsyncGenerator[Block, None]:
         splitter = Splitter(
@@ -96,16 +97,17 @@ class Validating:
         )
         return True
 
-    def _begin(self, batch: Batch, claim: Claim) -> Transaction[None]:
+    def _begin(self, batch: Batch, claim: Claim) -> Transaction[bool]:
         (row,) = yield rows.LOCK(id=batch.id)
         if row["state"] != State.VALIDATING:
-            return
+            return False
         if row["total"] == row["failed"]:
             faults = yield from self._faults(batch)
             yield from self._fail(batch, claim, faults)
-            return
+            return False
         yield rows.MOVE[State.IN_PROGRESS](id=batch.id, now_ms=time.time_ns() // 1_000_000)
         yield from self._work.finish(claim)
+        return True
 
     def _faults(self, batch: Batch) -> Transaction[list[Fault]]:
         found = yield rows.FAILURES(batch=batch.id, limit=_FAULTS_TOLD)

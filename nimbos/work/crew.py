@@ -50,9 +50,9 @@ class Crew:
         self._closing = False
         self._tops: list[asyncio.Task[None]] = []
 
-    @property
-    def running(self) -> int:
-        return len(self._running)
+    def holding(self, kind: str) -> int:
+        """Claims of this kind that are being worked on."""
+        return sum(1 for held in self._running if held[0] == kind)
 
     def start(self) -> None:
         """Within a running loop; `close` ends it."""

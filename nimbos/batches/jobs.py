@@ -1,0 +1,187 @@
+"""Batches in a running server: two crews, one for the lines and one for what comes before and after them.
+
+    validating ── in_progress ── finalizing ── completed, expired
+         └── failed      └────── cancelling ── cancelled
+
+Every change of a batch is in the database with the work that follows from it, so any server goes on with what another
+left. Read `desk.py` for what clients do, `validating.py`, `running.py` and `finishing.py` for the three stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+import structlog
+
+from nimbos.batches import rows
+from nimbos.batches.desk import JOBS, Desk, lines_of
+from nimbos.batches.endpoint import Endpoint
+from nimbos.batches.fairness import shares_of
+from nimbos.batches.files import Files
+from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
+from nimbos.batches.running import Resolve, Running
+from nimbos.batches.validating import Validating
+from nimbos.batches.words import OVER, State, batch_of
+from nimbos.blobs import Blobs
+from nimbos.config import BatchSettings
+from nimbos.db import Database, Transaction
+from nimbos.errors import StorageUnavailable
+from nimbos.types import Account
+from nimbos.work import Claim, Crew, Work
+
+SWEEP_S = 5.0
+_JOBS_AT_ONCE = 2
+_OPEN_MAX = 100  # batches whose lines are answered at the same time; further ones wait for these
+
+_log = structlog.get_logger(__name__)
+
+
+class Batches:
+    """`files` and `desk` are for the routes. `serve` names the endpoints, `start` begins, `close` hands back."""
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        settings: BatchSettings,
+        *,
+        server_id: str,
+        work: Work | None = None,
+        resolve: Resolve | None = None,
+    ) -> None:
+        self._database = database
+        self._work = work or Work(database)
+        self._endpoints: dict[str, Endpoint] = {}
+        self.settings = settings
+        self.files = Files(database, blobs, settings)
+        self.desk = Desk(database, self.files, self._work)
+        self._validating = Validating(database, blobs, self._work, settings)
+        self._finishing = Finishing(database, blobs, self._work, self.files)
+        self._running = Running(
+            database,
+            blobs,
+            self._work,
+            endpoints=self._endpoints,
+            resolve=resolve or _as_submitted,
+            on_over=self.wake,
+        )
+        jobs_owner, self._lines_owner = f"{server_id}/jobs", f"{server_id}/lines"
+        self._jobs = Crew(
+            database,
+            self._work,
+            places=_JOBS_AT_ONCE,
+            claim=lambda n: self._work.claim(JOBS, jobs_owner, n),
+            run=self._do_job,
+            owner=jobs_owner,
+        )
+        self._lines = Crew(
+            database,
+            self._work,
+            places=settings.lines_at_once,
+            claim=self._claim_lines,
+            run=self._running.run,
+            owner=self._lines_owner,
+        )
+        self._sweeping: asyncio.Task[None] | None = None
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        return tuple(sorted(self._endpoints))
+
+    def serve(self, endpoints: Iterable[Endpoint]) -> None:
+        """Lines are answered by these from now on."""
+        self._endpoints.update({endpoint.path: endpoint for endpoint in endpoints})
+        self.wake()
+
+    async def start(self) -> None:
+        await self._database.run(self._work.adopt)
+        self._jobs.start()
+        self._lines.start()
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    def wake(self) -> None:
+        """A batch was submitted or cancelled, or has no line left."""
+        self._jobs.wake()
+        self._lines.wake()
+
+    async def close(self) -> None:
+        """Lines that are not answered yet are handed back: another server, or the next start, goes on."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+        await asyncio.gather(self._lines.close(), self._jobs.close())
+
+    async def expire(self) -> None:
+        """Ends batches whose window is over: what waits is not begun any more."""
+        now_ms = time.time_ns() // 1_000_000
+        for row in await self._database.read(rows.LAPSED(now_ms=now_ms)):
+            await self._database.run(lambda batch_id=row["id"]: self._expire(batch_id, now_ms))  # type: ignore[misc]
+            self.wake()
+
+    def _expire(self, batch_id: str, now_ms: int) -> Transaction[None]:
+        moved = yield rows.MOVE[State.FINALIZING](id=batch_id, now_ms=now_ms)
+        if moved:
+            yield rows.END(id=batch_id, how=State.EXPIRED.value)
+            yield from self._work.drop_waiting(lines_of(batch_id))
+            yield from self._work.add(JOBS, batch_id)
+
+    def _claim_lines(self, n: int) -> Transaction[list[Claim]]:
+        claims: list[Claim] = []
+        if not self._endpoints:
+            return claims
+        found = yield rows.READY(now_ms=time.time_ns() // 1_000_000, limit=_OPEN_MAX)
+        holding = {row["id"]: self._lines.holding(lines_of(row["id"])) for row in found}
+        while holding and len(claims) < n:
+            for batch_id, count in shares_of(n - len(claims), holding).items():
+                got = yield from self._work.claim(lines_of(batch_id), self._lines_owner, count)
+                claims += got
+                holding[batch_id] += len(got)
+                if len(got) < count:
+                    del holding[batch_id]  # nothing more waits there
+        return claims
+
+    async def _do_job(self, claim: Claim) -> None:
+        """One stage after the other, until the batch waits for its lines or is over. Raises: ClaimLost."""
+        while True:
+            found = await self._database.read(rows.GET(id=claim.ref))
+            if not found:
+                await self._database.run(lambda: self._work.finish(claim))
+                return
+            batch = batch_of(found[0])
+            if batch.state is State.VALIDATING:
+                file_bytes = await self.files.size_bytes(batch.input_file)
+                if await self._validating.run(batch, claim, file_bytes=file_bytes):
+                    self._lines.wake()
+                    return
+            elif batch.state is State.IN_PROGRESS:
+                if await self._database.run(lambda: self._nothing_to_do(claim)):
+                    return
+            elif batch.state in OVER:
+                await self._finishing.clean(batch, claim)
+                return
+            elif not await self._finishing.run(batch, claim):
+                await self._database.run(lambda: self._work.release(claim, delay_s=LOOK_AGAIN_S))
+                return
+
+    def _nothing_to_do(self, claim: Claim) -> Transaction[bool]:
+        """Its lines are being answered; the last of them makes a job anew."""
+        (row,) = yield rows.LOCK(id=claim.ref)
+        if row["state"] != State.IN_PROGRESS:
+            return False
+        yield from self._work.finish(claim)
+        return True
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await self.expire()
+                await self.files.sweep()
+            except StorageUnavailable as error:
+                _log.warning("batches.not_swept", reason=error.reason)
+            await asyncio.sleep(SWEEP_S)
+
+
+async def _as_submitted(account: Account) -> Account:
+    return account

@@ -1,0 +1,184 @@
+"""One line of a batch: read, asked as class `batch` in the name of the key that submitted it, and its answer settled.
+
+The answer and the end of the line's claim are one transaction, and a line is settled once, so each custom id has one
+answer, whatever died meanwhile. A limit that is hit makes the batch wait, never fail; nothing else may hold it up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import msgspec
+
+from nimbos.batches import rows
+from nimbos.batches.desk import JOBS, batch_of_lines
+from nimbos.batches.endpoint import Endpoint, Reply
+from nimbos.batches.lines import request_of
+from nimbos.batches.words import Batch, State, batch_of
+from nimbos.blobs import Blobs
+from nimbos.db import Database, Row, Transaction
+from nimbos.errors import (
+    AnswerFailed,
+    BudgetExhausted,
+    EngineFailed,
+    NimbosError,
+    NotReady,
+    Overloaded,
+    StorageUnavailable,
+)
+from nimbos.types import Account, AskClass, Origin
+from nimbos.work import Claim, Work
+
+LAPSES_MAX = 5  # so many servers may die over one line
+FAILURES_MAX = 5  # so often an engine may
+WAIT_MOST_S = 60.0  # a limit is looked at again, as it may have been raised
+_WAIT_LEAST_S = 0.1
+_RETRY_S = 5.0
+
+Resolve = Callable[[Account], Awaitable[Account]]
+
+
+class Running:
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        work: Work,
+        *,
+        endpoints: Mapping[str, Endpoint],
+        resolve: Resolve,
+        on_over: Callable[[], None],
+    ) -> None:
+        """`resolve`: what the submitting key may do now. `on_over`: a batch has no line left to answer."""
+        self._database = database
+        self._blobs = blobs
+        self._work = work
+        self._endpoints = endpoints
+        self._resolve = resolve
+        self._on_over = on_over
+
+    async def run(self, claim: Claim) -> None:
+        """Ends the claim. Raises: ClaimLost, StorageUnavailable."""
+        batch_id, number = batch_of_lines(claim.kind), int(claim.ref)
+        found = await self._database.read(rows.GET(id=batch_id))
+        lines = await self._database.read(rows.GET_LINE(batch=batch_id, number=number))
+        if not found or not lines or lines[0]["state"] != "waiting":
+            await self._database.run(lambda: self._work.finish(claim))
+            return
+        batch = batch_of(found[0])
+        settling = Settling(self._work, claim, batch.id, number, on_over=self._on_over)
+        if claim.lapses >= LAPSES_MAX:
+            told = f"{claim.lapses} servers ended while this line was being answered; it is not tried again."
+            await settling.write(self._database, settling.fail("line_abandoned", told))
+            return
+        try:
+            reply = await self._reply(batch, lines[0])
+        except (Overloaded, BudgetExhausted) as error:
+            await self._database.run(partial(self._wait, batch, claim, error))
+        except NotReady:  # shutting down, or still loading
+            await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
+        except EngineFailed as error:
+            if claim.epoch < FAILURES_MAX and not isinstance(error, AnswerFailed):
+                await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
+                return
+            refusal = Reply(error.status, self._endpoints[batch.endpoint].refuse(error))
+            await settling.write(self._database, settling.answer(refusal))
+        else:
+            await settling.write(self._database, settling.answer(reply))
+
+    async def _reply(self, batch: Batch, line: Row) -> Reply:
+        """Raises: what is worth another try; everything else is an answer, in the route's shape."""
+        endpoint = self._endpoints[batch.endpoint]
+        pieces = self._blobs.read(
+            batch.input_blob, start=line["start_byte"], end=line["start_byte"] + line["size_bytes"]
+        )
+        request = request_of(b"".join([piece async for piece in pieces]))
+        origin = Origin(route=endpoint.path, batch=batch.id)
+        try:
+            account = await self._resolve(batch.account)
+            as_batch = msgspec.structs.replace(account, scopes=frozenset({f"class:{AskClass.BATCH}"}))
+            return await endpoint.perform(as_batch, bytes(request.body), origin=origin)
+        except (Overloaded, BudgetExhausted, NotReady, EngineFailed, StorageUnavailable):
+            raise
+        except NimbosError as error:
+            return Reply(error.status, endpoint.refuse(error))
+
+    def _wait(self, batch: Batch, claim: Claim, error: Overloaded | BudgetExhausted) -> Transaction[None]:
+        """The whole batch waits: its other lines would meet the same limit."""
+        seconds = WAIT_MOST_S if error.retry_after_s is None else error.retry_after_s
+        seconds = min(WAIT_MOST_S, max(_WAIT_LEAST_S, seconds))
+        until_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
+        yield from self._work.release(claim)
+        yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)
+
+
+class Settling:
+    """How one line ends. `write` runs a way of ending alone; a journal may run it within the ledger's transaction."""
+
+    def __init__(self, work: Work, claim: Claim, batch_id: str, number: int, *, on_over: Callable[[], None]) -> None:
+        self._work = work
+        self._claim = claim
+        self._batch_id = batch_id
+        self._number = number
+        self._on_over = on_over
+
+    async def write(self, database: Database, ending: Callable[[], Transaction[bool]]) -> None:
+        """Raises: ClaimLost."""
+
+        def begin() -> Transaction[bool]:
+            yield from self._work.finish(self._claim)
+            return (yield from ending())
+
+        if await database.run(begin, durable=True):
+            self._on_over()
+
+    def answer(self, reply: Reply) -> Callable[[], Transaction[bool]]:
+        good = 200 <= reply.status < 300
+        return lambda: self._settle(
+            good=good,
+            how="done" if good else "refused",
+            code=reply.status,
+            ask=reply.ask_id,
+            body=reply.body,
+            fault=None,
+            message=None,
+        )
+
+    def fail(self, code: str, message: str) -> Callable[[], Transaction[bool]]:
+        return lambda: self._settle(
+            good=False, how="failed", code=None, ask=None, body=None, fault=code, message=message
+        )
+
+    def _settle(
+        self,
+        *,
+        good: bool,
+        how: str,
+        code: int | None,
+        ask: str | None,
+        body: bytes | None,
+        fault: str | None,
+        message: str | None,
+    ) -> Transaction[bool]:
+        """Whether this was the batch's last line; then its job is to write the files."""
+        settled = yield rows.SETTLE(
+            batch=self._batch_id,
+            number=self._number,
+            how=how,
+            code=code,
+            ask=ask,
+            body=body,
+            fault=fault,
+            message=message,
+        )
+        if not settled:
+            return False
+        (row,) = yield rows.COUNT(id=self._batch_id, good=int(good), bad=int(not good))
+        if row["completed"] + row["failed"] < row["total"] or row["state"] != State.IN_PROGRESS:
+            return False
+        yield rows.MOVE[State.FINALIZING](id=self._batch_id, now_ms=time.time_ns() // 1_000_000)
+        yield rows.END(id=self._batch_id, how=State.COMPLETED.value)
+        yield from self._work.add(JOBS, self._batch_id)
+        return True
