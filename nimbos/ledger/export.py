@@ -9,9 +9,9 @@ from contextlib import aclosing
 from typing import Any, Literal, cast
 
 import msgspec
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import Executable, bindparam, func, select
 
-from nimbos.db import Database, Row, Statement
+from nimbos.db import Database, Dialect, Row, Statement
 from nimbos.db.tables.ledger import asks, meters
 
 Format = Literal["csv", "json"]
@@ -50,7 +50,7 @@ def _quantity(meter: str) -> Any:
     return func.coalesce(found, 0).label(f"{meter}_tokens")
 
 
-def _settled(_: str) -> Any:
+def _settled(_: Dialect) -> Executable:
     return (
         select(*(asks.c[name] for name in _RECEIPT), *map(_quantity, _METERS), asks.c.cost_micros)
         .where(asks.c.ended_ms >= bindparam("since_ms"), asks.c.ended_ms < bindparam("until_ms"))
@@ -58,7 +58,7 @@ def _settled(_: str) -> Any:
     )
 
 
-_SETTLED = Statement(cast("Any", _settled))
+_SETTLED = Statement(_settled)
 
 
 async def export_asks(
