@@ -101,12 +101,13 @@ def headers_of(error: NimbosError) -> dict[str, str]:
     """`x-should-retry` tells the official clients whether trying again can help."""
     if isinstance(error, Overloaded):
         seconds = max(1, math.ceil(error.retry_after_s))
+        meter = "tokens" if error.limit == "tokens" else "requests"
         return {
             "retry-after": str(seconds),
-            "x-should-retry": "false" if error.limit == "budget" else "true",
-            "x-ratelimit-limit-requests": str(error.value),
-            "x-ratelimit-remaining-requests": str(max(0, error.value - error.used)),
-            "x-ratelimit-reset-requests": f"{seconds}s",
+            "x-should-retry": "true",
+            f"x-ratelimit-limit-{meter}": str(error.value),
+            f"x-ratelimit-remaining-{meter}": str(max(0, error.value - error.used)),
+            f"x-ratelimit-reset-{meter}": f"{seconds}s",
         }
     if isinstance(error, BudgetExhausted):
         if error.retry_after_s is None:

@@ -52,6 +52,7 @@ class ReceiptBody(msgspec.Struct, kw_only=True):
     model_hash: str
     seed: int
     stopped_by: list[str | None] | UnsetType = UNSET
+    stop: str | UnsetType = UNSET  # "budget": a budget ended an answer before its limit
 
 
 class Function(msgspec.Struct, kw_only=True):
@@ -245,4 +246,5 @@ def receipt(asks: list[Ask], finals: list[Final], card: ModelCard) -> ReceiptBod
         model_hash=card.model_hash,
         seed=asks[0].sampling.seed,
         stopped_by=stops if any(stops) else UNSET,
+        stop="budget" if any(final.budget_ended for final in finals) else UNSET,
     )
