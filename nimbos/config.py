@@ -40,7 +40,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`memory_mib`: budget for all loaded models, 0 is 80 % of what the machine has free at start.
-    `stall_write_s`: a client that takes no bytes for so long is cut off."""
+    `stall_write_s`: a client that takes no bytes for so long is cut off.
+    `ollama`: a second listener on loopback, at `ollama_port`, that speaks Ollama and asks for no key."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -54,6 +55,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory_mib: int = 0
     keep_alive_s: float = 15.0
     stall_write_s: float = 60.0
+    ollama: bool = False
+    ollama_port: int = 11434
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
 
 

@@ -87,8 +87,15 @@ def check_bind(settings: ServerSettings) -> None:
         )
 
 
-def bind(settings: ServerSettings) -> socket.socket:
-    """The listening socket; taken before anything slow, so that a port in use is said at once.
+def keyless(settings: ServerSettings) -> ServerSettings:
+    """Of the listener that asks for no key: on loopback, in the clear."""
+    return msgspec.structs.replace(
+        settings, host="127.0.0.1", port=settings.ollama_port, allow_hosts=(), tls_cert="", tls_key=""
+    )
+
+
+def bind(settings: ServerSettings, *, option: str = "--port") -> socket.socket:
+    """The listening socket; taken before anything slow, so that a port in use is said at once. `option` chooses it.
 
     Raises: ConfigError.
     """
@@ -101,7 +108,7 @@ def bind(settings: ServerSettings) -> socket.socket:
         bound.listen()  # from here on a second server on this port fails
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ConfigError(_why_not_bound(settings, error)) from error
+        raise ConfigError(_why_not_bound(settings, error, option)) from error
     return bound
 
 
@@ -139,11 +146,16 @@ def find_running(settings: Settings) -> RunningServer | None:
 
 
 @contextlib.contextmanager
-def stopped_by_signals(server: Server) -> Iterator[None]:
+def stopped_by_signals(*servers: Server) -> Iterator[None]:
     """Main thread only. What the signals did before is put back afterwards."""
+
+    def stop(*_: object) -> None:
+        for server in servers:
+            server.stop()
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
-        signal.signal(number, lambda *_: server.stop())
+        signal.signal(number, stop)
     try:
         yield
     finally:
@@ -151,10 +163,10 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-def _why_not_bound(settings: ServerSettings, error: Exception) -> str:
+def _why_not_bound(settings: ServerSettings, error: Exception, option: str) -> str:
     where = f"{settings.host}:{settings.port}"
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return f"{where} is in use by another program. Stop it, or choose another port with --port."
+        return f"{where} is in use by another program. Stop it, or choose another port with {option}."
     if isinstance(error, OSError) and error.errno == errno.EACCES:
-        return f"This user may not listen on {where}. Choose a port above 1023 with --port."
+        return f"This user may not listen on {where}. Choose a port above 1023 with {option}."
     return f"Cannot listen on {where}: {error}."

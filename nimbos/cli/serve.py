@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,16 @@ import msgspec
 import structlog
 import uvloop
 
-from nimbos.api import build
+from nimbos.api import build, build_ollama
+from nimbos.api.ollama_key import ollama_secret
 from nimbos.cli.progress import Watching
-from nimbos.config import Settings
+from nimbos.config import ServerSettings, Settings
 from nimbos.engine.scripted import ScriptedSource
-from nimbos.errors import ConfigError, ModelNotFound
+from nimbos.errors import ConfigError, ModelNotFound, NimbosError
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
 from nimbos.runtime import Runtime, assemble
-from nimbos.server import Server, address_of, bind, check_bind, make_server, stopped_by_signals, traced
+from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals, traced
 
 _SCRIPTED = "scripted:"
 
@@ -43,17 +45,39 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
     configure_logs(enabled=log)
     check_bind(settings.server)
     owner = owner_key(settings)
-    with bind(settings.server) as bound:
+    with bind(settings.server) as bound, _bind_ollama(settings.server) as without_key:
         url = address_of(settings.server, bound)
+        ollama = address_of(keyless(settings.server), without_key) if without_key is not None else None
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             hub = Hub(settings)
             chosen = runner.run(choose(hub, models))
             named = {model.id: model for model in chosen.local}
             runtime = runner.run(assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named))
-            server = make_server(build(runtime), settings.server)
-            announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert)
-            with stopped_by_signals(server), traced(settings, url):
-                return runner.run(_serve(server, runtime, chosen.first, bound, announce))
+            listeners = runner.run(_listeners(runtime, bound, without_key))
+            announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
+            with stopped_by_signals(*listeners), traced(settings, url):
+                return runner.run(_serve(listeners, runtime, chosen.first, announce))
+
+
+def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.socket | None]:
+    """Raises: ConfigError."""
+    return bind(keyless(settings), option="--ollama-port") if settings.ollama else nullcontext()
+
+
+async def _listeners(
+    runtime: Runtime, bound: socket.socket, without_key: socket.socket | None
+) -> dict[Server, socket.socket]:
+    """Raises: ConfigError for a certificate or a key that cannot be used; the runtime is closed then."""
+    settings = runtime.settings
+    try:
+        listeners = {make_server(build(runtime), settings.server): bound}
+        if without_key is not None:
+            app = build_ollama(runtime, await ollama_secret(runtime.accounts, settings))
+            listeners[make_server(app, keyless(settings.server))] = without_key
+    except NimbosError:
+        await runtime.close()
+        raise
+    return listeners
 
 
 async def choose(hub: Hub, names: list[str]) -> Chosen:
@@ -91,26 +115,29 @@ async def _get(hub: Hub, name: str) -> LocalModel:
 
 
 async def _serve(
-    server: Server, runtime: Runtime, first: str, bound: socket.socket, announce: Callable[[], None]
+    listeners: dict[Server, socket.socket], runtime: Runtime, first: str, announce: Callable[[], None]
 ) -> int:
     """Serves while the first model loads, and until a signal comes."""
-    serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+    serving = [asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in listeners.items()]
     loading = asyncio.ensure_future(runtime.service.card(first))
     try:
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
             announce()
-        await serving
+        done, _ = await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
+        for ended in done:
+            ended.result()
     finally:
-        server.should_exit = True
+        for server in listeners:
+            server.should_exit = True
         loading.cancel()
-        await asyncio.gather(loading, serving, return_exceptions=True)
+        await asyncio.gather(loading, *serving, return_exceptions=True)
         await runtime.close()
     return 0
 
 
-def _announce(url: str, owner: OwnerKey, model: str, *, certificate: str) -> None:
+def _announce(url: str, owner: OwnerKey, model: str, *, certificate: str, ollama: str | None) -> None:
     """What to paste. The key itself goes to a terminal only."""
     shown = sys.stdout.isatty()
     if shown:
@@ -126,6 +153,7 @@ def _announce(url: str, owner: OwnerKey, model: str, *, certificate: str) -> Non
         f"  Nimbos is up:  {url}/v1",
         f"  Model:         {model}",
         f"  Key:           {key}",
+        *([f"  Ollama:        {ollama} (without a key, as the key `ollama`)"] if ollama is not None else []),
         "",
         f'  curl{trust} {url}/v1/chat/completions -H "Authorization: Bearer {written}" \\',
         f"    -H 'Content-Type: application/json' -d {shlex.quote(body)}",

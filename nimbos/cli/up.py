@@ -35,6 +35,12 @@ def up(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond loopback without TLS.", rich_help_panel=_PANEL)
     ] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Also speak Ollama on loopback, without a key.", rich_help_panel=_PANEL)
+    ] = False,
+    ollama_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of --ollama, 11434.", rich_help_panel=_PANEL)
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="JSON lines on stderr: ids, counts and durations.")] = False,
 ) -> None:
     """Start the server; the model is downloaded first if it is not there."""
@@ -52,6 +58,8 @@ def up(
         "allow_hosts": (*settings.server.allow_hosts, *(allow_host or ())),
         "allow_origins": (*settings.server.allow_origins, *(allow_origin or ())),
         "insecure": insecure or settings.server.insecure,
+        "ollama": ollama or settings.server.ollama,
+        "ollama_port": ollama_port,
     }
     server = msgspec.structs.replace(
         settings.server, **{name: value for name, value in given.items() if value is not None}
