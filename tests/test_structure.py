@@ -37,6 +37,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 DOORS = {
     "accounts": {"Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"},
     "api": {"build", "build_ollama"},
+    "blobs": {"Blobs", "Stored", "hash_of", "open_blobs"},
     "chat": {
         "DIAL_FIELDS",
         "LEVEL_TOKENS",
