@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from nimbos.batches import AnswerJournal
 from nimbos.chat import ChatRequest, ContentDelta, Delta, Plan, Splitter, ToolCallDelta
 from nimbos.errors import NotReady
 from nimbos.service import NOWHERE, Service
@@ -51,13 +52,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A chat request that is ready to be asked. `admission` is filled when the ask is let in."""
+    """A chat request that is ready to be asked. `admission` is filled when the ask is let in. With a `journal`,
+    `Told` comes while the ask is not settled yet, so that the journal can keep the answer in the settlement."""
 
     account: Account
     ask: Ask
     plan: Plan
     card: ModelCard
     origin: Origin
+    journal: AnswerJournal | None = None
     admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -97,7 +100,9 @@ class Told:
 Event = Opened | Said | Ended | Told
 
 
-async def understand(service: Service, account: Account, asked: Asked) -> Question:
+async def understand(
+    service: Service, account: Account, asked: Asked, *, journal: AnswerJournal | None = None
+) -> Question:
     """Raises: ModelNotFound, ModelUnusable, Overloaded; InvalidRequest, UnsupportedField for what cannot be asked."""
     card = await service.card(asked.model)
     chat = await service.chat(asked.model)
@@ -117,7 +122,7 @@ async def understand(service: Service, account: Account, asked: Asked) -> Questi
         grammar=plan.grammar,
         thinking=plan.thinking,
     )
-    return Question(account=account, ask=ask, plan=plan, card=card, origin=asked.origin)
+    return Question(account=account, ask=ask, plan=plan, card=card, origin=asked.origin, journal=journal)
 
 
 async def answer(service: Service, question: Question) -> AsyncGenerator[Event, None]:
@@ -130,9 +135,10 @@ async def answer(service: Service, question: Question) -> AsyncGenerator[Event, 
     branches = [_Branch(number, question.plan) for number in range(ask.n)]
     finals: list[Final] = []
     opened = False
-    async with aclosing(
-        service.generate(question.account, ask, origin=question.origin, admission=question.admission)
-    ) as chunks:
+    generated = service.generate(
+        question.account, ask, origin=question.origin, admission=question.admission, journal=question.journal
+    )
+    async with aclosing(generated) as chunks:
         async for chunk in chunks:
             if not opened:
                 opened = True
@@ -144,7 +150,14 @@ async def answer(service: Service, question: Question) -> AsyncGenerator[Event, 
                 finals.append(chunk)
                 for event in branches[chunk.branch].end(chunk):
                     yield event
-    yield Told(tuple(finals), sum((final.usage for final in finals), Usage()))
+                if question.journal is not None and len(finals) == ask.n:
+                    yield _told(finals)
+    if question.journal is None:
+        yield _told(finals)
+
+
+def _told(finals: list[Final]) -> Told:
+    return Told(tuple(finals), sum((final.usage for final in finals), Usage()))
 
 
 class _Branch:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from nimbos.errors import Forbidden, InvalidRequest
+from nimbos.errors import Forbidden, InvalidRequest, UnsupportedField
 from nimbos.types import Account, AskClass, Grammar, Sampling
 
 STOPS_MAX = 16
@@ -144,6 +144,12 @@ def min_tokens_of(fields: SamplingFields, limit: int | None) -> int:
 def check_stream(fields: SamplingFields) -> None:
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequest("`stream_options` is only allowed with `stream: true`.", param="stream_options")
+
+
+def check_unstreamed(stream: bool | None) -> None:
+    """Raises: UnsupportedField where nobody is there to read a stream."""
+    if stream:
+        raise UnsupportedField("stream", why="not supported in a batch, whose answers are whole")
 
 
 def class_of(tier: Tier | None, extension: AskClass | None, header: str | None, account: Account) -> AskClass:

@@ -21,11 +21,14 @@ from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
 from nimbos.api.dialogue import Ended, Event, Opened, Question, Said, answer, understand
 from nimbos.api.exchange import ask_headers, json_reply, stream_reply
+from nimbos.api.fields import check_unstreamed
 from nimbos.api.sse import DONE, or_gone
+from nimbos.batches import AnswerJournal, Reply
 from nimbos.chat import ContentDelta, ReasoningDelta, ToolCallDelta
 from nimbos.config import ServerSettings
+from nimbos.runtime import Runtime
 from nimbos.service import Service
-from nimbos.types import ChosenLogprob, Final
+from nimbos.types import Account, ChosenLogprob, Final, Origin
 
 
 class ChatCompletions:
@@ -49,8 +52,20 @@ class ChatCompletions:
         return json_reply(completion, headers=ask_headers(question))
 
 
+async def perform(
+    runtime: Runtime, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+) -> Reply:
+    """The route without HTTP, for a line of a batch. Raises: what the route would answer with an error."""
+    decoded = bodies.decode(body, asked.ChatBody, refused=asked.REFUSED)
+    check_unstreamed(decoded.stream)
+    wanted = asked.asked(decoded, account, header_class=None, origin=origin)
+    question = await understand(runtime.service, account, wanted, journal=journal)
+    completion = await complete(runtime.service, question, tier=tier_of(decoded, question))
+    return _reply(question, completion)
+
+
 async def complete(service: Service, question: Question, *, tier: str | UnsetType) -> wire.ChatCompletion:
-    """The whole answer; also what a line of a batch gets."""
+    """The whole answer."""
     return await fold(question, chunks_of(question, answer(service, question), tier=tier, usage=True))
 
 
@@ -176,13 +191,20 @@ class _Folded:
 async def fold(question: Question, chunks: AsyncGenerator[wire.ChatChunk, None]) -> wire.ChatCompletion:
     """A stream's chunks as one reply."""
     folded = [_Folded() for _ in range(question.ask.n)]
-    last: wire.ChatChunk | None = None
+    completion: wire.ChatCompletion | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
             for choice in chunk.choices:
                 folded[choice.index].add(choice)
-            last = chunk
-    assert last is not None
+            if isinstance(chunk.usage, wire.UsageBody):
+                completion = _completion(folded, chunk)
+                if question.journal is not None:
+                    question.journal.answered(_reply(question, completion))
+    assert completion is not None
+    return completion
+
+
+def _completion(folded: list[_Folded], last: wire.ChatChunk) -> wire.ChatCompletion:
     assert isinstance(last.usage, wire.UsageBody)
     assert last.x_nimbos is not UNSET
     return wire.ChatCompletion(
@@ -195,3 +217,7 @@ async def fold(question: Question, chunks: AsyncGenerator[wire.ChatChunk, None])
         usage=last.usage,
         x_nimbos=last.x_nimbos,
     )
+
+
+def _reply(question: Question, completion: wire.ChatCompletion) -> Reply:
+    return Reply(200, wire.encode(completion), question.ask.id)

@@ -24,8 +24,10 @@ from nimbos.api.merge import merge
 from nimbos.api.prompts import Prompts, prompts_of
 from nimbos.api.sse import DONE, or_gone
 from nimbos.api.text_choice import TextBranch, best
+from nimbos.batches import AnswerJournal, Reply
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, NotReady, UnsupportedField
+from nimbos.runtime import Runtime
 from nimbos.service import Service
 from nimbos.types import (
     Account,
@@ -68,6 +70,8 @@ class Question:
     keep: int
     logprobs: int | None
     id: str
+    origin: Origin = ORIGIN
+    journal: AnswerJournal | None = None
     admission: Admission = field(default_factory=Admission)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -94,23 +98,30 @@ class Completions:
             request, limit_bytes=self._settings.max_body_bytes, stall_s=self._settings.stall_write_s
         )
         body = bodies.decode(content, CompletionsBody)
-        question = await or_gone(request, self._understand(request, body))
+        wanted = self.understand(account_of(request), body, header_class=request.headers.get("x-nimbos-class"))
+        question = await or_gone(request, wanted)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(question, include_usage=usage)
             return await event_stream(request, events, headers=question.headers, settings=self._settings)
-        completion = await or_gone(request, self._whole(question))
+        completion = await or_gone(request, self.whole(question))
         return json_reply(completion, headers=question.headers())
 
-    async def _understand(self, request: Request, body: CompletionsBody) -> Question:
-        account = account_of(request)
+    async def understand(
+        self,
+        account: Account,
+        body: CompletionsBody,
+        *,
+        header_class: str | None,
+        origin: Origin = ORIGIN,
+        journal: AnswerJournal | None = None,
+    ) -> Question:
+        """`journal` is for a single ask: several prompts have none."""
         shared.check_stream(body)
         count, most = shared.count_of(body), _best_of(body)
         sampling = shared.sampling_of(body, logprobs=_logprobs(body, picks=most > count))
         limit = shared.limit_of(body)
-        ask_class = shared.class_of(
-            body.service_tier, shared.extension_class(body), request.headers.get("x-nimbos-class"), account
-        )
+        ask_class = shared.class_of(body.service_tier, shared.extension_class(body), header_class, account)
         prompts = prompts_of(body.prompt, param="prompt", most=PROMPTS_MAX, special=True)
         echoes = [_echo(prompt, body) for prompt in prompts]
         stops, least, grammar = shared.stops_of(body), shared.min_tokens_of(body, limit), shared.grammar_of(body)
@@ -140,13 +151,24 @@ class Completions:
             keep=count,
             logprobs=body.logprobs,
             id=wire.completion_id(asks[0], "cmpl"),
+            origin=origin,
+            journal=journal if len(asks) == 1 else None,
         )
 
     def _chunks(self, question: Question) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(number of the prompt, chunk), of all prompts at once."""
         generate = self._service.generate
         return merge(
-            [generate(question.account, ask, origin=ORIGIN, admission=question.admission) for ask in question.asks]
+            [
+                generate(
+                    question.account,
+                    ask,
+                    origin=question.origin,
+                    admission=question.admission,
+                    journal=question.journal,
+                )
+                for ask in question.asks
+            ]
         )
 
     async def _events(self, question: Question, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -174,9 +196,11 @@ class Completions:
             yield wire.event(_with_usage(question.completion([]), question, finals))
         yield DONE
 
-    async def _whole(self, question: Question) -> wire.TextCompletion:
+    async def whole(self, question: Question) -> wire.TextCompletion:
         finals: list[Final] = []
         branches = _branches(question)
+        expected = sum(len(row) for row in branches)
+        completion: wire.TextCompletion | None = None
         async with aclosing(self._chunks(question)) as chunks:
             async for number, chunk in chunks:
                 if isinstance(chunk, TokenChunk):
@@ -184,10 +208,34 @@ class Completions:
                 elif isinstance(chunk, Final):
                     finals.append(chunk)
                     branches[number][chunk.branch].reason = _checked(chunk).reason
-        choices: list[wire.TextChoice] = []
-        for row in branches:
-            choices += [branch.whole(len(choices) + at) for at, branch in enumerate(best(row, question.keep))]
-        return _with_usage(question.completion(choices), question, finals)
+                if len(finals) == expected and completion is None:
+                    completion = _complete(question, branches, finals)
+                    if question.journal is not None:
+                        question.journal.answered(_reply(question, completion))
+        assert completion is not None
+        return completion
+
+
+async def perform(
+    runtime: Runtime, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+) -> Reply:
+    """The route without HTTP, for a line of a batch. Raises: what the route would answer with an error."""
+    decoded = bodies.decode(body, CompletionsBody)
+    shared.check_unstreamed(decoded.stream)
+    route = Completions(runtime.service, runtime.settings.server)
+    question = await route.understand(account, decoded, header_class=None, origin=origin, journal=journal)
+    return _reply(question, await route.whole(question))
+
+
+def _reply(question: Question, completion: wire.TextCompletion) -> Reply:
+    return Reply(200, wire.encode(completion), question.asks[0].id)
+
+
+def _complete(question: Question, branches: list[list[TextBranch]], finals: list[Final]) -> wire.TextCompletion:
+    choices: list[wire.TextChoice] = []
+    for row in branches:
+        choices += [branch.whole(len(choices) + at) for at, branch in enumerate(best(row, question.keep))]
+    return _with_usage(question.completion(choices), question, finals)
 
 
 def _branches(question: Question) -> list[list[TextBranch]]:

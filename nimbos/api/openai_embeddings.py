@@ -18,8 +18,10 @@ from nimbos.api.exchange import headers_of, json_reply
 from nimbos.api.fields import Tier, class_of
 from nimbos.api.prompts import prompts_of
 from nimbos.api.sse import or_gone
+from nimbos.batches import AnswerJournal, Reply
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, UnsupportedField
+from nimbos.runtime import Runtime
 from nimbos.service import Service
 from nimbos.types import Account, Admission, Ask, Final, Kind, Origin, Usage, VectorChunk, new_id
 
@@ -47,14 +49,15 @@ class Embeddings:
         )
         body = bodies.decode(content, EmbeddingsBody)
         account = account_of(request)
-        ask = await or_gone(request, self._understand(request, body, account))
+        wanted = self.understand(account, body, header_class=request.headers.get("x-nimbos-class"))
+        ask = await or_gone(request, wanted)
         admission = Admission()
-        reply = await or_gone(request, self._embed(account, ask, body, admission))
+        reply = await or_gone(request, self.embed(account, ask, body, admission=admission))
         return json_reply(reply, headers=headers_of(ask, admission))
 
-    async def _understand(self, request: Request, body: EmbeddingsBody, account: Account) -> Ask:
+    async def understand(self, account: Account, body: EmbeddingsBody, *, header_class: str | None) -> Ask:
         parts = prompts_of(body.input, param="input", most=INPUTS_MAX, special=False)
-        ask_class = class_of(body.service_tier, None, request.headers.get("x-nimbos-class"), account)
+        ask_class = class_of(body.service_tier, None, header_class, account)
         card = await self._service.card(body.model)
         if card.kind is not Kind.EMBED:
             raise InvalidRequest(
@@ -73,23 +76,48 @@ class Embeddings:
             ask_class=ask_class,
         )
 
-    async def _embed(
-        self, account: Account, ask: Ask, body: EmbeddingsBody, admission: Admission
+    async def embed(
+        self,
+        account: Account,
+        ask: Ask,
+        body: EmbeddingsBody,
+        *,
+        admission: Admission | None = None,
+        origin: Origin = ORIGIN,
+        journal: AnswerJournal | None = None,
     ) -> wire.EmbeddingList:
         vectors: dict[int, bytes] = {}
-        usage = Usage()
-        async with aclosing(self._service.generate(account, ask, origin=ORIGIN, admission=admission)) as chunks:
+        listed: wire.EmbeddingList | None = None
+        generated = self._service.generate(account, ask, origin=origin, admission=admission, journal=journal)
+        async with aclosing(generated) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, VectorChunk):
                     vectors[chunk.index] = _cut(chunk.values, body.dimensions)
                 elif isinstance(chunk, Final):
-                    usage = usage + chunk.usage
-        data = [
-            wire.EmbeddingBody(index=index, embedding=_written(vectors[index], body.encoding_format))
-            for index in range(len(ask.parts))
-        ]
-        counted = wire.EmbeddingUsage(prompt_tokens=usage.input, total_tokens=usage.input)
-        return wire.EmbeddingList(data=data, model=ask.model, usage=counted)
+                    listed = _listed(ask, vectors, chunk.usage, body.encoding_format)
+                    if journal is not None:
+                        journal.answered(Reply(200, wire.encode(listed), ask.id))
+        assert listed is not None
+        return listed
+
+
+async def perform(
+    runtime: Runtime, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+) -> Reply:
+    """The route without HTTP, for a line of a batch. Raises: what the route would answer with an error."""
+    decoded = bodies.decode(body, EmbeddingsBody)
+    route = Embeddings(runtime.service, runtime.settings.server)
+    ask = await route.understand(account, decoded, header_class=None)
+    listed = await route.embed(account, ask, decoded, origin=origin, journal=journal)
+    return Reply(200, wire.encode(listed), ask.id)
+
+
+def _listed(ask: Ask, vectors: dict[int, bytes], usage: Usage, encoding: str | None) -> wire.EmbeddingList:
+    data = [
+        wire.EmbeddingBody(index=index, embedding=_written(vectors[index], encoding)) for index in range(len(ask.parts))
+    ]
+    counted = wire.EmbeddingUsage(prompt_tokens=usage.input, total_tokens=usage.input)
+    return wire.EmbeddingList(data=data, model=ask.model, usage=counted)
 
 
 def _cut(values: bytes, dimensions: int | None) -> bytes:

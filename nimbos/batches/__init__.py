@@ -1,7 +1,19 @@
 """Files and batches: many requests in one file, answered when there is room. Read `words.py`, then `jobs.py`."""
 
-from nimbos.batches.endpoint import Endpoint, Perform, Refuse, Reply
+from nimbos.batches.endpoint import AnswerJournal, Endpoint, Perform, Refuse, Reply
 from nimbos.batches.jobs import Batches
 from nimbos.batches.words import TEST_MODEL, Batch, Fault, File, State
 
-__all__ = ["TEST_MODEL", "Batch", "Batches", "Endpoint", "Fault", "File", "Perform", "Refuse", "Reply", "State"]
+__all__ = [
+    "TEST_MODEL",
+    "AnswerJournal",
+    "Batch",
+    "Batches",
+    "Endpoint",
+    "Fault",
+    "File",
+    "Perform",
+    "Refuse",
+    "Reply",
+    "State",
+]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nimbos.errors import NimbosError
+from nimbos.ledger import Journal
 from nimbos.types import Account, Origin
 
 
@@ -21,9 +22,19 @@ class Reply:
     ask_id: str = ""
 
 
+class AnswerJournal(Journal, Protocol):
+    """A journal that can be told the whole answer before its ask is settled, and writes both in one transaction."""
+
+    def answered(self, reply: Reply) -> None: ...
+
+
 class Perform(Protocol):
-    async def __call__(self, account: Account, body: bytes, *, origin: Origin) -> Reply:
-        """Raises: NimbosError for everything that is no answer: whoever called decides whether to try again, and
+    async def __call__(
+        self, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+    ) -> Reply:
+        """`journal`: for the one ask behind the body, where there is one; a route may leave it out.
+
+        Raises: NimbosError for everything that is no answer: whoever called decides whether to try again, and
         writes what remains in the route's shape."""
         ...
 

@@ -15,6 +15,7 @@ import msgspec
 from nimbos.batches import rows
 from nimbos.batches.desk import JOBS, batch_of_lines
 from nimbos.batches.endpoint import Endpoint, Reply
+from nimbos.batches.journal import LineJournal
 from nimbos.batches.lines import request_of
 from nimbos.batches.words import Batch, State, batch_of
 from nimbos.blobs import Blobs
@@ -71,10 +72,11 @@ class Running:
         settling = Settling(self._work, claim, batch.id, number, on_over=self._on_over)
         if claim.lapses >= LAPSES_MAX:
             told = f"{claim.lapses} servers ended while this line was being answered; it is not tried again."
-            await settling.write(self._database, settling.fail("line_abandoned", told))
+            await settling.write(self._database, partial(settling.fail, "line_abandoned", told))
             return
+        journal = LineJournal(self._work, claim, settling.answer)
         try:
-            reply = await self._reply(batch, lines[0])
+            reply = await self._reply(batch, lines[0], journal)
         except (Overloaded, BudgetExhausted) as error:
             await self._database.run(partial(self._wait, batch, claim, error))
         except NotReady:  # shutting down, or still loading
@@ -84,11 +86,14 @@ class Running:
                 await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
                 return
             refusal = Reply(error.status, self._endpoints[batch.endpoint].refuse(error))
-            await settling.write(self._database, settling.answer(refusal))
+            await settling.write(self._database, partial(settling.answer, refusal))
         else:
-            await settling.write(self._database, settling.answer(reply))
+            if not journal.written:
+                await settling.write(self._database, partial(settling.answer, reply))
+            elif journal.over:
+                self._on_over()
 
-    async def _reply(self, batch: Batch, line: Row) -> Reply:
+    async def _reply(self, batch: Batch, line: Row, journal: LineJournal) -> Reply:
         """Raises: what is worth another try; everything else is an answer, in the route's shape."""
         endpoint = self._endpoints[batch.endpoint]
         pieces = self._blobs.read(
@@ -99,7 +104,7 @@ class Running:
         try:
             account = await self._resolve(batch.account)
             as_batch = msgspec.structs.replace(account, scopes=frozenset({f"class:{AskClass.BATCH}"}))
-            return await endpoint.perform(as_batch, bytes(request.body), origin=origin)
+            return await endpoint.perform(as_batch, bytes(request.body), origin=origin, journal=journal)
         except (Overloaded, BudgetExhausted, NotReady, EngineFailed, StorageUnavailable):
             raise
         except NimbosError as error:
@@ -134,9 +139,10 @@ class Settling:
         if await database.run(begin, durable=True):
             self._on_over()
 
-    def answer(self, reply: Reply) -> Callable[[], Transaction[bool]]:
+    def answer(self, reply: Reply) -> Transaction[bool]:
+        """Whether this was the batch's last line."""
         good = 200 <= reply.status < 300
-        return lambda: self._settle(
+        return self._settle(
             good=good,
             how="done" if good else "refused",
             code=reply.status,
@@ -146,10 +152,8 @@ class Settling:
             message=None,
         )
 
-    def fail(self, code: str, message: str) -> Callable[[], Transaction[bool]]:
-        return lambda: self._settle(
-            good=False, how="failed", code=None, ask=None, body=None, fault=code, message=message
-        )
+    def fail(self, code: str, message: str) -> Transaction[bool]:
+        return self._settle(good=False, how="failed", code=None, ask=None, body=None, fault=code, message=message)
 
     def _settle(
         self,
@@ -162,7 +166,7 @@ class Settling:
         fault: str | None,
         message: str | None,
     ) -> Transaction[bool]:
-        """Whether this was the batch's last line; then its job is to write the files."""
+        """After the last line the batch's job is to write the files."""
         settled = yield rows.SETTLE(
             batch=self._batch_id,
             number=self._number,

@@ -124,9 +124,13 @@ class Work:
 
     def finish(self, claim: Claim) -> Transaction[None]:
         """Raises: ClaimLost, and then nothing of this transaction is written."""
-        rows = yield _FINISH(kind=claim.kind, ref=claim.ref, epoch=claim.epoch, owner=claim.owner)
-        if not rows:
+        if not (yield from self.end(claim)):
             raise ClaimLost(claim)
+
+    def end(self, claim: Claim) -> Transaction[bool]:
+        """Like `finish`, for transactions that go on without it: False when the claim is lost."""
+        rows = yield _FINISH(kind=claim.kind, ref=claim.ref, epoch=claim.epoch, owner=claim.owner)
+        return bool(rows)
 
     def release(self, claim: Claim, *, delay_s: float = 0.0) -> Transaction[bool]:
         """Hands the work back, not to be claimed for `delay_s`; False when it was lost already."""
