@@ -22,6 +22,7 @@ from nimbos.keys import OwnerKey, file_keys
 from nimbos.ledger import Desk, Fired, Ledger, Recovery
 from nimbos.meterfile import MeterFile
 from nimbos.meters import Meters
+from nimbos.responses import Background, Store
 from nimbos.service import Service
 from nimbos.sources import Sources
 from nimbos.telemetry import Telemetry, open_telemetry
@@ -52,8 +53,11 @@ class Runtime:
     ledger: Ledger
     recovery: Recovery
     meter_file: MeterFile
+    responses: Store
+    background: Background
 
     async def close(self) -> None:
+        await self.background.close()
         await self.service.close()
         await self.recovery.close()
         self.meter_file.close()
@@ -123,12 +127,14 @@ async def assemble(
     trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
     live = LiveAsks()
     watchers: tuple[Watcher, ...] = (meters, live, *((telemetry,) if telemetry is not None else ()))
+    blobs = open_blobs(settings, database)
+    responses = Store(database, blobs)
     service = Service(sources=sources, desk=desk, watchers=watchers, trusted_templates=trusted)
     return Runtime(
         settings=settings,
         server_id=server_id,
         database=database,
-        blobs=open_blobs(settings, database),
+        blobs=blobs,
         hub=hub,
         service=service,
         accounts=accounts,
@@ -138,6 +144,8 @@ async def assemble(
         ledger=ledger,
         recovery=recovery,
         meter_file=meter_file,
+        responses=responses,
+        background=Background(responses, owner=server_id),
     )
 
 

@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import anthropic, dashscope, errors, health, metrics, models, ollama
+from nimbos.api import anthropic, dashscope, errors, health, metrics, models, ollama, responses
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
@@ -24,9 +24,9 @@ def build(runtime: Runtime) -> Starlette:
 
 def build_ollama(runtime: Runtime, secret: str) -> Starlette:
     """The app of the listener that asks for no key (`nimbos up --ollama`): whoever comes there uses this one."""
-    greeting = Route("/", ollama.greet, methods=["GET"])
+    greeting = Route(ollama.GREETING, ollama.greet, methods=["GET"])
     routes = [greeting, *(route for route in _routes(runtime) if ollama.serves(route.path))]
-    server = msgspec.structs.replace(runtime.settings.server, host="127.0.0.1", allow_hosts=())
+    server = msgspec.structs.replace(runtime.settings.server, host="127.0.0.1", allow_hosts=())  # only by its own name
     return _app(runtime, routes, server, first=Middleware(ollama.Keyless, secret=secret))
 
 
@@ -48,6 +48,7 @@ def _routes(runtime: Runtime) -> list[Route]:
         *dashscope.routes(runtime),
         *ollama.routes(runtime),
         *anthropic.routes(runtime),
+        *responses.routes(runtime),
     ]
 
 

@@ -1,7 +1,7 @@
 """An answer's events in the words of the Responses API; the response itself is what they add up to.
 
-    created ─ (queued) ─ in_progress ─┬─ output_item.added ─ … deltas … ─ output_item.done ─┬─ completed | incomplete | failed
-                                      └──────────────── for each item, in turn ────────────┘
+    created ─ (queued) ─ in_progress ─┬─ output_item.added ─ … ─ output_item.done ─┬─ completed, incomplete or failed
+                                      └────────── for each item, in turn ──────────┘
 
 The same answer gives the same events, numbers and ids: an answer that is computed again can be read on where a reader
 had come to. Knows nothing of storage or of HTTP.
@@ -44,6 +44,7 @@ class Teller:
 
     def __init__(self, response: Response, *, summary: bool = False, sealed: bool = False) -> None:
         self.response = response
+        self.begun = False
         self._summary = summary
         self._sealed = sealed
         self._number = 0
@@ -51,7 +52,10 @@ class Teller:
         self._reason = FinishReason.STOP
 
     def begin(self) -> list[Event]:
-        """A background response was queued before."""
+        """Once. A background response was queued before."""
+        if self.begun:
+            return []
+        self.begun = True
         events = [self._whole("response.created")]
         if self.response.background:
             events.append(self._whole("response.queued"))
@@ -150,10 +154,8 @@ class Teller:
 
     def _end(self, ended: Ended) -> list[Event]:
         self._reason = ended.final.reason
-        if not self.response.output and self._open is None:
-            events = self._switch("message")  # an answer of no words is still an answer
-        else:
-            events = []
+        wordless = not self.response.output and self._open is None  # which is still an answer
+        events = self._switch("message") if wordless else []
         if self._open is not None and self._open.kind == "message":
             self._open.logprobs += [wire.ChosenBody.of(one) for one in ended.logprobs]
         cut = self._reason is FinishReason.LENGTH
@@ -180,9 +182,8 @@ class Teller:
         """An event inside the open item; its name depends on what the item is."""
         assert self._open is not None
         place: dict[str, Any] = {"item_id": self._open.item["id"], "output_index": self._open.index}
-        stem = {"message": "output_text", "function_call": "function_call_arguments"}.get(self._open.kind)
-        if self._open.kind == "reasoning":
-            stem = "reasoning_summary_text" if self._summary else "reasoning_text"
+        thoughts = "reasoning_summary_text" if self._summary else "reasoning_text"
+        stem = {"message": "output_text", "function_call": "function_call_arguments"}.get(self._open.kind, thoughts)
         if what.startswith("part."):
             stem = "reasoning_summary" if stem == "reasoning_summary_text" else "content"
             what = f"_{what}"

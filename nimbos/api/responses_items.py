@@ -287,13 +287,17 @@ def _read_compaction(item: Item, path: str) -> Item:
     return {"encrypted_content": sealed}
 
 
+def _read_reference(_: Item, __: str) -> Item:
+    return {}
+
+
 _READERS = {
     "message": _read_message,
     "reasoning": _read_reasoning,
     "function_call": _read_call,
     "function_call_output": _read_output,
     "compaction": _read_compaction,
-    "item_reference": lambda _, __: {},
+    "item_reference": _read_reference,
 }
 
 

@@ -7,6 +7,7 @@ Every field of OpenAI's request is here: honoured, or refused by name with the r
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -259,12 +260,16 @@ def asked(
     extension = body.x_nimbos.ask_class if body.x_nimbos is not None else None
     return Asked(
         model=body.model,
-        request=lambda card: chat_request(body, items, card, limit=body.max_output_tokens, grammar=_own_grammar(body)),
+        request=request_of(body, items),
         sampling=sampling,
         ask_class=shared.class_of(body.service_tier, extension, header_class, account),
         limit_tokens=body.max_output_tokens,
         origin=origin,
     )
+
+
+def request_of(body: ResponsesBody, items: list[Item]) -> Callable[[ModelCard], ChatRequest]:
+    return lambda card: chat_request(body, items, card, limit=body.max_output_tokens, grammar=_own_grammar(body))
 
 
 def sampling_of(body: ResponsesBody) -> Sampling:

@@ -4,6 +4,7 @@ Read `store.py` first, then `nodes.py`."""
 from nimbos.responses.background import Background
 from nimbos.responses.conversations import Conversation, Conversations
 from nimbos.responses.journal import Live
+from nimbos.responses.nodes import Placed
 from nimbos.responses.store import Answered, Kept, Past, Piece, Status, Store
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Live",
     "Past",
     "Piece",
+    "Placed",
     "Status",
     "Store",
 ]

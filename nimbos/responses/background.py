@@ -44,7 +44,10 @@ class Background:
         self.journal = Journal(store.database, self._work)
 
     def attend(self, run: Run) -> None:
-        """From now on this server does what is queued. Within a running loop; `close` ends it."""
+        """From now on this server does what is queued. Within a running loop; `close` ends it. Only the first call
+        counts."""
+        if self._crew is not None:
+            return
 
         async def known(claim: Claim) -> None:
             task = asyncio.current_task()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, select, update
+from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, or_, select, update
 
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Row, Statement, Transaction, insert
@@ -292,7 +292,7 @@ def _missing(response_id: str) -> NotFound:
 
 _ID = bindparam("id", type_=Text)
 _OWN = (responses.c.id == _ID, responses.c.account == bindparam("account", type_=Text))
-_STILL_RUNNING = (responses.c.id == _ID, responses.c.status.in_(_RUNNING))
+_STILL_RUNNING = (responses.c.id == _ID, or_(responses.c.status == "queued", responses.c.status == "in_progress"))
 _ADD = insert(responses)
 _ROW = Statement(select(*responses.c).where(*_OWN))
 _LOCKED = Statement(select(responses.c.status).where(*_OWN).with_for_update())
@@ -314,7 +314,8 @@ _EXPIRED = Statement(
     select(*responses.c)
     .where(
         responses.c.expires_ms < bindparam("now_ms", type_=BigInteger),
-        responses.c.status.not_in(_RUNNING),
+        responses.c.status != "queued",
+        responses.c.status != "in_progress",
     )
     .order_by(responses.c.id)
     .limit(bindparam("most", type_=Integer))

@@ -1,0 +1,318 @@
+"""From a request's body to its answer's events: the past is looked up, the question asked, the answer told and kept.
+
+Streamed, whole, in the background and in a batch it is the same `tell`. Read `responses_events.py` for the events,
+`responses_fit.py` for contexts that are too long, `nimbos/responses/store.py` for what is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import UNSET
+
+from nimbos.api import openai_wire as wire
+from nimbos.api import responses_request as requests
+from nimbos.api.dialogue import Asked, Question, Told, answer, understand
+from nimbos.api.responses_events import Teller
+from nimbos.api.responses_fit import fit
+from nimbos.api.responses_items import Item, canonical, check_context, read_items, restored
+from nimbos.api.responses_tools import echoed
+from nimbos.api.responses_wire import ConversationRef, Event, Extension, Response
+from nimbos.errors import NimbosError, PromptTooLong, StorageUnavailable
+from nimbos.responses import Answered, Conversations, Past, Piece, Status, Store
+from nimbos.service import Service
+from nimbos.types import Account, Origin, Sampling, new_id
+
+ROUTE = "/v1/responses"
+
+# What of a response repeats its request. It is kept apart from the rest, and once for a whole chain.
+_ECHOED = (
+    "include",
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "metadata",
+    "model",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "reasoning",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "truncation",
+    "user",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A request that was understood. `items`: the whole context, the past's and its own. `response`: as it begins."""
+
+    account: Account
+    body: requests.ResponsesBody
+    past: Past
+    own: tuple[Item, ...]
+    items: tuple[Item, ...]
+    sampling: Sampling
+    asked: Asked
+    question: Question
+    response: Response
+
+    def answered(self, response: Response) -> Answered:
+        """What is to be kept of it, with `response` as it stands now."""
+        echo, body = split(response)
+        return Answered(
+            id=response.id,
+            account=self.account.id,
+            status=status_of(response),
+            past=self.past,
+            asked=pieces_of(self.own),
+            output=pieces_of(response.output),
+            echo=echo,
+            body=body,
+            conversation=self.body.conversation_id,
+            background=response.background,
+            store=self.body.store is not False,
+        )
+
+
+class Responder:
+    def __init__(self, service: Service, store: Store, conversations: Conversations) -> None:
+        self._service = service
+        self._store = store
+        self._conversations = conversations
+
+    async def turn(
+        self, account: Account, body: requests.ResponsesBody, *, header_class: str | None, origin: Origin
+    ) -> Turn:
+        """Raises: InvalidRequest, UnsupportedField, NotFound, Conflict; what `understand` raises."""
+        requests.check(body)
+        past = await self.past(account, body)
+        own = await self.own_items(account, body)
+        items = (*items_of(past.pieces), *own)
+        check_context(items)
+        return await self._understood(account, body, past, tuple(own), items, header_class=header_class, origin=origin)
+
+    async def again(
+        self,
+        account: Account,
+        body: requests.ResponsesBody,
+        begun: Response,
+        past: Past,
+        *,
+        header_class: str | None,
+        origin: Origin,
+    ) -> Turn:
+        """A response that was stored when it began; `past`: with its own items."""
+        items = tuple(items_of(past.pieces))
+        return await self._understood(
+            account, body, past, (), items, header_class=header_class, origin=origin, begun=begun
+        )
+
+    async def _understood(
+        self,
+        account: Account,
+        body: requests.ResponsesBody,
+        past: Past,
+        own: tuple[Item, ...],
+        items: tuple[Item, ...],
+        *,
+        header_class: str | None,
+        origin: Origin,
+        begun: Response | None = None,
+    ) -> Turn:
+        sampling = requests.sampling_of(body)
+        asked = requests.asked(body, list(items), account, sampling, header_class=header_class, origin=origin)
+        question = await understand(self._service, account, asked)
+        return Turn(
+            account=account,
+            body=body,
+            past=past,
+            own=own,
+            items=items,
+            sampling=sampling,
+            asked=asked,
+            question=question,
+            response=begun or begun_of(body, question, sampling),
+        )
+
+    async def past(self, account: Account, body: requests.ContextFields) -> Past:
+        """Raises: NotFound, Conflict, InvalidRequest."""
+        if body.previous_response_id is not None:
+            return await self._store.past_of(account.id, body.previous_response_id)
+        if body.conversation_id is not None:
+            return await self._conversations.past(account.id, body.conversation_id)
+        return Past()
+
+    async def own_items(self, account: Account, body: requests.ContextFields) -> list[Item]:
+        """The input's items; references become what they refer to. Raises: NotFound; what `read_items` raises."""
+        return await self.resolved(account, read_items(body.input or []))
+
+    async def resolved(self, account: Account, items: list[Item]) -> list[Item]:
+        found: list[Item] = []
+        for item in items:
+            if item["type"] == "item_reference":
+                piece = await self._store.named(account.id, item["id"])
+                item = restored(piece.id, piece.content)
+            found.append(item)
+        return found
+
+    async def count(self, account: Account, body: requests.ContextFields, items: list[Item]) -> int:
+        """Tokens of the prompt, also where it is too long. Raises: what `understand` raises."""
+        asked = Asked(
+            model=body.model,
+            request=lambda card: requests.chat_request(body, items, card),
+            sampling=Sampling(),
+            origin=Origin(route=f"{ROUTE}/input_tokens"),
+        )
+        question = await understand(self._service, account, asked)
+        try:
+            return await self._service.count(account, question.ask)
+        except PromptTooLong as error:
+            return error.have
+
+    async def tell(self, turn: Turn) -> AsyncGenerator[Event, None]:
+        """The answer's events; before the last of them the response is kept. Closing it cancels the ask, and then
+        nothing is kept.
+
+        Raises: what is known before the model has begun, and StorageUnavailable.
+        """
+        teller = teller_of(turn.response, turn.body)
+        try:
+            async with aclosing(self.computed(turn, teller)) as events:
+                async for event in events:
+                    if event["type"] in ENDS:
+                        await self._keep(turn, event["response"])
+                    yield event
+        except StorageUnavailable:
+            raise
+        except NimbosError as error:
+            if not teller.begun:
+                raise
+            failed = teller.fail(error)
+            with suppress(StorageUnavailable):  # the failure is told anyway
+                await self._keep(turn, failed["response"])
+            yield failed
+
+    async def whole(self, turn: Turn) -> Response:
+        """Raises: whatever ended the answer early, as there is no stream to say it in."""
+        teller = teller_of(turn.response, turn.body)
+        async with aclosing(self.computed(turn, teller)) as events:
+            async for _ in events:
+                pass
+        await self._keep(turn, teller.response)
+        return teller.response
+
+    async def computed(self, turn: Turn, teller: Teller) -> AsyncGenerator[Event, None]:
+        """The answer's events, and nothing kept. Raises: what ends it early."""
+        question = turn.question
+        happenings = answer(self._service, question)
+        try:
+            try:
+                happening = await anext(happenings)
+            except PromptTooLong as error:
+                await happenings.aclose()
+                if turn.body.truncation != "auto":
+                    raise
+                question, truncated = await fit(self._service, turn.account, turn.asked, turn.body, turn.items, error)
+                teller.response.x_nimbos = Extension(truncated=truncated)
+                happenings = answer(self._service, question)
+                happening = await anext(happenings)
+            for event in teller.begin():
+                yield event
+            while True:
+                for event in teller.add(happening, question):
+                    yield event
+                if isinstance(happening, Told):
+                    return
+                happening = await anext(happenings)
+        finally:
+            await happenings.aclose()
+
+    async def _keep(self, turn: Turn, response: Response) -> None:
+        if turn.body.store is not False or turn.body.conversation_id is not None:
+            await self._store.keep(turn.answered(response))
+
+
+def teller_of(response: Response, body: requests.ResponsesBody) -> Teller:
+    sealed = requests.ENCRYPTED in (body.include or [])
+    return Teller(response, summary=requests.summary_asked(body) is not None, sealed=sealed)
+
+
+ENDS = frozenset(["response.completed", "response.incomplete", "response.failed"])
+
+
+def items_of(pieces: tuple[Piece, ...]) -> list[Item]:
+    return [restored(piece.id, piece.content) for piece in pieces]
+
+
+def pieces_of(items: tuple[Item, ...] | list[Item]) -> tuple[Piece, ...]:
+    return tuple(Piece(id=item["id"], content=canonical(item)) for item in items)
+
+
+def split(response: Response) -> tuple[bytes, bytes]:
+    """What repeats the request, and the rest without output and status, which are kept apart."""
+    table = msgspec.to_builtins(response)
+    echo = {name: table.pop(name) for name in _ECHOED if name in table}
+    for name in ("output", "status"):
+        del table[name]
+    return msgspec.json.encode(echo, order="deterministic"), msgspec.json.encode(table)
+
+
+def joined(echo: bytes, body: bytes, *, status: str, output: list[Item]) -> Response:
+    table = {**msgspec.json.decode(echo), **msgspec.json.decode(body), "status": status, "output": output}
+    return msgspec.convert(table, Response)
+
+
+def begun_of(body: requests.ResponsesBody, question: Question, sampling: Sampling) -> Response:
+    text = body.text or requests.TextConfig()
+    shape = {"type": "text"} if text.format is None else _given(text.format)
+    reasoning = body.reasoning or requests.Reasoning()
+    return Response(
+        id=new_id("resp"),
+        created_at=int(time.time()),
+        status="queued" if body.background else "in_progress",
+        background=bool(body.background),
+        conversation=ConversationRef(body.conversation_id) if body.conversation_id is not None else None,
+        include=body.include if body.include else UNSET,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        max_tool_calls=body.max_tool_calls,
+        metadata=body.metadata or {},
+        model=question.card.id,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        prompt_cache_key=body.prompt_cache_key,
+        reasoning={"effort": reasoning.effort, "summary": requests.summary_asked(body)},
+        safety_identifier=body.safety_identifier,
+        service_tier=wire.tier_of(question.ask.ask_class) if body.service_tier is not None else "default",
+        store=body.store is not False,
+        temperature=sampling.temperature,
+        text={"format": shape, "verbosity": text.verbosity or "medium"},
+        tool_choice=body.tool_choice or "auto",
+        tools=echoed(body.tools),
+        top_logprobs=body.top_logprobs or 0,
+        top_p=sampling.top_p,
+        truncation=body.truncation or "disabled",
+        user=body.user,
+    )
+
+
+def _given(shape: requests.TextFormat) -> dict[str, object]:
+    table: dict[str, object] = msgspec.to_builtins(shape)
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def status_of(response: Response) -> Status:
+    status: Status = msgspec.convert(response.status, Status)
+    return status

@@ -1,0 +1,89 @@
+"""`truncation: "auto"`: the oldest items are left out until the prompt fits, and the response says which.
+
+What instructs the model (system and developer messages) stays. A cut is only made where a turn begins, so that no
+result of a call stands there without its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nimbos.api import responses_request as requests
+from nimbos.api.dialogue import Asked, Question, understand
+from nimbos.api.responses_items import Item
+from nimbos.api.responses_wire import Truncated
+from nimbos.errors import InvalidRequest, PromptTooLong
+from nimbos.service import Service
+from nimbos.types import Account
+
+_ROOM_SHARE = 4  # of the window is kept for an answer that has no limit
+_INSTRUCTING = ("system", "developer")
+
+
+async def fit(
+    service: Service,
+    account: Account,
+    asked: Asked,
+    body: requests.ResponsesBody,
+    items: Sequence[Item],
+    error: PromptTooLong,
+) -> tuple[Question, Truncated]:
+    """The question with as much of the context as fits beside its answer.
+
+    Raises: `error` when even the last turn alone is too long.
+    """
+    room = min(body.max_output_tokens or error.limit // _ROOM_SHARE, error.limit // 2)
+    most = error.limit - room
+    found: tuple[Question, int, int] | None = None
+    starts = cuts(items)
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        question, count = await _counted(service, account, asked, body, kept(items, starts[middle]))
+        if question is not None and count <= most:
+            found = question, count, starts[middle]
+            high = middle
+        else:
+            low = middle + 1
+    if found is None:
+        raise error
+    question, count, start = found
+    left = {item["id"] for item in kept(items, start)}
+    dropped = [item["id"] for item in items if item["id"] not in left]
+    return question, Truncated(dropped_items=dropped, prompt_tokens=error.have, limit_tokens=error.limit)
+
+
+def cuts(items: Sequence[Item]) -> list[int]:
+    """Where the context may begin instead: at a user's message, or behind the results of calls."""
+    return [
+        number
+        for number in range(1, len(items))
+        if _speaks(items[number])
+        or (items[number - 1]["type"] == "function_call_output" and items[number]["type"] != "function_call_output")
+    ]
+
+
+def kept(items: Sequence[Item], start: int) -> list[Item]:
+    return [item for number, item in enumerate(items) if number >= start or _instructs(item)]
+
+
+def _speaks(item: Item) -> bool:
+    return bool(item["type"] == "message" and item["role"] == "user")
+
+
+def _instructs(item: Item) -> bool:
+    return bool(item["type"] == "message" and item["role"] in _INSTRUCTING)
+
+
+async def _counted(
+    service: Service, account: Account, asked: Asked, body: requests.ResponsesBody, items: list[Item]
+) -> tuple[Question | None, int]:
+    """None for a context that the model's template does not take, or that is still too long."""
+    try:
+        question = await understand(service, account, replace(asked, request=requests.request_of(body, items)))
+        return question, await service.count(account, question.ask)
+    except PromptTooLong as error:
+        return None, error.have
+    except InvalidRequest:
+        return None, 0
