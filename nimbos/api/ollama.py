@@ -28,6 +28,7 @@ _SERVED = (
     "/v1/responses",
 )
 _NOT_SERVED = ("/api/v1/", "/v1/messages/batches")
+GREETING = "/api/"
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"cookie"})
 
 REFUSED = ("/api/copy", "/api/create", "/api/push", "/api/blobs/{digest}")
@@ -64,7 +65,8 @@ def serves(path: str) -> bool:
 
 
 class Keyless:
-    """Goes before everything that looks for a key: whoever comes here comes with the key `ollama`."""
+    """Goes before everything that looks for a key: whoever comes here comes with the key `ollama`. As keys are for
+    routes below a first word, `/` is looked for at `GREETING`."""
 
     def __init__(self, app: ASGIApp, *, secret: str) -> None:
         self._app = app
@@ -73,8 +75,9 @@ class Keyless:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             kept = [header for header in scope["headers"] if header[0].lower() not in _KEY_HEADERS]
-            scope = {**scope, "headers": [*kept, self._header]}
+            path = GREETING if scope["path"] == "/" else scope["path"]
+            scope = {**scope, "headers": [*kept, self._header], "path": path}
         await self._app(scope, receive, send)
 
 
-__all__ = ["SHAPE", "Keyless", "greet", "routes", "serves"]
+__all__ = ["GREETING", "SHAPE", "Keyless", "greet", "routes", "serves"]

@@ -21,7 +21,6 @@ from nimbos.errors import ConfigError, Unauthorized
 
 NAME = "ollama"
 ROUTES = (
-    "/",
     "/api",
     "/v1/chat",
     "/v1/completions",
