@@ -1,0 +1,226 @@
+"""The meter counts what is told, exactly: whatever is killed, cancelled, shared, preempted or computed again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from nimbos.engine import Engine
+from nimbos.engine.scripted import ScriptedSource
+from nimbos.engine.tally import Tally
+from nimbos.meterfile import Counts, MeterFile
+from nimbos.types import Ask, AskClass, Grammar, Kind, Sampling, Text, Thinking, TokenSource, Usage, new_id
+from tests.engine.asking import PROMPT, Told, answer, ask, started
+
+THINKS = Thinking(open="<think>", close="</think>", budget_tokens=9, started=True, farewell="\n</think>\n\n")
+
+
+@pytest.fixture
+def meters(tmp_path: Path) -> MeterFile:
+    return MeterFile.create(tmp_path / "run")
+
+
+@pytest_asyncio.fixture
+async def engine(tmp_path: Path, meters: MeterFile) -> AsyncIterator[Engine]:
+    running = await started("qwen2", tmp_path, meters=meters)
+    yield running
+    await running.close()
+
+
+def metered(meters: MeterFile, wanted: Ask) -> Ask:
+    return msgspec.structs.replace(wanted, meter_row=meters.allot(wanted.id))
+
+
+def counts_of(meters: MeterFile, wanted: Ask) -> Counts:
+    assert wanted.meter_row is not None
+    return meters.read(wanted.meter_row)
+
+
+async def told_and_counted(source: TokenSource, meters: MeterFile, wanted: Ask) -> tuple[Told, Counts]:
+    wanted = metered(meters, wanted)
+    told = await answer(source, wanted)
+    counts = counts_of(meters, wanted)
+    assert counts.usage() == told.usage
+    return told, counts
+
+
+async def test_the_meter_counts_the_prompt_the_answer_and_what_was_cached(engine: Engine, meters: MeterFile) -> None:
+    told, counts = await told_and_counted(engine, meters, ask())
+    prompt = (await engine.prepare(ask())).prompt_tokens
+    assert (counts.computed_input, counts.cached_input, counts.output) == (prompt, 0, len(told.ids[0]))
+    assert counts.compute_us > 0
+    _, again = await told_and_counted(engine, meters, ask())
+    assert (again.computed_input, again.cached_input) == (1, prompt - 1)
+    assert again.recomputed_input == again.recomputed_output == 0
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen35"])
+async def test_branches_pay_for_their_prompt_once(arch: str, tmp_path: Path, meters: MeterFile) -> None:
+    """A family that cannot share computes it for each branch, which shows as computed again."""
+    engine = await started(arch, tmp_path, meters=meters)
+    try:
+        told, counts = await told_and_counted(engine, meters, ask(n=3, sampling=Sampling(seed=3)))
+        prompt = (await engine.prepare(ask())).prompt_tokens
+        assert told.usage.input == prompt
+        assert counts.output == told.tokens > 3
+        assert counts.recomputed_input == (2 * prompt if arch == "qwen35" else 2)
+    finally:
+        await engine.close()
+
+
+async def test_thinking_and_forced_tokens_are_counted(tmp_path: Path, meters: MeterFile) -> None:
+    engine = await started("qwen3", tmp_path, meters=meters)
+    try:
+        told, counts = await told_and_counted(engine, meters, ask(thinking=THINKS, limit_tokens=40))
+        assert 0 < counts.thinking <= 9
+        assert counts.thinking == told.final.usage.thinking
+        schema = '{"const": {"answer": "forty-two is the answer"}}'
+        grammar = Grammar(kind="json_schema", source=schema)
+        told, counts = await told_and_counted(engine, meters, ask(grammar=grammar, limit_tokens=60))
+        assert counts.output == len(told.ids[0]) > 5
+    finally:
+        await engine.close()
+
+
+async def test_preempted_asks_pay_once(tmp_path: Path, meters: MeterFile) -> None:
+    engine = await started("llama", tmp_path, meters=meters, cells=512, share_prefixes=False)
+    try:
+        wanted = [ask(f"{n} {PROMPT}" * 2, limit_tokens=60, ask_class=list(AskClass)[n % 3]) for n in range(12)]
+        prompts = [(await engine.prepare(each)).prompt_tokens for each in wanted]
+        results = await asyncio.gather(*(told_and_counted(engine, meters, each) for each in wanted))
+        assert [told.usage.input for told, _ in results] == prompts
+        assert all(counts.output == 60 for _, counts in results)
+        assert (await engine.stats()).preemptions > 0
+        assert sum(counts.recomputed_input for _, counts in results) > 0
+    finally:
+        await engine.close()
+
+
+async def test_an_ask_that_continues_another_does_not_pay_for_it_again(engine: Engine, meters: MeterFile) -> None:
+    whole = await answer(engine, ask())
+    told, counts = await told_and_counted(engine, meters, ask(emitted={0: tuple(whole.ids[0][:9])}, account="new"))
+    assert counts.output == 15 == len(told.ids[0])
+    assert counts.recomputed_input == 8, "what was emitted is read again, its last token for the first time"
+
+
+async def test_embeddings_are_counted(tmp_path: Path, meters: MeterFile) -> None:
+    engine = await started("qwen3-embedding", tmp_path, meters=meters)
+    try:
+        parts = tuple(Text(f"{n} {PROMPT}") for n in range(40))
+        wanted = Ask(id=new_id("ask"), account="anna", model="tiny", kind=Kind.EMBED, parts=parts)
+        _, counts = await told_and_counted(engine, meters, wanted)
+        assert counts.computed_input == (await engine.prepare(wanted)).prompt_tokens
+    finally:
+        await engine.close()
+
+
+async def test_the_scripted_model_is_counted_the_same_way(tmp_path: Path, meters: MeterFile) -> None:
+    file = tmp_path / "demo.json"
+    file.write_text('{"default": {"thinking": "let me see", "text": "one two three"}}')
+    source = ScriptedSource.load(file)
+    source.count_into(meters)
+    thinking = Thinking(open="<think>", close="</think>", budget_tokens=100)
+    told, counts = await told_and_counted(source, meters, ask("four words are here", n=2, thinking=thinking))
+    assert (counts.computed_input, counts.output, counts.thinking) == (4, 12, 6)
+    assert told.usage == Usage(input=4, output=12, thinking=6)
+
+
+async def test_a_client_that_leaves_has_paid_for_all_it_was_told_and_at_most_a_step_more(
+    engine: Engine, meters: MeterFile
+) -> None:
+    for stop_after in (1, 2, 7):
+        wanted = metered(meters, ask(limit_tokens=500, ignore_eos=True, n=2, sampling=Sampling(seed=1)))
+        told = Told()
+        prepared = await engine.prepare(wanted)
+        async with aclosing(engine.generate(prepared.ask)) as chunks:
+            async for chunk in chunks:
+                told.take(chunk)
+                if told.tokens >= stop_after:
+                    break
+        await engine.stats()  # answered between steps, after the cancelling
+        counts = counts_of(meters, wanted)
+        assert told.tokens <= counts.output
+        after = counts_of(meters, wanted)
+        await answer(engine, ask("someone else"))
+        assert counts_of(meters, wanted) == after, "counted on after it was cancelled"
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen35"])
+async def test_killed_at_random_moments_the_meter_is_what_was_told(
+    arch: str, tmp_path: Path, meters: MeterFile
+) -> None:
+    engine = await started(arch, tmp_path, meters=meters)
+    rng = random.Random(arch)
+    prompts = {n: f"{n} {PROMPT * (1 + n % 3)}" for n in range(6)}
+    lengths = {n: (await engine.prepare(ask(prompts[n]))).prompt_tokens for n in prompts}
+    progress = asyncio.Event()
+    left = len(prompts)
+
+    async def client(number: int) -> None:
+        nonlocal left
+        thinking = THINKS if arch == "qwen3" and number % 2 else None
+        wanted = metered(meters, ask(prompts[number], limit_tokens=90, ignore_eos=True, n=1 + number % 2, thinking=thinking))
+        told = Told()
+        prepared = await engine.prepare(wanted)
+        async with aclosing(engine.generate(prepared.ask)) as chunks:
+            async for chunk in chunks:
+                told.take(chunk)
+                if told.tokens <= counts_of(meters, wanted).output:
+                    progress.set()
+                else:
+                    pytest.fail("told before it was counted")
+        left -= 1
+        progress.set()
+        counts = counts_of(meters, wanted)
+        assert counts.usage() == told.usage
+        assert told.usage.input == lengths[number]
+        assert told.usage.output == told.tokens == 90 * wanted.n
+
+    async def killer() -> None:
+        """Between the step's counting and its posting, in the middle of computing, while it restarts: at any time."""
+        while left:
+            moment = rng.randrange(1, 40)
+            while left and moment:
+                progress.clear()
+                await progress.wait()
+                moment -= 1
+            if left and engine.restarts < 5 and engine.pid is not None:
+                os.kill(engine.pid, signal.SIGKILL)
+
+    try:
+        await asyncio.gather(killer(), *(client(n) for n in prompts))
+        assert engine.restarts > 0
+    finally:
+        await engine.close()
+
+
+def test_what_was_counted_and_never_received_is_not_billed_twice(meters: MeterFile) -> None:
+    """The engine counts ten tokens, the server receives six of them, and the process dies."""
+    wanted = metered(meters, ask())
+    assert wanted.meter_row is not None
+    row = meters.row(wanted.meter_row, wanted.id)
+    first = Tally(20, row)
+    first.found(5)
+    first.computed(5, 15)
+    first.answered(10, 4)
+    first.write()
+    second = Tally(20, row)
+    second.resume(output=6, thinking=3, cached=5)
+    assert counts_of(meters, wanted).usage() == Usage(input=20, cached=5, output=6, thinking=3, recomputed=4)
+    assert second.computed(0, 20) == 20
+    second.answered(4, 1)
+    second.write()
+    assert counts_of(meters, wanted) == Counts(
+        computed_input=35, cached_input=5, output=14, thinking=5,
+        recomputed_input=20, recomputed_output=4, recomputed_thinking=1,
+    )  # fmt: skip
+    assert second.usage(first=True, output=10, thinking=4) == counts_of(meters, wanted).usage()
