@@ -14,8 +14,10 @@ from msgspec import UNSET
 from nimbos.api import anthropic_wire as wire
 from nimbos.api import openai_wire
 from nimbos.api.cut_json import whole_object
-from nimbos.api.dialogue import Ended, Event, Opened, Question, Said, Told
+from nimbos.api.dialogue import Ended, Opened, Question, Said, Told, answer
+from nimbos.batches import Reply
 from nimbos.chat import ContentDelta, Delta, ReasoningDelta
+from nimbos.service import Service
 from nimbos.types import AskClass, Final, FinishReason, Usage
 
 
@@ -31,16 +33,14 @@ class Manner:
     edits: bool = False
 
 
-async def events_of(
-    question: Question, events: AsyncGenerator[Event, None], manner: Manner
-) -> AsyncGenerator[wire.Event, None]:
+async def events_of(service: Service, question: Question, manner: Manner) -> AsyncGenerator[wire.Event, None]:
     """Closing it cancels the ask."""
     blocks = _Blocks(question.card.model_hash, hidden=manner.hidden)
     ended: Ended | None = None
-    async with aclosing(events):
+    async with aclosing(answer(service, question)) as events:
         async for event in events:
             if isinstance(event, Opened):
-                yield wire.MessageStart(_begun(question, manner))
+                yield wire.MessageStart(_begun(question, manner, service.used(question.ask.id)))
                 yield wire.Ping()
             elif isinstance(event, Said):
                 for one in [] if manner.silent else blocks.add(event.delta):
@@ -55,7 +55,8 @@ async def events_of(
     yield wire.MessageStop()
 
 
-async def fold(events: AsyncGenerator[wire.Event, None]) -> wire.Message:
+async def fold(question: Question, events: AsyncGenerator[wire.Event, None]) -> wire.Message:
+    """A stream's events as one reply; with a journal it is told before its ask is settled."""
     folded: _Folded | None = None
     async with aclosing(events):
         async for event in events:
@@ -63,14 +64,20 @@ async def fold(events: AsyncGenerator[wire.Event, None]) -> wire.Message:
                 folded = _Folded(event.message)
             elif folded is not None:
                 folded.add(event)
+                if isinstance(event, wire.MessageDelta) and question.journal is not None:
+                    question.journal.answered(reply_of(question, folded.message))
     assert folded is not None
     return folded.message
 
 
-def _begun(question: Question, manner: Manner) -> wire.Message:
-    """What was in memory is known at the end only, so the whole prompt counts as input until then."""
-    usage = wire.UsageBody.of(Usage(input=question.admission.prompt_tokens), pin_tokens=0)
-    usage.cache_creation = UNSET
+def reply_of(question: Question, message: wire.Message) -> Reply:
+    return Reply(200, wire.encode(message), question.ask.id)
+
+
+def _begun(question: Question, manner: Manner, used: Usage) -> wire.Message:
+    """The prompt is computed by now, so what of it was in memory is known."""
+    prompt = Usage(input=question.admission.prompt_tokens, cached=used.cached)
+    usage = wire.UsageBody.of(prompt, pin_tokens=question.ask.pin_tokens)
     usage.service_tier = "batch" if question.ask.ask_class is AskClass.BATCH else "standard"
     return wire.Message(
         id=openai_wire.completion_id(question.ask, "msg").replace("-", "_"), model=manner.model, usage=usage

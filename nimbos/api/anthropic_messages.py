@@ -17,17 +17,20 @@ from starlette.responses import Response
 from nimbos.api import anthropic_wire as wire
 from nimbos.api import body as bodies
 from nimbos.api.access import account_of
-from nimbos.api.anthropic_answer import Manner, events_of, fold
+from nimbos.api.anthropic_answer import Manner, events_of, fold, reply_of
 from nimbos.api.anthropic_body import Wanted, read
 from nimbos.api.anthropic_errors import event_of, limit_headers
-from nimbos.api.dialogue import Question, answer, understand
+from nimbos.api.dialogue import Question, understand
 from nimbos.api.exchange import ask_headers, event_stream, json_reply
+from nimbos.api.fields import check_unstreamed
 from nimbos.api.pins import pinned
 from nimbos.api.sse import Framing, or_gone
+from nimbos.batches import AnswerJournal, Reply
 from nimbos.config import ServerSettings
 from nimbos.errors import PromptTooLong
+from nimbos.runtime import Runtime
 from nimbos.service import Service
-from nimbos.types import Account, Text
+from nimbos.types import Account, Origin, Text
 
 
 class Messages:
@@ -38,9 +41,9 @@ class Messages:
     async def create(self, request: Request) -> Response:
         wanted = await self._read(request, counting=False)
         question = await or_gone(request, question_of(self._service, account_of(request), wanted))
-        events = events_of(question, answer(self._service, question), manner_of(wanted))
+        events = events_of(self._service, question, manner_of(wanted))
         if not wanted.body.stream:
-            message = await or_gone(request, fold(events))
+            message = await or_gone(request, fold(question, events))
             return json_reply(message, headers=headers_of(question, wanted))
         request_id = _request_id(question)
         return await event_stream(
@@ -71,9 +74,21 @@ class Messages:
         return read(content, account_of(request), header_class=header_class, counting=counting)
 
 
-async def question_of(service: Service, account: Account, wanted: Wanted, *, pin: bool = True) -> Question:
+async def perform(
+    runtime: Runtime, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+) -> Reply:
+    """The route without HTTP, for a request of a batch. Raises: what the route would answer with an error."""
+    wanted = read(body, account, header_class=None, origin=origin)
+    check_unstreamed(wanted.body.stream)
+    question = await question_of(runtime.service, account, wanted, journal=journal)
+    return reply_of(question, await fold(question, events_of(runtime.service, question, manner_of(wanted))))
+
+
+async def question_of(
+    service: Service, account: Account, wanted: Wanted, *, pin: bool = True, journal: AnswerJournal | None = None
+) -> Question:
     """Raises: what `understand` raises."""
-    question = await understand(service, account, wanted.asked)
+    question = await understand(service, account, wanted.asked, journal=journal)
     if wanted.prefill:
         parts = (*question.ask.parts, Text(wanted.prefill, special=False))
         question = replace(question, ask=msgspec.structs.replace(question.ask, parts=parts))

@@ -40,13 +40,12 @@ class OutputDetails(msgspec.Struct, kw_only=True):
 
 
 class UsageBody(msgspec.Struct, kw_only=True):
-    """`input_tokens` is what was neither in memory nor newly kept for a marker; all three together are the prompt.
-    At the start of a stream `cache_creation` is not known yet."""
+    """`input_tokens` is what was neither in memory nor newly kept for a marker; all three together are the prompt."""
 
     input_tokens: int
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
-    cache_creation: CacheCreation | UnsetType = UNSET
+    cache_creation: CacheCreation
     output_tokens: int
     output_tokens_details: OutputDetails
     service_tier: str | UnsetType = UNSET
