@@ -10,7 +10,7 @@ from nimbos.ledger.desk import Desk
 from nimbos.ledger.export import export_asks
 from nimbos.ledger.journal import Journal
 from nimbos.ledger.ledger import Extended, Ledger, Progress, Reserved, Settled
-from nimbos.ledger.limits import Limit, limits_of, set_limit
+from nimbos.ledger.limits import Limit, all_limits, limits_of, set_limit
 from nimbos.ledger.prices import Price, PriceTable, current_table, set_prices
 from nimbos.ledger.recovery import Recovery
 from nimbos.ledger.reports import Report, Span, UsageRow, Used, usage, usage_buckets
@@ -42,6 +42,7 @@ __all__ = [
     "add_alert",
     "alerts_of",
     "all_budgets",
+    "all_limits",
     "budgets_of",
     "change_alert",
     "current_table",

@@ -96,6 +96,7 @@ _SELECT_OF = Statement(
     .where(and_(limits.c.owner_kind == bindparam("kind"), limits.c.owner_id == bindparam("owner")))
     .order_by(limits.c.model)
 )
+_SELECT_ALL = Statement(select(limits).order_by(*_IN_ORDER))
 _SET_DUE = Statement(
     update(limits).where(_ONE).values(requests_due_ns=bindparam("requests_due"), tokens_due_ns=bindparam("tokens_due"))
 )
@@ -137,7 +138,7 @@ def pass_limits(owners: Owners, *, tokens: int) -> Transaction[Passed]:
     )
     if not rows:
         return Passed()
-    now_ns = time.time_ns()
+    now_ns = _now_ns()
     standings: list[Standing] = []
     charged = []
     for row in rows:
@@ -211,6 +212,11 @@ def set_limit(
 
 def limits_of(owner_kind: str, owner_id: str) -> Transaction[list[Limit]]:
     rows = yield _SELECT_OF(kind=owner_kind, owner=owner_id)
+    return [limit_of(row) for row in rows]
+
+
+def all_limits() -> Transaction[list[Limit]]:
+    rows = yield _SELECT_ALL()
     return [limit_of(row) for row in rows]
 
 
@@ -288,3 +294,7 @@ def _check(limit: Limit) -> None:
         least = 1 if name.endswith("burst") else 0
         if number is not None and not least <= number <= LIMIT_MAX:
             raise InvalidRequest(f"{name} is from {least} to {LIMIT_MAX}, not {number}.", param=name)
+
+
+def _now_ns() -> int:
+    return time.time_ns()

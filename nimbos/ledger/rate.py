@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MINUTE_NS = 60_000_000_000
+_SLACK_NS_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ def take(due_ns: int, now_ns: int, *, per_min: int, burst: int, amount: int) -> 
         return Take(due_ns=None, used=0, remaining=0, full_in_s=60.0, retry_after_s=60.0)
     begun = max(due_ns, now_ns)
     cost_ns = span_ns(amount, per_min)
-    window_ns = span_ns(burst, per_min)
+    window_ns = span_ns(burst, per_min) + _slack_ns(burst)
     wait_ns = begun - now_ns + min(cost_ns, window_ns) - window_ns
     if wait_ns <= 0:
         return _standing(begun + cost_ns, now_ns, per_min=per_min, burst=burst, due_ns=begun + cost_ns)
@@ -46,11 +47,16 @@ def span_ns(amount: int, per_min: int) -> int:
     return -(-amount * MINUTE_NS // per_min)
 
 
+def _slack_ns(burst: int) -> int:
+    """Each taking is rounded up by less than a nanosecond; so much must not cost the last of a burst its place."""
+    return min(burst, _SLACK_NS_MAX)
+
+
 def _standing(
     full_at_ns: int, now_ns: int, *, per_min: int, burst: int, due_ns: int | None, retry_after_s: float = 0.0
 ) -> Take:
     waiting_ns = max(0, full_at_ns - now_ns)
-    used = -(-waiting_ns * per_min // MINUTE_NS)
+    used = max(0, -(-(waiting_ns - _slack_ns(burst)) * per_min // MINUTE_NS))
     return Take(
         due_ns=due_ns,
         used=used,

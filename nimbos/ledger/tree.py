@@ -68,7 +68,7 @@ def set_budget(
     """
     _check(owner_kind, owner_id, meter=meter, limit=limit, period=period, alerts_at=alerts_at or ())
     rows = yield _FIND(kind=owner_kind, owner=owner_id, of_meter=meter, of_period=period)
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = _now_ms()
     if rows:
         budget_id = rows[0]["id"]
         yield _CHANGE(of=budget_id, new_limit=limit, name=owner_name or rows[0]["owner_name"])
@@ -106,19 +106,19 @@ def find_budget(budget_id: str) -> Transaction[Budget]:
     rows = yield _SELECT_ONE(of=budget_id)
     if not rows:
         raise NotFound(f"There is no budget {budget_id[:60]!r}.", param="budget")
-    return budget_of(rows[0]).at(time.time_ns() // 1_000_000)
+    return budget_of(rows[0]).at(_now_ms())
 
 
 def budgets_of(owner_kind: str, owner_id: str) -> Transaction[list[Budget]]:
     rows = yield _SELECT_OF(kind=owner_kind, owner=owner_id)
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = _now_ms()
     return [budget_of(row).at(now_ms) for row in rows]
 
 
 def all_budgets() -> Transaction[list[Budget]]:
     """From the root."""
     rows = yield _SELECT_ALL()
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = _now_ms()
     return [budget_of(row).at(now_ms) for row in rows]
 
 
@@ -170,3 +170,7 @@ def _check(
     for number in (*alerts_at, *(() if limit is None else (limit,))):
         if not 0 <= number <= LIMIT_MAX:
             raise InvalidRequest(f"A budget and its alerts are from 0 to {LIMIT_MAX}, not {number}.", param="limit")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

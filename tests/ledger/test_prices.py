@@ -1,0 +1,163 @@
+"""Money: whole millionths, one rounding for each ask, and a past that no change of prices touches."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nimbos.db import Database
+from nimbos.errors import InvalidRequest
+from nimbos.ledger import Price, PriceTable, current_table, set_prices
+from nimbos.ledger.prices import Rates, quantities, tokens_of
+from nimbos.types import AskClass, Usage
+from tests.ledger.books import ASKS, METERS, Books, of_class
+
+PRICE = st.integers(0, 10**9)
+TOKENS = st.integers(0, 10**7)
+RATES = st.builds(Rates, input=PRICE, cached=PRICE, output=PRICE, thinking=PRICE)
+TABLE = [
+    Price(meter="input", micros_per_million=1_000_000),
+    Price(meter="cached", micros_per_million=200_000),
+    Price(meter="output", micros_per_million=4_000_000),
+    Price(meter="thinking", micros_per_million=3_000_000),
+    Price(meter="input", ask_class="batch", micros_per_million=500_000),
+    Price(meter="output", ask_class="batch", micros_per_million=2_000_000),
+    Price(model="demo", meter="input", micros_per_million=7_000_000),
+]
+
+
+@st.composite
+def usages(draw: st.DrawFn) -> Usage:
+    given_input, output = draw(TOKENS), draw(TOKENS)
+    return Usage(
+        input=given_input,
+        cached=draw(st.integers(0, given_input)),
+        output=output,
+        thinking=draw(st.integers(0, output)),
+        recomputed=draw(TOKENS),
+    )
+
+
+@given(RATES, usages())
+def test_the_cost_is_the_exact_sum_rounded_once(rates: Rates, usage: Usage) -> None:
+    exact = (
+        Fraction((usage.input - usage.cached) * rates.input)
+        + Fraction(usage.cached * rates.cached)
+        + Fraction((usage.output - usage.thinking) * rates.output)
+        + Fraction(usage.thinking * rates.thinking)
+    ) / 10**6
+    assert abs(rates.cost_micros(usage) - exact) <= Fraction(1, 2)
+    assert sum(count for meter, count in quantities(usage).items() if meter != "recomputed") == tokens_of(usage)
+
+
+@given(RATES, usages(), usages())
+def test_what_is_held_always_pays_for_what_comes(rates: Rates, before: Usage, more: Usage) -> None:
+    bound = rates.bound_micros(prompt_tokens=more.input, output_tokens=more.output)
+    assert rates.cost_micros(before + more) <= rates.cost_micros(before) + bound
+
+
+@given(RATES, TOKENS, TOKENS, st.integers(0, 10**12))
+def test_as_many_tokens_are_let_through_as_money_pays_for_and_not_one_more(
+    rates: Rates, prompt: int, most: int, micros: int
+) -> None:
+    outputs = rates.outputs_for(micros, prompt_tokens=prompt, most=most)
+    if outputs >= 0:
+        assert rates.bound_micros(prompt_tokens=prompt, output_tokens=outputs) <= micros
+    if outputs < most:
+        assert rates.bound_micros(prompt_tokens=prompt, output_tokens=max(0, outputs + 1)) > micros
+
+
+def test_a_models_own_price_goes_before_everybodys_and_a_class_before_all() -> None:
+    table = PriceTable(rows={(one.model, one.meter, one.ask_class): one.micros_per_million for one in TABLE})
+    assert table.rates("other", "interactive") == Rates(
+        input=1_000_000, cached=200_000, output=4_000_000, thinking=3_000_000
+    )
+    assert table.rates("other", "batch") == Rates(input=500_000, cached=200_000, output=2_000_000, thinking=3_000_000)
+    assert table.rates("demo", "batch").input == 7_000_000
+
+
+def test_a_kind_without_a_price_of_its_own_costs_what_it_is_a_part_of() -> None:
+    table = PriceTable(rows={("*", "input", "*"): 5, ("*", "output", "*"): 9})
+    assert table.rates("demo", "interactive") == Rates(input=5, cached=5, output=9, thinking=9)
+
+
+@pytest.fixture
+def books(database: Database) -> Books:
+    return Books(database)
+
+
+async def test_without_prices_everything_costs_nothing(books: Books) -> None:
+    assert (await books.ask_and_settle(Usage(input=10**6, output=10**6))).cost_micros == 0
+
+
+async def test_a_change_of_price_never_touches_the_past_nor_what_runs(books: Books) -> None:
+    assert await books.run(lambda: set_prices(TABLE)) == 1
+    settled = await books.ask_and_settle(Usage(input=1000, cached=400, output=100, thinking=30, recomputed=50))
+    assert settled.cost_micros == 600 * 7 + 400 * 200_000 // 10**6 + 70 * 4 + 30 * 3
+    running = await books.reserve()
+    assert await books.run(lambda: set_prices([Price(model="demo", meter="input", micros_per_million=9_000_000)])) == 2
+    assert (await books.settle(running.ask_id, Usage(input=10))).cost_micros == 70
+    assert (await books.ask_and_settle(Usage(input=10))).cost_micros == 90
+    rows = await books.rows(ASKS)
+    assert [(row["price_version"], row["cost_micros"]) for row in rows] == [
+        (1, settled.cost_micros),
+        (1, 70),
+        (2, 90),
+    ]
+    per_ask = [row for row in await books.rows(METERS) if row["ask"] == rows[0]["id"]]
+    assert {row["meter"]: (row["quantity"], row["micros_per_million"]) for row in per_ask} == {
+        "input": (600, 7_000_000),
+        "cached": (400, 200_000),
+        "output": (70, 4_000_000),
+        "thinking": (30, 3_000_000),
+        "recomputed": (50, 0),
+    }
+    exact = sum(row["quantity"] * row["micros_per_million"] for row in per_ask)
+    assert settled.cost_micros == (exact + 500_000) // 10**6
+
+
+async def test_a_batch_costs_what_its_own_rows_say(books: Books) -> None:
+    await books.run(lambda: set_prices([price for price in TABLE if price.model == "*"]))
+    usage = Usage(input=1000, output=1000)
+    full = await books.ask_and_settle(usage, ask=of_class(AskClass.INTERACTIVE))
+    half = await books.ask_and_settle(usage, ask=of_class(AskClass.BATCH))
+    assert (full.cost_micros, half.cost_micros) == (5000, 2500)
+
+
+async def test_a_version_is_whole_and_prices_can_be_taken_out(books: Books) -> None:
+    await books.run(lambda: set_prices(TABLE))
+    await books.run(lambda: set_prices([], removed=[TABLE[6]]))
+    table = await books.run(current_table)
+    assert (table.version, len(table.rows)) == (2, 6)
+    await books.run(lambda: set_prices([TABLE[0]], replace=True))
+    assert (await books.run(current_table)).prices() == [TABLE[0]]
+
+
+async def test_money_holds_an_answer_as_tokens_do(books: Books) -> None:
+    await books.run(lambda: set_prices([Price(meter="output", micros_per_million=2_000_000)]))
+    budget = await books.budget("key", "key_a", meter="cost_micros", limit=100)
+    reserved = await books.reserve(prompt=1000)  # a prompt that costs nothing
+    assert reserved.allowance_tokens == 50
+    ended = await books.extend(reserved.ask_id, Usage(input=1000, output=50), allowance=50)
+    assert ended.last
+    assert (await books.settle(reserved.ask_id, Usage(input=1000, output=50))).cost_micros == 100
+    assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Price(meter="coffee", micros_per_million=1),
+        Price(meter="input", ask_class="first", micros_per_million=1),
+        Price(meter="input", micros_per_million=-1),
+        Price(meter="input", micros_per_million=10**13),
+        Price(meter="input", model="", micros_per_million=1),
+    ],
+)
+async def test_a_price_that_cannot_be_is_refused(books: Books, wrong: Price) -> None:
+    with pytest.raises(InvalidRequest):
+        await books.run(lambda: set_prices([TABLE[0], wrong]))
+    assert (await books.run(current_table)).rows == {}
