@@ -34,9 +34,9 @@ def take(due_ns: int, now_ns: int, *, per_min: int, burst: int, amount: int) -> 
         return Take(due_ns=None, used=0, remaining=0, full_in_s=60.0, retry_after_s=60.0)
     begun = max(due_ns, now_ns)
     cost_ns = span_ns(amount, per_min)
-    window_ns = span_ns(burst, per_min) + _slack_ns(burst)
+    window_ns = span_ns(burst, per_min)
     wait_ns = begun - now_ns + min(cost_ns, window_ns) - window_ns
-    if wait_ns <= 0:
+    if wait_ns <= _slack_ns(burst):
         return _standing(begun + cost_ns, now_ns, per_min=per_min, burst=burst, due_ns=begun + cost_ns)
     return _standing(begun, now_ns, per_min=per_min, burst=burst, due_ns=None, retry_after_s=wait_ns / 1e9)
 
