@@ -110,9 +110,10 @@ class Service:
     async def count(self, account: Account, ask: Ask) -> int:
         """Tokens of the ask's prompt; nothing is asked, and nothing is charged.
 
-        Raises: what `card` raises; PromptTooLong, InvalidRequest.
+        Raises: what `card` raises; Forbidden, PromptTooLong, InvalidRequest.
         """
         async with self._sources.hold(ask.model) as held:
+            _check_model(account, held.card.id)
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
             return prepared.prompt_tokens
 
