@@ -396,6 +396,7 @@ class Loop:
             track.answered()
             self._chunks.extend((job.ask_id, chunk) for chunk in track.answer.drain())
             job.parked = track.answer.spent
+            self._changed |= job.parked  # its place is another's
             if track.answer.finish is not None:
                 self._finish(job, track.answer.finish)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from nimbos.config import EngineSettings, Settings
 from nimbos.engine import Engine, llama
 from nimbos.engine.llama import Library
 from nimbos.engine.model import Model, ModelOptions, Rows
@@ -23,70 +22,17 @@ from nimbos.errors import EngineFailed, InvalidRequest, ModelUnusable, Overloade
 from nimbos.types import (
     Ask,
     AskClass,
-    Chunk,
     Final,
     FinishReason,
     Grammar,
     Kind,
     Sampling,
     Text,
-    TokenChunk,
     Tokens,
     VectorChunk,
     new_id,
 )
-from tests import tiny_gguf
-
-GREEDY = Sampling(temperature=0.0)
-PROMPT = "the man in the world said hello to you and that is what we like to hear from there "
-
-
-def settings_in(home: Path, **engine: object) -> Settings:
-    defaults = {"cells": 2048, "sequences": 64, "threads": 1, "max_step_tokens": 128}
-    return Settings(home=str(home), engine=msgspec.convert({**defaults, **engine}, EngineSettings))
-
-
-def ask(text: str = PROMPT, **fields: object) -> Ask:
-    fields.setdefault("sampling", GREEDY)
-    fields.setdefault("limit_tokens", 24)
-    fields.setdefault("account", "anna")
-    return Ask(id=new_id("ask"), model="tiny", parts=(Text(text),), **fields)  # type: ignore[arg-type]
-
-
-class Told:
-    """What a client of one ask was told."""
-
-    def __init__(self) -> None:
-        self.text: dict[int, str] = {}
-        self.ids: dict[int, list[int]] = {}
-        self.finals: list[Final] = []
-
-    def take(self, chunk: Chunk) -> None:
-        if isinstance(chunk, TokenChunk):
-            self.text[chunk.branch] = self.text.get(chunk.branch, "") + chunk.text
-            self.ids.setdefault(chunk.branch, []).extend(chunk.ids)
-        elif isinstance(chunk, Final):
-            self.finals.append(chunk)
-
-    @property
-    def final(self) -> Final:
-        (only,) = self.finals
-        return only
-
-
-async def answer(engine: Engine, wanted: Ask) -> Told:
-    told = Told()
-    prepared = await engine.prepare(wanted)
-    async with aclosing(engine.generate(prepared.ask)) as chunks:
-        async for chunk in chunks:
-            told.take(chunk)
-    return told
-
-
-async def started(arch: str, folder: Path, **engine: object) -> Engine:
-    running = Engine(model_path=tiny_gguf.write(arch, folder), model_id="tiny", settings=settings_in(folder, **engine))
-    await running.start()
-    return running
+from tests.engine.asking import PROMPT, Told, answer, ask, settings_in, started
 
 
 @pytest_asyncio.fixture

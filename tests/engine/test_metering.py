@@ -91,16 +91,22 @@ async def test_thinking_and_forced_tokens_are_counted(tmp_path: Path, meters: Me
         await engine.close()
 
 
-async def test_preempted_asks_pay_once(tmp_path: Path, meters: MeterFile) -> None:
+async def test_an_ask_that_gave_way_pays_once(tmp_path: Path, meters: MeterFile) -> None:
+    """The cells do for either; without sharing, what gives way is computed again."""
     engine = await started("llama", tmp_path, meters=meters, cells=512, share_prefixes=False)
     try:
-        wanted = [ask(f"{n} {PROMPT}" * 2, limit_tokens=60, ask_class=list(AskClass)[n % 3]) for n in range(12)]
-        prompts = [(await engine.prepare(each)).prompt_tokens for each in wanted]
-        results = await asyncio.gather(*(told_and_counted(engine, meters, each) for each in wanted))
-        assert [told.usage.input for told, _ in results] == prompts
-        assert all(counts.output == 60 for _, counts in results)
-        assert (await engine.stats()).preemptions > 0
-        assert sum(counts.recomputed_input for _, counts in results) > 0
+        slow = metered(meters, ask(PROMPT * 8, limit_tokens=100, ignore_eos=True, ask_class=AskClass.BATCH))
+        prompt = (await engine.prepare(slow)).prompt_tokens
+        running = asyncio.create_task(answer(engine, slow))
+        while counts_of(meters, slow).output == 0:
+            await asyncio.sleep(0)
+        _, urgent = await told_and_counted(engine, meters, ask(PROMPT * 8))
+        assert urgent.recomputed_input == 0
+        told = await running
+        counts = counts_of(meters, slow)
+        assert counts.usage() == told.usage
+        assert (told.usage.input, told.usage.output) == (prompt, 100)
+        assert counts.recomputed_input >= prompt
     finally:
         await engine.close()
 
@@ -168,7 +174,9 @@ async def test_killed_at_random_moments_the_meter_is_what_was_told(
     async def client(number: int) -> None:
         nonlocal left
         thinking = THINKS if arch == "qwen3" and number % 2 else None
-        wanted = metered(meters, ask(prompts[number], limit_tokens=90, ignore_eos=True, n=1 + number % 2, thinking=thinking))
+        wanted = metered(
+            meters, ask(prompts[number], limit_tokens=90, ignore_eos=True, n=1 + number % 2, thinking=thinking)
+        )
         told = Told()
         prepared = await engine.prepare(wanted)
         async with aclosing(engine.generate(prepared.ask)) as chunks:
