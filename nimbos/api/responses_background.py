@@ -22,6 +22,7 @@ from nimbos.work import Claim, ClaimLost
 
 _LAPSES_MAX = 5  # servers that died while they computed it
 _WAIT_S = 86_400  # for a limit to allow it
+_END_LINES = (b"event: response.completed\n", b"event: response.incomplete\n", b"event: response.failed\n")
 _TRANSIENT = (ClaimLost, NotReady, StorageUnavailable)
 
 
@@ -137,6 +138,3 @@ class BackgroundResponses:
         _, body = split(response)
         output = pieces_of(response.output)
         await self._background.settle(live, kept, status=status_of(response), body=body, output=output)
-
-
-_END_LINES = tuple(b"event: " + kind.encode() + b"\n" for kind in ENDS)

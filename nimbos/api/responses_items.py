@@ -56,7 +56,7 @@ _FIELDS = {
     "function_call": {"call_id", "name", "arguments", "status", "caller", "created_by"},
     "function_call_output": {"call_id", "output", "status", "caller", "created_by", "name"},
     "compaction": {"encrypted_content", "created_by"},
-    "item_reference": set[str](),
+    "item_reference": frozenset(),
 }
 _PREFIXES = {
     "message": "msg",

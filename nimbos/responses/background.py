@@ -19,7 +19,7 @@ from nimbos.db import Transaction
 from nimbos.errors import StorageUnavailable
 from nimbos.responses import nodes
 from nimbos.responses.journal import Journal, Live
-from nimbos.responses.store import Answered, Kept, Piece, Status, Store, begun, cancelled, finished, say
+from nimbos.responses.store import SAID, Answered, Kept, Piece, Status, Store, begun, cancelled, finished, say
 from nimbos.work import Claim, Crew, Work
 
 KIND = "response"
@@ -75,11 +75,17 @@ class Background:
 
     async def queue(self, answered: Answered, payload: bytes) -> None:
         """`payload`: what `attend`'s function needs to compute it."""
-        write = await self._store.writing(answered)
-        if not await self._database.run(self._queueing(write, answered.id, payload), durable=True):
-            await self._store.place(answered.account, answered.past.pieces)
-            write = await self._store.writing(answered, anew=True)
-            await self._database.run(self._queueing(write, answered.id, payload), durable=True)
+
+        async def queueing() -> Callable[[], Transaction[None]]:
+            write = await self._store.writing(answered)
+
+            def queue() -> Transaction[None]:
+                yield from write()
+                yield from self._work.add(KIND, answered.id, payload)
+
+            return queue
+
+        await self._store.run(queueing)
         if self._crew is not None:
             self._crew.wake()
 
@@ -91,22 +97,26 @@ class Background:
 
     async def settle(self, live: Live, kept: Kept, *, status: Status, body: bytes, output: tuple[Piece, ...]) -> None:
         """The one end of a response. Raises: ClaimLost when it had another one already."""
-        placed = await self._store.place(kept.account, output)
         upto = len(live.made)
 
-        def end() -> Transaction[None]:
-            yield from self._work.finish(live.claim)
-            yield from nodes.lock(kept.input_node)
-            node = yield from nodes.append(kept.account, kept.input_node, placed)
-            if not (yield from finished(kept.id, status, body, node, len(placed))):
-                yield from nodes.doubt(node)
-                return
-            yield from self.journal.writing(kept.id, live, upto)
-            if kept.conversation is not None and kept.input_node is not None and status in ("completed", "incomplete"):
-                before, asked = yield from nodes.own(kept.input_node)
-                yield from say(kept.account, kept.conversation, before, node, [*asked, *placed])
+        async def ending() -> Callable[[], Transaction[None]]:
+            placed = await self._store.place(kept.account, output)
 
-        await self._database.run(end, durable=True)
+            def end() -> Transaction[None]:
+                yield from self._work.finish(live.claim)
+                yield from nodes.lock(kept.input_node)
+                node = yield from nodes.append(kept.account, kept.input_node, placed)
+                if not (yield from finished(kept.id, status, body, node, len(placed))):
+                    yield from nodes.doubt(node)
+                    return
+                yield from self.journal.writing(kept.id, live, upto)
+                if kept.conversation is not None and kept.input_node is not None and status in SAID:
+                    before, asked = yield from nodes.own(kept.input_node)
+                    yield from say(kept.account, kept.conversation, before, node, [*asked, *placed])
+
+            return end
+
+        await self._store.run(ending)
         self.journal.close(kept.id, live)
 
     async def drop(self, claim: Claim) -> None:
@@ -141,17 +151,6 @@ class Background:
         task = self._tasks.get(response_id)
         if task is not None:
             task.cancel()
-
-    def _queueing(
-        self, write: Callable[[], Transaction[bool]], response_id: str, payload: bytes
-    ) -> Callable[[], Transaction[bool]]:
-        def queue() -> Transaction[bool]:
-            if not (yield from write()):
-                return False
-            yield from self._work.add(KIND, response_id, payload)
-            return True
-
-        return queue
 
     async def _sweep(self) -> None:
         """Takes away what has expired and what nothing needs, a little at a time."""

@@ -6,7 +6,7 @@ A turn of a conversation shares its past like a chain of responses does. Taking 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -37,17 +37,21 @@ class Conversations:
         self._database = store.database
 
     async def create(self, account: str, *, metadata: dict[str, str], pieces: Sequence[Piece]) -> Conversation:
-        placed = await self._store.place(account, pieces)
         made = new_id("conv")
         created_ms = time.time_ns() // 1_000_000
 
-        def add() -> Transaction[str | None]:
-            head = yield from nodes.append(account, None, placed)
-            text = msgspec.json.encode(metadata).decode()
-            yield _ADD(id=made, account=account, metadata=text, head=head, created_ms=created_ms)
-            return head
+        async def adding() -> Callable[[], Transaction[str | None]]:
+            placed = await self._store.place(account, pieces)
 
-        head = await self._database.run(add, durable=True)
+            def add() -> Transaction[str | None]:
+                head = yield from nodes.append(account, None, placed)
+                text = msgspec.json.encode(metadata).decode()
+                yield _ADD(id=made, account=account, metadata=text, head=head, created_ms=created_ms)
+                return head
+
+            return add
+
+        head = await self._store.run(adding)
         return Conversation(id=made, metadata=metadata, created_ms=created_ms, head=head)
 
     async def get(self, account: str, conversation_id: str) -> Conversation:
@@ -80,16 +84,20 @@ class Conversations:
     async def add(self, account: str, conversation_id: str, pieces: Sequence[Piece]) -> None:
         """Raises: InvalidRequest when it would hold too much, or an item's id twice."""
         await self.get(account, conversation_id)
-        placed = await self._store.place(account, pieces)
 
-        def append() -> Transaction[None]:
-            rows = yield _LOCKED(id=conversation_id, account=account)
-            head = _only(rows, conversation_id)["head"]
-            yield from nodes.lock(head)
-            moved = yield from nodes.append(account, head, placed)
-            yield _MOVE(id=conversation_id, head=moved)
+        async def appending() -> Callable[[], Transaction[None]]:
+            placed = await self._store.place(account, pieces)
 
-        await self._database.run(append, durable=True)
+            def append() -> Transaction[None]:
+                rows = yield _LOCKED(id=conversation_id, account=account)
+                head = _only(rows, conversation_id)["head"]
+                yield from nodes.lock(head)
+                moved = yield from nodes.append(account, head, placed)
+                yield _MOVE(id=conversation_id, head=moved)
+
+            return append
+
+        await self._store.run(appending)
 
     async def item(self, account: str, conversation_id: str, item_id: str) -> Piece:
         """Raises: NotFound."""

@@ -19,7 +19,7 @@ from nimbos.db.tables.responses import conversations, response_garbage, response
 from nimbos.db.tables.responses import response_items as items
 from nimbos.db.tables.responses import response_nodes as nodes
 from nimbos.errors import InvalidRequest
-from nimbos.responses.segments import freed
+from nimbos.responses.segments import freed, named
 from nimbos.types import new_id
 
 ITEMS_MAX = 10_000
@@ -38,7 +38,7 @@ class Placed:
 def append(account: str, parent: str | None, added: Sequence[Placed]) -> Transaction[str | None]:
     """A new node behind `parent`, which the caller has locked; with nothing to add it is the parent itself.
 
-    Raises: InvalidRequest when the path would hold too much.
+    Raises: InvalidRequest when the path would hold too much; Swept.
     """
     if not added:
         return parent
@@ -52,6 +52,7 @@ def append(account: str, parent: str | None, added: Sequence[Placed]) -> Transac
             f"A conversation may have {ITEMS_MAX} items and {BYTES_MAX} bytes; this one would have {items_total} and "
             f"{bytes_total}. Start another one."
         )
+    yield from named(one.hash for one in added)
     node = new_id("node")
     yield _ADD_NODE(id=node, account=account, parent=parent, items_total=items_total, bytes_total=bytes_total)
     listed = msgspec.json.encode([(one.id, one.hash, one.size_bytes) for one in added]).decode()
@@ -65,6 +66,11 @@ def lock(node: str | None) -> Transaction[bool]:
         return True
     rows = yield _LOCK(id=node)
     return bool(rows)
+
+
+def there(node: str) -> Bound:
+    """A row if it is."""
+    return _NODE(id=node)
 
 
 def path(node: str) -> Bound:

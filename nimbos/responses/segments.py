@@ -1,13 +1,13 @@
 """Segments: the bytes of what was said, each kept once for its account however many contexts hold it.
 
 A segment's content begins with the account, so no account's segments are another's, and none is some file's content by
-chance. The order in which things happen makes removal safe:
+chance. Three steps keep one and three remove one:
 
-    keep:   touch the rows ─ put the bytes ─ (a transaction that names the hashes)
-    sweep:  mark free rows that were not touched for a while and that nothing names ─ remove the bytes ─ drop the rows
+    keep:   touch its row ─ put its bytes ─ name it, in the transaction that uses it (`named`), or begin again
+    sweep:  mark a row that nothing names ─ remove its bytes ─ drop the row
 
-Who meets a marked row while keeping waits until it is dropped. `GRACE_MS` is far longer than a keep takes.
-Read `nodes.py` for what names segments.
+A row is locked to be named and to be marked, so only one of the two happens; who touches a marked row waits until it is
+dropped. The grace only saves putting bytes twice. Read `nodes.py` for what names segments.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ from nimbos.db.tables.responses import response_segments as segments
 from nimbos.db.tables.responses import responses
 from nimbos.errors import NotFound, StorageUnavailable
 
-GRACE_MS = 600_000
+GRACE_MS = 60_000
 _STALE_MS = 60_000  # a sweeper that took so long is dead
 _PATIENCE_S = 10.0
 _POLL_S = 0.05
 _AT_ONCE = 16
 _CACHE_BYTES = 16 << 20
+
+
+class Swept(Exception):  # never leaves this package
+    """A segment was removed before it was named: keep it again."""
 
 
 class Segments:
@@ -45,7 +49,7 @@ class Segments:
         self._cached_bytes = 0
 
     async def keep(self, account: str, contents: Sequence[bytes]) -> list[str]:
-        """Their hashes, in order. They stay for the grace; name them in a transaction before it ends.
+        """Their hashes, in order; the transaction that uses them names them.
 
         Raises: StorageUnavailable.
         """
@@ -135,6 +139,14 @@ class Segments:
         self._cached_bytes -= len(self._cache.pop(hash, b""))
 
 
+def named(hashes: Iterable[str]) -> Transaction[None]:
+    """From now on these are used. Raises: Swept, and then nothing of the transaction is written."""
+    wanted = sorted(set(hashes))
+    rows = yield _NAME(hashes=msgspec.json.encode(wanted).decode())
+    if len(rows) < len(wanted):
+        raise Swept
+
+
 def freed(hashes: Iterable[str]) -> Transaction[None]:
     """To be looked at by the next sweep."""
     for hash in sorted(set(hashes)):
@@ -146,14 +158,25 @@ def _now_ms() -> int:
 
 
 def _touching(dialect: Dialect) -> Executable:
-    """A statement for each item of a long conversation would be a round trip each."""
-    each = "json_each(:hashes)" if dialect == "sqlite" else "json_array_elements_text(CAST(:hashes AS json))"
     statement = sql(
         "INSERT INTO response_segments (hash, touched_ms, free, removing_ms) "  # noqa: S608 two constants
-        f"SELECT item.value, :now_ms, 1, NULL FROM {each} AS item WHERE true "
+        f"SELECT item.value, :now_ms, 1, NULL FROM {_each(dialect)} AS item WHERE true "
         "ON CONFLICT (hash) DO UPDATE SET touched_ms = excluded.touched_ms RETURNING removing_ms"
     )
     return statement.bindparams(bindparam("hashes", type_=Text), bindparam("now_ms", type_=BigInteger))
+
+
+def _naming(dialect: Dialect) -> Executable:
+    statement = sql(
+        "UPDATE response_segments SET free = 0 WHERE removing_ms IS NULL "  # noqa: S608 two constants
+        f"AND hash IN (SELECT item.value FROM {_each(dialect)} AS item) RETURNING hash"
+    )
+    return statement.bindparams(bindparam("hashes", type_=Text))
+
+
+def _each(dialect: Dialect) -> str:
+    """One JSON list as rows: a statement for each item of a long conversation would be a round trip each."""
+    return "json_each(:hashes)" if dialect == "sqlite" else "json_array_elements_text(CAST(:hashes AS json))"
 
 
 _HASH = bindparam("hash", type_=Text)
@@ -180,5 +203,6 @@ _MARK = Statement(
     update(segments).where(segments.c.hash == _HASH).values(removing_ms=bindparam("now_ms", type_=BigInteger))
 )
 _TOUCH = Statement(_touching)
+_NAME = Statement(_naming)
 _FREE = Statement(update(segments).where(segments.c.hash == _HASH).values(free=1))
 _DROP = Statement(delete(segments).where(segments.c.hash == _HASH, segments.c.removing_ms.is_not(None)))

@@ -7,25 +7,27 @@ bytes, and what a response repeats of its request (`echo`) and says of its answe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, or_, select, update
 
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Row, Statement, Transaction, insert
 from nimbos.db.tables.responses import conversations, response_events, responses
-from nimbos.errors import Conflict, InvalidRequest, NotFound
+from nimbos.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
 from nimbos.responses import nodes
 from nimbos.responses.nodes import Placed
-from nimbos.responses.segments import GRACE_MS, Segments, freed
+from nimbos.responses.segments import GRACE_MS, Segments, Swept, freed, named
 
 KEEP_S = 30 * 86_400
+_ATTEMPTS = 5
 _RUNNING = ("queued", "in_progress")
 _NO_ANSWER = ("failed", "cancelled")
-_SAID = ("completed", "incomplete")
+SAID = ("completed", "incomplete")
 
+T = TypeVar("T")
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
@@ -124,7 +126,7 @@ class Store:
         return Piece(id=item_id, content=content)
 
     async def place(self, account: str, pieces: Sequence[Piece]) -> list[Placed]:
-        """Keeps their bytes for as long as the grace lasts; then some node must name them."""
+        """Keeps their bytes, for a transaction of `run` to name."""
         hashes = await self.segments.keep(account, [piece.content for piece in pieces])
         return [
             Placed(id=piece.id, hash=hash, size_bytes=len(piece.content))
@@ -133,25 +135,31 @@ class Store:
 
     async def keep(self, answered: Answered) -> None:
         """A response that is over, or one that begins in the background."""
-        write = await self.writing(answered)
-        if not await self.database.run(write, durable=True):  # its past was deleted meanwhile, and is made anew
-            await self.place(answered.account, answered.past.pieces)
-            await self.database.run(await self.writing(answered, anew=True), durable=True)
+        await self.run(lambda: self.writing(answered))
 
-    async def writing(self, answered: Answered, *, anew: bool = False) -> Callable[[], Transaction[bool]]:
-        """The transaction that keeps it; False, with nothing written, when its past is gone. `anew`: then the past's
-        items are written as well. The bytes are kept already."""
+    async def run(self, prepare: Callable[[], Awaitable[Callable[[], Transaction[T]]]]) -> T:
+        """Runs the transaction that `prepare` makes once it has placed what the transaction names; again if some of
+        that was swept between."""
+        for _ in range(_ATTEMPTS):
+            try:
+                return await self.database.run(await prepare(), durable=True)
+            except Swept:
+                continue
+        raise StorageUnavailable("blobs", reason="what is to be kept is removed again and again. Try again.")
+
+    async def writing(self, answered: Answered) -> Callable[[], Transaction[None]]:
+        """The transaction that keeps it, for `run`. A past that was deleted meanwhile is written anew."""
         account = answered.account
         asked = await self.place(account, answered.asked)
         output = await self.place(account, answered.output)
         (echo,) = await self.segments.keep(account, [answered.echo])
+        head = answered.past.head
+        if head is not None and not await self.database.read(nodes.there(head)):
+            await self.place(account, answered.past.pieces)
 
-        def write() -> Transaction[bool]:
-            past = answered.past.head
-            before = asked
+        def write() -> Transaction[None]:
+            past, before = head, asked
             if not (yield from nodes.lock(past)):
-                if not anew:
-                    return False
                 past, before = None, [*answered.past.placed, *asked]
             input_node = yield from nodes.append(account, past, before)
             output_node = yield from nodes.append(account, input_node, output)
@@ -159,10 +167,9 @@ class Store:
                 yield from self._add_row(answered, input_node, output_node, len(output), echo)
             else:
                 yield from nodes.doubt(output_node)
-            if answered.conversation is not None and answered.status in _SAID:
+            if answered.conversation is not None and answered.status in SAID:
                 said = [*asked, *output]
                 yield from say(account, answered.conversation, answered.past.head, output_node, said)
-            return True
 
         return write
 
@@ -219,6 +226,7 @@ class Store:
         self, answered: Answered, input_node: str | None, output_node: str | None, output_items: int, echo: str
     ) -> Transaction[None]:
         now_ms = time.time_ns() // 1_000_000
+        yield from named([echo])
         yield _ADD(
             id=answered.id,
             account=answered.account,
