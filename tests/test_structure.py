@@ -36,6 +36,20 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 DOORS = {
     "accounts": {"Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"},
+    "batches": {
+        "TEST_MODEL",
+        "AnswerJournal",
+        "Batch",
+        "Batches",
+        "Endpoint",
+        "Fault",
+        "File",
+        "Perform",
+        "Refuse",
+        "Reply",
+        "State",
+        "rehearsal_source",
+    },
     "api": {"build", "build_ollama"},
     "blobs": {"Blobs", "Stored", "hash_of", "open_blobs"},
     "chat": {
@@ -81,6 +95,7 @@ DOORS = {
         "add_alert",
         "alerts_of",
         "all_budgets",
+        "all_limits",
         "budgets_of",
         "change_alert",
         "current_table",
@@ -114,6 +129,7 @@ DOORS = {
 
 # Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
 PAST_DOORS = {
+    ("batches", "engine"): {"script", "scripted"},
     ("accounts", "db"): {"tables"},
     ("api", "accounts"): {"audit", "keys", "people", "projects", "roles", "secret", "words"},
     ("cli", "api"): {"access", "ollama_key"},

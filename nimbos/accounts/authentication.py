@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import and_, bindparam, select
+from sqlalchemy import bindparam, select
 
-from nimbos.accounts.roles import ProjectRole, Role, runs_everything
+from nimbos.accounts.keys import BY_DIGEST, owner_has_access
+from nimbos.accounts.roles import Role
 from nimbos.accounts.secret import digest_of
 from nimbos.accounts.slowdown import Slowdown, place_of
 from nimbos.accounts.words import (
@@ -29,7 +30,7 @@ from nimbos.accounts.words import (
     Project,
 )
 from nimbos.db import Database, Row, Statement
-from nimbos.db.tables.accounts import api_keys, memberships, projects, service_accounts, sessions, users
+from nimbos.db.tables.accounts import projects, sessions, users
 from nimbos.errors import Overloaded, Unauthorized
 from nimbos.types import Account
 
@@ -39,27 +40,6 @@ _FREE_FAILURES = 20
 _LONGEST_WAIT_S = 60.0
 _FORGET_S = 300.0
 
-_OWNER_COLUMNS = (
-    users.c.email.label("user_email"),
-    users.c.role.label("user_role"),
-    users.c.removed_ms.label("user_removed"),
-    memberships.c.role.label("member_role"),
-    service_accounts.c.role.label("service_role"),
-    service_accounts.c.removed_ms.label("service_removed"),
-)
-_BY_DIGEST = Statement(
-    select(api_keys, *_OWNER_COLUMNS)
-    .outerjoin(users, and_(users.c.id == api_keys.c.owner_id, api_keys.c.owner_kind == "user"))
-    .outerjoin(
-        memberships,
-        and_(memberships.c.user_id == users.c.id, memberships.c.project_id == api_keys.c.project_id),
-    )
-    .outerjoin(
-        service_accounts,
-        and_(service_accounts.c.id == api_keys.c.owner_id, api_keys.c.owner_kind == "service_account"),
-    )
-    .where(api_keys.c.digest == bindparam("digest"))
-)
 _PROJECT = Statement(select(projects).where(projects.c.id == bindparam("wanted")))
 _SESSION = Statement(
     select(users, sessions.c.expires_ms, sessions.c.address)
@@ -158,7 +138,7 @@ class Authentication:
             identity = _configured_identity(configured, await self._project(configured.project_id))
             self._keep(digest, identity, None, changes)
             return identity
-        rows = await self._database.read(_BY_DIGEST(digest=digest))
+        rows = await self._database.read(BY_DIGEST(digest=digest))
         if not rows:
             raise self._unknown(place_of(address))
         key = Key.of(rows[0])
@@ -197,15 +177,6 @@ def _check_alive(key: Key, row: Row) -> None:
         raise Unauthorized(f"The key {key.name!r} expired at {_moment(key.expires_ms)}.")
     if not owner_has_access(key, row):
         raise Unauthorized(f"The owner of the key {key.name!r} does not belong to its project any more.")
-
-
-def owner_has_access(key: Key, row: Row) -> bool:
-    """`row` has the columns of `_OWNER_COLUMNS`."""
-    if key.owner_kind == "service_account":
-        return row["service_role"] not in (None, ProjectRole.NONE.value) and row["service_removed"] is None
-    if row["user_role"] is None or row["user_removed"] is not None:
-        return False
-    return key.kind == "admin" or runs_everything(Role(row["user_role"])) or row["member_role"] is not None
 
 
 def _key_identity(key: Key, row: Row, project: Project) -> Identity:

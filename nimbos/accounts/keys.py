@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Executable, Select, and_, bindparam, literal_column, select, update
 
 from nimbos.accounts.people import live_user, member_of
 from nimbos.accounts.projects import checked_name, checked_names, checked_weight, live_project, now_ms
-from nimbos.accounts.roles import ProjectRole, runs_everything
+from nimbos.accounts.roles import ProjectRole, Role, runs_everything
 from nimbos.accounts.secret import Secret
 from nimbos.accounts.words import (
     ADMIN_SCOPE,
-    DEFAULT_PROJECT,
     Changed,
     Grant,
     Key,
@@ -25,8 +25,8 @@ from nimbos.accounts.words import (
     ServiceAccount,
     encoded,
 )
-from nimbos.db import Bound, Statement, Transaction, insert
-from nimbos.db.tables.accounts import api_keys, service_accounts
+from nimbos.db import Bound, Dialect, Row, Statement, Transaction, insert
+from nimbos.db.tables.accounts import api_keys, memberships, service_accounts, users
 from nimbos.errors import Conflict, InvalidRequest, NotFound
 from nimbos.types import AskClass, new_id
 
@@ -42,18 +42,61 @@ BY_NAME = Statement(
         (api_keys.c.project_id == bindparam("project")) | (bindparam("everywhere") == 1),
     )
 )
-PAGE = Statement(
-    select(api_keys)
-    .where(
-        api_keys.c.id > bindparam("after"),
-        api_keys.c.kind == bindparam("kind"),
-        (api_keys.c.project_id == bindparam("project")) | (bindparam("everywhere") == 1),
-        (api_keys.c.owner_id == bindparam("owner")) | (bindparam("anyones") == 1),
-        api_keys.c.revoked_ms.is_(None) | (bindparam("revoked") == 1),
-    )
-    .order_by(api_keys.c.id)
-    .limit(bindparam("most"))
+OWNED = (
+    users.c.email.label("user_email"),
+    users.c.name.label("user_name"),
+    users.c.role.label("user_role"),
+    users.c.created_ms.label("user_created"),
+    users.c.removed_ms.label("user_removed"),
+    memberships.c.role.label("member_role"),
+    service_accounts.c.name.label("service_name"),
+    service_accounts.c.role.label("service_role"),
+    service_accounts.c.created_ms.label("service_created"),
+    service_accounts.c.removed_ms.label("service_removed"),
 )
+
+
+def with_owner() -> Select[Any]:
+    """Keys with the columns of `OWNED`."""
+    by_user = and_(users.c.id == api_keys.c.owner_id, api_keys.c.owner_kind == literal_column("'user'"))
+    here = and_(memberships.c.user_id == users.c.id, memberships.c.project_id == api_keys.c.project_id)
+    by_program = and_(
+        service_accounts.c.id == api_keys.c.owner_id, api_keys.c.owner_kind == literal_column("'service_account'")
+    )
+    return (
+        select(api_keys, *OWNED)
+        .outerjoin(users, by_user)
+        .outerjoin(memberships, here)
+        .outerjoin(service_accounts, by_program)
+    )
+
+
+def _page(_: Dialect) -> Executable:
+    return (
+        with_owner()
+        .where(
+            api_keys.c.id > bindparam("after"),
+            api_keys.c.kind == bindparam("kind"),
+            (api_keys.c.project_id == bindparam("project")) | (bindparam("everywhere") == 1),
+            (api_keys.c.owner_id == bindparam("owner")) | (bindparam("anyones") == 1),
+            api_keys.c.revoked_ms.is_(None) | (bindparam("revoked") == 1),
+        )
+        .order_by(api_keys.c.id)
+        .limit(bindparam("most"))
+    )
+
+
+def _one(_: Dialect) -> Executable:
+    return with_owner().where(api_keys.c.id == bindparam("wanted"))
+
+
+def _by_digest(_: Dialect) -> Executable:
+    return with_owner().where(api_keys.c.digest == bindparam("digest"))
+
+
+PAGE = Statement(_page)
+OWNED_BY_ID = Statement(_one)
+BY_DIGEST = Statement(_by_digest)
 _CHANGE = Statement(
     update(api_keys)
     .where(api_keys.c.id == bindparam("of"))
@@ -303,9 +346,13 @@ def expires_at(seconds: int | None) -> int | None:
     return now_ms() + 1000 * seconds
 
 
-def admin_key_project() -> str:
-    """Admin keys stand beside the projects; what they ask is on the default one."""
-    return DEFAULT_PROJECT
+def owner_has_access(key: Key, row: Row) -> bool:
+    """`row` has the columns of `OWNED`."""
+    if key.owner_kind == "service_account":
+        return row["service_role"] not in (None, ProjectRole.NONE.value) and row["service_removed"] is None
+    if row["user_role"] is None or row["user_removed"] is not None:
+        return False
+    return key.kind == "admin" or runs_everything(Role(row["user_role"])) or row["member_role"] is not None
 
 
 def _check_owner(project_id: str, owner_kind: OwnerKind, owner_id: str) -> Transaction[None]:

@@ -36,6 +36,7 @@ class ProjectRole(StrEnum):
 class Action(StrEnum):
     SELF = "see who one is"
     SEE = "see projects, people, keys, limits and usage"
+    SEE_KEYS = "see keys of a project"
     OWN_KEYS = "make and revoke keys of one's own"
     PROJECT_KEYS = "make and revoke anyone's keys and service accounts"
     PROJECT_MEMBERS = "say who belongs to a project"
@@ -53,6 +54,7 @@ _RUNS = frozenset({Role.OWNER, Role.ADMIN})
 ORGANISATION: dict[Action, frozenset[Role]] = {
     Action.SELF: _ALL,
     Action.SEE: _RUNS | {Role.READER},
+    Action.SEE_KEYS: _RUNS | {Role.READER},
     Action.OWN_KEYS: _RUNS,
     Action.PROJECT_KEYS: _RUNS,
     Action.PROJECT_MEMBERS: _RUNS,
@@ -66,6 +68,7 @@ ORGANISATION: dict[Action, frozenset[Role]] = {
 
 PROJECT: dict[Action, frozenset[ProjectRole]] = {
     Action.SEE: frozenset({ProjectRole.OWNER}),
+    Action.SEE_KEYS: frozenset({ProjectRole.OWNER, ProjectRole.MEMBER}),
     Action.OWN_KEYS: frozenset({ProjectRole.OWNER, ProjectRole.MEMBER}),
     Action.PROJECT_KEYS: frozenset({ProjectRole.OWNER}),
     Action.PROJECT_MEMBERS: frozenset({ProjectRole.OWNER}),

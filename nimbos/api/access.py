@@ -122,6 +122,8 @@ class Access:
 
     async def _admit(self, scope: Scope, headers: Headers) -> None:
         path: str = scope["path"]
+        if path == LOGIN and "origin" in headers and not self._is_same_origin(headers):
+            raise Forbidden("A log-in must come from a page of this server itself.")
         if path in _KEYLESS:
             return
         identity = scope.get("nimbos.identity") or await self._identify(scope, headers)

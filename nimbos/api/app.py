@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import anthropic, dashscope, errors, health, metrics, models, ollama, responses
+from nimbos.api import admin, anthropic, batches, dashscope, errors, files, health, live, metrics, models, ollama, responses
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
@@ -18,7 +18,8 @@ from nimbos.runtime import Runtime
 
 
 def build(runtime: Runtime) -> Starlette:
-    """The app of one running server."""
+    """The app of one running server, whose batches are answered from now on."""
+    runtime.batches.serve(batches.endpoints(runtime))
     return _app(runtime, _routes(runtime), runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
 
 
@@ -45,10 +46,14 @@ def _routes(runtime: Runtime) -> list[Route]:
         Route("/v1/chat/completions", chat.create, methods=["POST"]),
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        *live.routes(runtime),
         *dashscope.routes(runtime),
         *ollama.routes(runtime),
         *anthropic.routes(runtime),
         *responses.routes(runtime),
+        *admin.routes(runtime.accounts),
+        *files.routes(runtime),
+        *batches.routes(runtime),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Who there is and what they may: projects, users, service accounts, keys, sessions, invites; and the audit log.
+"""Who there is and what they may: projects, users, service accounts, keys, sessions; and the audit log.
 
 A removed user, service account or key and an archived project stay as rows, with the moment, so that usage and the
 audit log always find a name. Secrets are kept as SHA-256 only. `live_name` is the name while the row is in force and
@@ -97,21 +97,6 @@ sessions = Table(
     Column("created_ms", BigInteger, nullable=False),
     Column("expires_ms", BigInteger, nullable=False),
     Index(None, "user_id"),
-)
-
-invites = Table(
-    "invites",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("email", Text, nullable=False),
-    Column("role", Text, nullable=False),
-    Column("projects", Text, nullable=False),  # JSON: a list of {"id", "role"}
-    Column("digest", LargeBinary, nullable=False),
-    Column("created_ms", BigInteger, nullable=False),
-    Column("expires_ms", BigInteger, nullable=False),
-    Column("accepted_ms", BigInteger),
-    Column("removed_ms", BigInteger),
-    UniqueConstraint("digest"),
 )
 
 # Append-only. `body` is stored as the very bytes that were hashed: SHA-256(prev_hash + body) is `hash`.
