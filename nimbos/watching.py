@@ -37,8 +37,9 @@ class LiveAsk:
 
 @dataclass(slots=True, eq=False)
 class LiveAsks:
-    """The asks that are being answered now, in the order they began."""
+    """The asks that are being answered now, in the order they began. `settled`: of those that ended, all together."""
 
+    settled: Usage = field(default_factory=Usage)
     _asks: dict[str, LiveAsk] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -56,4 +57,5 @@ class LiveAsks:
             live.first_token_s = seconds
 
     def settle(self, ask: Ask, *, usage: Usage, outcome: str, seconds: float) -> None:
-        self._asks.pop(ask.id, None)
+        if self._asks.pop(ask.id, None) is not None:
+            self.settled = self.settled + usage

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx2
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from nimbos.config import Settings
+from nimbos.errors import NotReady
 from nimbos.keys import owner_key_file
 from nimbos.server import RunningServer, find_running
 
@@ -41,6 +44,22 @@ def look(settings: Settings) -> ServerState | None:
         return ServerState(pid=running.pid, url=running.url, reachable=False)
     loaded = _loaded(page.text) if page.status_code == 200 else None
     return ServerState(pid=running.pid, url=running.url, reachable=True, ready=ready, loaded=loaded)
+
+
+@contextmanager
+def admin_client(settings: Settings) -> Iterator[httpx2.Client]:
+    """A client with the owner's key, of the server that runs in this home.
+
+    Raises: NotReady when there is none.
+    """
+    running = find_running(settings)
+    if running is None:
+        raise NotReady("No server runs in this home. Start one with `nimbos up`.")
+    headers = {"authorization": f"Bearer {_owner_secret(settings)}"}
+    with httpx2.Client(
+        base_url=running.url, headers=headers, timeout=_PATIENCE_S, verify=_trust(running), trust_env=False
+    ) as client:
+        yield client
 
 
 def _trust(running: RunningServer) -> ssl.SSLContext | bool:
