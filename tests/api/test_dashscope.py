@@ -7,6 +7,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ with warnings.catch_warnings():
 
 import httpx2
 
+from nimbos.api.dashscope_request import REFUSED_HEADERS, REFUSED_INPUT, REFUSED_PARAMETERS, Parameters
+from nimbos.api.dashscope_vectors import EmbeddingParameters, RerankParameters
+from nimbos.api.dashscope_wire import code_of
+from nimbos.errors import ModelNotFound, NimbosError, NotReady, Overloaded, Unauthorized
 from nimbos.types import Text
 from tests.live import OWNER_SECRET, Live, user
 
@@ -444,6 +449,25 @@ def test_the_other_name_opens_no_other_door(live: Live) -> None:
     error = live.http.get("/compatible-mode/v1/nowhere").json()["error"]
     assert error["code"] == "not_found"
     assert live.http.get("/compatible-mode/metrics").status_code == 404
+
+
+# --- the page
+
+
+def test_every_field_and_code_is_described() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dashscope.md").read_text()
+    fields = {
+        *Parameters.__struct_fields__,
+        *EmbeddingParameters.__struct_fields__,
+        *RerankParameters.__struct_fields__,
+    }
+    refused = {*REFUSED_PARAMETERS, *REFUSED_INPUT}
+    codes = {code_of(error) for error in (NotReady("a"), NimbosError("a"), Unauthorized("a"), ModelNotFound("a"))}
+    codes |= {
+        code_of(Overloaded(limit=limit, value=1, used=1, retry_after_s=1)) for limit in ("requests", "tokens", "x")
+    }
+    assert {name for name in fields | refused | codes if f"`{name}`" not in page} == set()
+    assert {name for name in REFUSED_HEADERS if name not in page.lower()} == set()
 
 
 # --- hostile input

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import ollama
 import pytest
 
+from nimbos.api.ollama import routes
+from nimbos.api.ollama_embed import EmbedCall, EmbeddingsCall
+from nimbos.api.ollama_models import Named
+from nimbos.api.ollama_request import REFUSED_GENERATE, REFUSED_OPTIONS, ChatCall, GenerateCall, Options
 from tests.live import OWNER_SECRET, Live, user
 
 HEADERS = {"authorization": f"Bearer {OWNER_SECRET}"}
@@ -388,6 +393,20 @@ async def test_the_asynchronous_client_asks_and_streams(live: Live) -> None:
         stream = await client.generate("demo", "count", stream=True)
         assert "".join([piece.response or "" async for piece in stream]) == "one, two, three, four"
         assert [model.model for model in (await client.list()).models] == ["demo"]
+
+
+# --- the page
+
+
+def test_every_field_and_route_is_described(live: Live) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ollama.md").read_text()
+    structs = (ChatCall, GenerateCall, Options, EmbedCall, EmbeddingsCall, Named)
+    fields = {name for struct in structs for name in struct.__struct_fields__}
+    refused = {*REFUSED_GENERATE, *REFUSED_OPTIONS}
+    paths = {
+        f"{method} {route.path}" for route in routes(live.runtime) for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert {name for name in fields | refused | paths if f"`{name}`" not in page} == set()
 
 
 # --- hostile input
