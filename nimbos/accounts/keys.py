@@ -65,6 +65,7 @@ def with_owner() -> Select[Any]:
     )
     return (
         select(api_keys, *OWNED)
+        .select_from(api_keys)
         .outerjoin(users, by_user)
         .outerjoin(memberships, here)
         .outerjoin(service_accounts, by_program)
