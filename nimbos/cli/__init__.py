@@ -13,9 +13,11 @@ import typer
 
 from nimbos import __version__
 from nimbos.cli import models, native
+from nimbos.cli.backup import backup
 from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
 from nimbos.cli.doctor import doctor
+from nimbos.cli.top import top
 from nimbos.cli.up import up
 from nimbos.errors import NimbosError
 
@@ -27,9 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(up)
+app.command()(top)
 app.command()(chat)
 app.command()(bench)
 app.command()(doctor)
+app.command()(backup)
 models.register(app)
 native.register(app)
 

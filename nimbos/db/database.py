@@ -5,15 +5,18 @@ Knows neither tables nor drivers: `sqlite.py` and `postgresql.py` are the two `S
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nimbos.config import Settings
-from nimbos.db.postgresql import PostgresqlStore
+from nimbos.db.postgresql import PostgresqlStore, no_copy
 from nimbos.db.sqlite import SqliteStore
+from nimbos.db.sqlite_file import SqliteFile
+from nimbos.db.sqlite_schema import copy
 from nimbos.db.statements import Bound, Dialect, Row, Transaction
-from nimbos.errors import ConfigError
+from nimbos.errors import ConfigError, NotFound
 
 T = TypeVar("T")
 
@@ -54,7 +57,20 @@ class Database:
             if not url.startswith(_SCHEMES):
                 raise ConfigError("The database's URL must begin with postgresql://, or be empty for SQLite.")
             return cls(await PostgresqlStore.open(url), dialect="postgresql")
-        return cls(await SqliteStore.open(Path(settings.home) / FILE_NAME), dialect="sqlite")
+        return cls(await SqliteStore.open(SqliteFile(Path(settings.home) / FILE_NAME)), dialect="sqlite")
+
+    @staticmethod
+    async def copy(settings: Settings, target: Path) -> None:
+        """`backup` of a database that is not open here, whatever its version; a server may be using it.
+
+        Raises: NotFound, Conflict where `target` exists, ConfigError for PostgreSQL, StorageUnavailable.
+        """
+        if settings.storage.database_url:
+            raise no_copy(settings.storage.database_url, target)
+        path = Path(settings.home) / FILE_NAME
+        if not path.exists():
+            raise NotFound(f"There is no database yet: {path}.")
+        await asyncio.to_thread(copy, SqliteFile(path), target)
 
     async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool = False) -> T:
         """Runs one transaction whole, or not at all. An exception in the generator undoes it and is raised here.

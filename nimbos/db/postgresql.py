@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 POOL_SIZE = 10
 _CONNECT_PATIENCE_S = 5.0
-_POOL_PATIENCE_S = 10.0
+_POOL_PATIENCE_S = 30.0
 _QUERY_PATIENCE_S = 120.0
 _CACHED_STATEMENTS = 1024
 _COLLISIONS_MAX = 12
@@ -111,8 +111,7 @@ class PostgresqlStore:
             raise self._meaning(error) from error
 
     async def backup(self, target: Path) -> None:
-        command = f"pg_dump --format=custom --file={target} URL"
-        raise ConfigError(f"{self._meaning.where} is a PostgreSQL database: copy it with `{command}`.")
+        raise no_copy(self._url, target)
 
     async def close(self) -> None:
         self._closed = True
@@ -183,6 +182,12 @@ class PostgresqlStore:
             yield connection
         finally:
             await self._pool.release(connection)
+
+
+def no_copy(url: str, target: Path) -> ConfigError:
+    """PostgreSQL has a better way to copy a database than we."""
+    command = f"pg_dump --format=custom --file={target} URL"
+    return ConfigError(f"The database {Meaning.of(url).where} is PostgreSQL's: copy it with `{command}`.")
 
 
 async def _drive(generator: Transaction[T], connection: asyncpg.Connection) -> T:

@@ -13,8 +13,9 @@ async def bring_up_to_date(connection: asyncpg.Connection, *, where: str) -> Non
     """Raises: StorageUnavailable, and what asyncpg raises; the database is then as it was."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
-        for statement in steps(await version(connection), "postgresql", where=where):
-            await connection.execute(statement)
+        statements = steps(await version(connection), "postgresql", where=where)
+        if statements:
+            await connection.execute(";\n".join(statements))  # one way there and back
 
 
 async def version(connection: asyncpg.Connection) -> str | None:

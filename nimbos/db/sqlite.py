@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, cast
 
-from nimbos.db.sqlite_file import LOCK_PATIENCE_S, Opened, SqliteFile
+from nimbos.db.sqlite_file import SqliteFile
 from nimbos.db.sqlite_schema import bring_up_to_date, copy
 from nimbos.db.statements import Bound, Row, Transaction
 from nimbos.db.writer import Writer
@@ -33,13 +33,12 @@ class SqliteStore:
         self._file = file
         self._writer = Writer(file)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
-        self._idle: list[Opened] = []
+        self._idle: list[sqlite3.Connection] = []
         self._closed = False
 
     @classmethod
-    async def open(cls, path: Path, *, lock_patience_s: float = LOCK_PATIENCE_S) -> SqliteStore:
+    async def open(cls, file: SqliteFile) -> SqliteStore:
         """Raises: StorageUnavailable."""
-        file = SqliteFile(path, lock_patience_s=lock_patience_s)
         await asyncio.to_thread(bring_up_to_date, file)
         store = cls(file)
         store._writer.start()
@@ -73,8 +72,8 @@ class SqliteStore:
         self._closed = True
         await asyncio.to_thread(self._writer.close)
         await asyncio.to_thread(self._readers.shutdown)
-        for opened in self._idle:
-            opened.close()
+        for connection in self._idle:
+            connection.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -82,26 +81,21 @@ class SqliteStore:
 
     def _fetch(self, query: Bound) -> list[Row]:
         text, parameters = query.prepared("sqlite")
-        opened = self._take()
+        connection = self._take()
         try:
-            rows = opened.connection.execute(text, parameters).fetchall()
+            rows = connection.execute(text, parameters).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
-            opened.close()
+            connection.close()
             raise self._file.meaning(error) from error
-        self._idle.append(opened)
+        self._idle.append(connection)
         return rows
 
-    def _take(self) -> Opened:
-        """A connection on the file that is there now."""
-        identity = self._file.identity()
-        while True:
-            try:
-                opened = self._idle.pop()
-            except IndexError:
-                return _connect_reader(self._file)
-            if opened.identity == identity:
-                return opened
-            opened.close()
+    def _take(self) -> sqlite3.Connection:
+        self._file.check_place()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _connect_reader(self._file)
 
 
 class _Reading:
@@ -111,26 +105,26 @@ class _Reading:
         self._file = file
         self._text, self._parameters = query.prepared("sqlite")
         self._lock = threading.Lock()
-        self._opened: Opened | None = None
+        self._connection: sqlite3.Connection | None = None
         self._cursor: sqlite3.Cursor | None = None
 
     def more(self, count: int) -> list[Row]:
         with self._lock:
             try:
                 if self._cursor is None:
-                    self._opened = _connect_reader(self._file)
-                    self._cursor = self._opened.connection.execute(self._text, self._parameters)
+                    self._connection = _connect_reader(self._file)
+                    self._cursor = self._connection.execute(self._text, self._parameters)
                 return self._cursor.fetchmany(count)
             except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
                 raise self._file.meaning(error) from error
 
     def close(self) -> None:
         with self._lock:
-            if self._opened is not None:
-                self._opened.close()
+            if self._connection is not None:
+                self._connection.close()
 
 
-def _connect_reader(file: SqliteFile) -> Opened:
-    opened = file.connect_current()
-    opened.connection.execute("PRAGMA query_only=1")
-    return opened
+def _connect_reader(file: SqliteFile) -> sqlite3.Connection:
+    connection = file.connect()
+    connection.execute("PRAGMA query_only=1")
+    return connection

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from nimbos.db.schema import HEAD, READ_VERSION, steps
+from nimbos.db.schema import READ_VERSION
 from nimbos.errors import Conflict, InvalidRequest, StorageUnavailable
 
 LOCK_PATIENCE_S = 5.0
@@ -29,33 +28,40 @@ _REASONS = {
     sqlite3.SQLITE_PROTOCOL: "another program holds its lock.",
 }
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-_GONE = "the file is gone. Put it back, or restore a backup and start again."
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Opened:
-    """A connection, and which file it was opened on: the path may name another one later."""
-
-    connection: sqlite3.Connection
-    identity: tuple[int, int]
-
-    def close(self) -> None:
-        self.connection.close()
+_GONE = "the file is gone. Put it back, or restore a backup and start the server again."
+_REPLACED = "another file is in its place. Put the first one back, or start the server again to use the new one."
 
 
 class SqliteFile:
-    def __init__(self, path: Path, *, lock_patience_s: float = LOCK_PATIENCE_S) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lock_patience_s: float = LOCK_PATIENCE_S,
+        connection_class: type[sqlite3.Connection] = sqlite3.Connection,
+    ) -> None:
         self.path = path
+        self._path = str(path)
+        self._connection_class = connection_class
+        self._identity: tuple[int, int] | None = None  # device and inode, once known
         self.lock_patience_s = lock_patience_s
 
-    def identity(self) -> tuple[int, int]:
-        """Raises: StorageUnavailable where there is no file."""
+    def check_place(self) -> None:
+        """That the path still names the file that was opened first. With another one there, SQLite would apply the log
+        of the first to it, so nothing may be read or written until the first is back.
+
+        Raises: StorageUnavailable.
+        """
         try:
-            found = self.path.stat()
+            found = os.stat(self._path)  # noqa: PTH116 - before every commit: a Path costs three times as much
         except OSError as error:
             reason = _GONE if isinstance(error, FileNotFoundError) else f"{error.strerror}."
-            raise StorageUnavailable(str(self.path), reason=reason) from error
-        return found.st_dev, found.st_ino
+            raise StorageUnavailable(self._path, reason=reason) from error
+        identity = found.st_dev, found.st_ino
+        if self._identity is None:
+            self._identity = identity
+        elif self._identity != identity:
+            raise StorageUnavailable(self._path, reason=_REPLACED)
 
     def create(self) -> None:
         """Makes an empty file that only its owner can read, if there is none."""
@@ -65,12 +71,12 @@ class SqliteFile:
         except OSError as error:
             raise StorageUnavailable(str(self.path), reason=f"{error.strerror}.") from error
 
-    def connect(self, *, patience_s: float | None = None) -> Opened:
+    def connect(self, *, patience_s: float | None = None) -> sqlite3.Connection:
         """A connection that any thread may use, one at a time; the caller closes it. Never makes a file.
 
         Raises: StorageUnavailable.
         """
-        identity = self.identity()
+        self.check_place()
         try:
             connection = sqlite3.connect(
                 f"file:{quote(str(self.path))}?mode=rw",
@@ -79,6 +85,7 @@ class SqliteFile:
                 isolation_level=None,
                 check_same_thread=False,
                 cached_statements=_CACHED_STATEMENTS,
+                factory=self._connection_class,
             )
         except sqlite3.Error as error:
             raise self.meaning(error) from error
@@ -91,22 +98,7 @@ class SqliteFile:
         except sqlite3.Error as error:
             connection.close()
             raise self.meaning(error) from error
-        return Opened(connection, identity)
-
-    def connect_current(self) -> Opened:
-        """As `connect`, and the tables are what this program knows: the file may have been replaced since the start."""
-        opened = self.connect()
-        try:
-            found = self.version(opened.connection)
-            if found != HEAD:
-                if found is not None:
-                    steps(found, "sqlite", where=str(self.path))
-                reason = f"its tables have version {found}, not {HEAD}. Start the server again."
-                raise StorageUnavailable(str(self.path), reason=reason)
-        except StorageUnavailable:
-            opened.close()
-            raise
-        return opened
+        return connection
 
     def version(self, connection: sqlite3.Connection) -> str | None:
         """Of the tables in the file; None where there are none.

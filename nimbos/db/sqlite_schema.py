@@ -21,13 +21,13 @@ def bring_up_to_date(file: SqliteFile) -> None:
     Raises: StorageUnavailable; the file is then as it was.
     """
     file.create()
-    with closing(file.connect(patience_s=_MIGRATION_PATIENCE_S)) as opened:
-        if file.version(opened.connection) == HEAD:
+    with closing(file.connect(patience_s=_MIGRATION_PATIENCE_S)) as connection:
+        if file.version(connection) == HEAD:
             return
         try:
-            opened.connection.execute("BEGIN IMMEDIATE")
-            _migrate(file, opened.connection)
-            opened.connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")
+            _migrate(file, connection)
+            connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise file.meaning(error) from error
 
@@ -70,7 +70,7 @@ def copy(file: SqliteFile, target: Path) -> None:
 def _copy_into(file: SqliteFile, partial: Path) -> None:
     os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     with closing(file.connect()) as source, closing(sqlite3.connect(partial, isolation_level=None)) as made:
-        source.connection.backup(made)  # in one step: of one moment, and writers do not wait for it
+        source.backup(made)  # in one step: of one moment, and writers do not wait for it
         made.execute("PRAGMA journal_mode=DELETE").fetchall()  # one file, without a log beside it
     with partial.open("rb") as written:
         os.fsync(written.fileno())

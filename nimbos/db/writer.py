@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from nimbos.db.sqlite_file import Opened, SqliteFile
+from nimbos.db.sqlite_file import SqliteFile
 from nimbos.db.statements import Transaction
 from nimbos.errors import StorageUnavailable
 
@@ -41,7 +41,7 @@ class Writer:
         self._file = file
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="database-writer", daemon=True)
-        self._opened: Opened | None = None
+        self._connection: sqlite3.Connection | None = None
         self._full_sync = False
 
     def start(self) -> None:
@@ -102,21 +102,20 @@ class Writer:
 
     def _begin(self, *, durable: bool) -> sqlite3.Cursor:
         """Raises: StorageUnavailable, sqlite3.Error."""
-        if self._opened is not None and self._opened.identity != self._file.identity():
-            self._disconnect()
-        if self._opened is None:
-            self._opened = self._file.connect_current()
+        self._file.check_place()
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = self._file.connect()
             self._full_sync = False
-        connection = self._opened.connection
         if durable != self._full_sync:
             connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             self._full_sync = durable
         return connection.execute("BEGIN IMMEDIATE")
 
     def _disconnect(self) -> None:
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _perform(self, job: _Job, cursor: sqlite3.Cursor) -> None:
         """Runs one transaction in a savepoint, and undoes that when it fails. What it raises itself is its caller's.
