@@ -77,12 +77,12 @@ def test_a_key_that_a_client_sends_gives_it_nothing_more(url: str, home: Path) -
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/metrics", 404),
-        ("GET", "/v1/organization/projects", 404),
-        ("GET", "/v1/files", 404),
-        ("POST", "/v1/batches", 404),
+        ("GET", "/metrics", 403),
+        ("GET", "/v1/organization/projects", 403),
+        ("GET", "/v1/files", 403),
+        ("POST", "/v1/batches", 403),
         ("POST", "/api/v1/services/aigc/text-generation/generation", 404),
-        ("POST", "/compatible-mode/v1/chat/completions", 404),
+        ("POST", "/compatible-mode/v1/chat/completions", 403),
         ("POST", "/api/pull", 403),
         ("DELETE", "/api/delete", 403),
     ],
