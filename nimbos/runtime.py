@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nimbos.accounts import Accounts
+from nimbos.batches import Batches, rehearsal_source
 from nimbos.blobs import Blobs, open_blobs
 from nimbos.config import EngineSettings, Settings
 from nimbos.db import Database
@@ -55,8 +56,10 @@ class Runtime:
     meter_file: MeterFile
     responses: Store
     background: Background
+    batches: Batches
 
     async def close(self) -> None:
+        await self.batches.close()
         await self.background.close()
         await self.service.close()
         await self.recovery.close()
@@ -113,7 +116,8 @@ async def assemble(
         return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
 
     scripted = tuple(scripted)
-    for source in scripted:
+    hidden = (rehearsal_source(),)
+    for source in (*scripted, *hidden):
         source.count_into(meter_file)
     sources = Sources(
         shelf=hub,
@@ -121,6 +125,7 @@ async def assemble(
         memory_needed=memory_needed,
         memory_budget_bytes=budget_bytes,
         scripted=scripted,
+        hidden=hidden,
         aliases=settings.server.aliases,
         named=named,
     )
@@ -130,6 +135,8 @@ async def assemble(
     blobs = open_blobs(settings, database)
     responses = Store(database, blobs)
     service = Service(sources=sources, desk=desk, watchers=watchers, trusted_templates=trusted)
+    batches = Batches(database, blobs, settings.batches, server_id=server_id)
+    await batches.start()
     return Runtime(
         settings=settings,
         server_id=server_id,
@@ -146,6 +153,7 @@ async def assemble(
         meter_file=meter_file,
         responses=responses,
         background=Background(responses, owner=server_id),
+        batches=batches,
     )
 
 

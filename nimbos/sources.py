@@ -92,10 +92,12 @@ class Sources:
         memory_needed: Callable[[LocalModel], int],
         memory_budget_bytes: int,
         scripted: tuple[ScriptedSource, ...] = (),
+        hidden: tuple[ScriptedSource, ...] = (),
         aliases: Mapping[str, str] | None = None,
         named: Mapping[str, LocalModel] | None = None,
     ) -> None:
         """`memory_needed` raises ModelUnusable for a model that cannot fit at all.
+        `hidden`: scripted models that are not listed, and do not make the server ready.
         `named`: models from outside the shelf that the operator named, by id."""
         self._shelf = shelf
         self._start_engine = start_engine
@@ -103,6 +105,9 @@ class Sources:
         self._memory_budget_bytes = memory_budget_bytes
         self._scripted = {
             source.card.id: Loaded(source=source, card=source.card, engine=None, memory_bytes=0) for source in scripted
+        }
+        self._hidden = {
+            source.card.id: Loaded(source=source, card=source.card, engine=None, memory_bytes=0) for source in hidden
         }
         self._aliases = dict(aliases or {})
         self._named = dict(named or {})
@@ -159,7 +164,7 @@ class Sources:
         for task in self._loading.values():
             task.cancel()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        held = [*self._loaded.values(), *self._scripted.values()]
+        held = [*self._loaded.values(), *self._scripted.values(), *self._hidden.values()]
         self._loaded.clear()
         await asyncio.gather(*(one.source.close() for one in held))
 
@@ -167,6 +172,8 @@ class Sources:
         name = self._aliases.get(name, name)
         if name in self._scripted:
             return self._scripted[name]
+        if name in self._hidden:
+            return self._hidden[name]
         if name in self._loaded:
             return self._loaded[name]
         model = await self._find(name)

@@ -2,6 +2,7 @@
 
 from nimbos.batches.endpoint import AnswerJournal, Endpoint, Perform, Refuse, Reply
 from nimbos.batches.jobs import Batches
+from nimbos.batches.rehearsal import rehearsal_source
 from nimbos.batches.words import TEST_MODEL, Batch, Fault, File, State
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Refuse",
     "Reply",
     "State",
+    "rehearsal_source",
 ]

@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
 from nimbos.batches.words import OVER, File, file_of
-from nimbos.blobs import Blobs
+from nimbos.blobs import Blobs, Stored
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Statement, Transaction, insert, upsert
 from nimbos.db.tables.batches import batches, file_totals, files
@@ -29,22 +29,16 @@ class Files:
         self._blobs = blobs
         self._settings = settings
 
-    async def add(
-        self,
-        account: Account,
-        pieces: AsyncIterator[bytes],
-        *,
-        filename: str,
-        purpose: str,
-        expires_s: int | None = None,
-        limit_bytes: int | None = None,
-    ) -> File:
-        """Keeps what comes, without holding it in memory. `limit_bytes`: of this file, the setting's where None.
-
-        Raises: PayloadTooLarge for the file or for the project's files together; nothing is kept then.
-        """
+    async def receive(self, pieces: AsyncIterator[bytes], *, limit_bytes: int | None = None) -> Stored:
+        """Stores what comes, without holding it in memory; `keep` it or `forget` it. `limit_bytes`: the setting's
+        where None. Raises: PayloadTooLarge, and nothing is stored then."""
         limit = self._settings.file_bytes if limit_bytes is None else limit_bytes
-        stored = await self._blobs.put_stream(pieces, limit_bytes=limit)
+        return await self._blobs.put_stream(pieces, limit_bytes=limit)
+
+    async def keep(
+        self, account: Account, stored: Stored, *, filename: str, purpose: str, expires_s: int | None = None
+    ) -> File:
+        """Raises: PayloadTooLarge where the project's files together are too large."""
         file = self.made(
             account,
             blob=stored.hash,
@@ -53,15 +47,15 @@ class Files:
             purpose=purpose,
             expires_s=expires_s,
         )
-        try:
-            await self._database.run(lambda: self.record(account, file, within_quota=True), durable=True)
-        except PayloadTooLarge:
-            await self._forget(stored.hash)
-            raise
+        await self._database.run(lambda: self.record(account, file, within_quota=True), durable=True)
         if not await self._blobs.has(stored.hash):  # a file of the same bytes was deleted in this very moment
             await self.delete(account.id, file.id)
             raise StorageUnavailable("of files", reason="the same file was being deleted meanwhile. Send it again.")
         return file
+
+    async def forget(self, stored: Stored) -> None:
+        """What was received and not kept; the content goes when no file has it."""
+        await self._forget(stored.hash)
 
     def made(
         self,

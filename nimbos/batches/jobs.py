@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import structlog
 
 from nimbos.batches import rows
+from nimbos.batches.authority import Authority
 from nimbos.batches.desk import JOBS, Desk, lines_of
 from nimbos.batches.endpoint import Endpoint
 from nimbos.batches.fairness import shares_of
@@ -28,7 +29,6 @@ from nimbos.blobs import Blobs
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Transaction
 from nimbos.errors import StorageUnavailable
-from nimbos.types import Account
 from nimbos.work import Claim, Crew, Work
 
 SWEEP_S = 5.0
@@ -64,7 +64,7 @@ class Batches:
             blobs,
             self._work,
             endpoints=self._endpoints,
-            resolve=resolve or _as_submitted,
+            resolve=resolve or Authority(database).check,
             on_over=self.wake,
         )
         jobs_owner, self._lines_owner = f"{server_id}/jobs", f"{server_id}/lines"
@@ -181,7 +181,3 @@ class Batches:
             except StorageUnavailable as error:
                 _log.warning("batches.not_swept", reason=error.reason)
             await asyncio.sleep(SWEEP_S)
-
-
-async def _as_submitted(account: Account) -> Account:
-    return account

@@ -40,7 +40,7 @@ LEGAL: dict[State, frozenset[State]] = {
     State.EXPIRED: frozenset(),
     State.CANCELLED: frozenset(),
 }
-OVER = frozenset(state for state, after in LEGAL.items() if not after)
+OVER = frozenset(state for state in State if not LEGAL[state])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,4 +138,4 @@ def batch_of(row: Row) -> Batch:
     )
 
 
-_DATED = tuple(state for state in State if state is not State.VALIDATING)  # `created_ms` is when that began
+_DATED = [state for state in State if state is not State.VALIDATING]  # `created_ms` is when that began
