@@ -6,7 +6,7 @@ are one state (`_Choice`) told in different pieces.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ from nimbos.chat import ContentDelta, ReasoningDelta, ToolCallDelta
 from nimbos.config import ServerSettings
 from nimbos.errors import NimbosError
 from nimbos.service import Service
-from nimbos.types import ChosenLogprob, Origin
+from nimbos.types import ChosenLogprob, Origin, Usage
 
 UNFINISHED = "null"  # the word, as the original has it
 
@@ -72,7 +72,7 @@ class Generation:
         numbered = told.Numbered(question.ask.id)
         return await event_stream(
             request,
-            _written(numbered, replies(question, events, form)),
+            _written(numbered, replies(question, events, form, used=lambda: self._service.used(question.ask.id))),
             headers=lambda: {**ask_headers(question), **ignored.header()},
             settings=self._settings,
             framing=numbered.framing(),
@@ -86,20 +86,28 @@ async def _written(numbered: told.Numbered, pieces: AsyncGenerator[told.Reply, N
 
 
 async def replies(
-    question: Question, events: AsyncGenerator[Event, None], form: Form
+    question: Question, events: AsyncGenerator[Event, None], form: Form, *, used: Callable[[], Usage]
 ) -> AsyncGenerator[told.Reply, None]:
-    """The answer as events. The last choice to end waits for the usage, and both come together."""
+    """The answer as events, each with the usage so far. The last choice to end waits for the whole one.
+
+    Of several choices only the last event has a usage: the official package adds up one of each choice.
+    """
     choices = [_Choice(number, form) for number in range(question.ask.n)]
     last: Ended | None = None
+
+    def reply(told_now: list[told.Choice]) -> told.Reply:
+        usage = told.UsageBody.of(used()) if len(choices) == 1 else UNSET
+        return msgspec.structs.replace(_reply(question, form, told_now), usage=usage)
+
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Opened):
-                yield _reply(question, form, [choice.piece() for choice in choices])
+                yield reply([choice.piece() for choice in choices])
             elif isinstance(event, Said):
-                yield _reply(question, form, [choices[event.branch].said(event)])
+                yield reply([choices[event.branch].said(event)])
             elif isinstance(event, Ended):
                 if last is not None:
-                    yield _reply(question, form, [choices[last.branch].ended(last)])
+                    yield reply([choices[last.branch].ended(last)])
                 last = event
             else:
                 assert last is not None

@@ -15,7 +15,7 @@ from nimbos.api.sse import Framing
 from nimbos.errors import BudgetExhausted, InvalidRequest, NimbosError, NotFound, Overloaded
 from nimbos.types import Usage, new_id
 
-PREFIXES = ("/api/v1/services/", "/api/v1/models")
+PREFIXES = ("/api/v1/",)
 
 _CODES = {
     "invalid_api_key": "InvalidApiKey",

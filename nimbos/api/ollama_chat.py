@@ -17,6 +17,7 @@ from nimbos.api.access import account_of
 from nimbos.api.dialogue import Asked, Question, answer, understand
 from nimbos.api.exchange import ask_headers, event_stream, json_reply
 from nimbos.api.lenient import Ignored
+from nimbos.api.ollama_models import check_model
 from nimbos.api.ollama_request import GenerateCall, Wanted, read_chat, read_generate
 from nimbos.api.ollama_telling import Telling
 from nimbos.api.sse import or_gone
@@ -123,7 +124,8 @@ class Conversations:
         """Loads the model. One that may go stays until its memory is needed, as every model here."""
         leaves = wanted.keep_alive in (0, "0")
         if not leaves:
-            await or_gone(request, self._service.card(wanted.body.model))
+            card = await or_gone(request, self._service.card(wanted.body.model))
+            check_model(account_of(request), card.id)
         line = told.Line(
             model=wanted.model, created_at=told.now(), done=True, done_reason="unload" if leaves else "load"
         )

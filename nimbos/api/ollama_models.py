@@ -12,6 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nimbos.accounts import allowed_model
 from nimbos.api import body as bodies
 from nimbos.api import ollama_wire as told
 from nimbos.api.access import account_of
@@ -58,13 +59,13 @@ class Models:
     async def version(self, _: Request) -> Response:
         return json_reply(told.Version(told.VERSION))
 
-    async def tags(self, _: Request) -> Response:
-        return json_reply(told.ModelEntries([_entry(listed) for listed in await self._service.models()]))
+    async def tags(self, request: Request) -> Response:
+        return json_reply(told.ModelEntries([_entry(listed) for listed in await self._visible(request)]))
 
-    async def running(self, _: Request) -> Response:
+    async def running(self, request: Request) -> Response:
         """Those whose engines answer now. None is said to expire: a model goes when its memory is needed."""
         loaded = await self._service.stats()
-        entries = [_entry(listed) for listed in await self._service.models() if listed.id in loaded]
+        entries = [_entry(listed) for listed in await self._visible(request) if listed.id in loaded]
         for entry in entries:
             entry.size = loaded[entry.name].resident_bytes or entry.size
             entry.size_vram = 0
@@ -74,6 +75,7 @@ class Models:
     async def show(self, request: Request) -> Response:
         ignored = Ignored()
         listed = await self._find((await self._named(request, ignored)).wanted)
+        check_model(account_of(request), listed.id)
         if listed.model is None:
             template = (await self._service.card(listed.id)).chat_template
             metadata: dict[str, Any] = {"general.architecture": "scripted"}
@@ -117,6 +119,11 @@ class Models:
             "`nimbos pull`."
         )
 
+    async def _visible(self, request: Request) -> list[Listed]:
+        """Those that this key may ask."""
+        account = account_of(request)
+        return [listed for listed in await self._service.models() if allowed_model(account, listed.id)]
+
     async def _named(self, request: Request, ignored: Ignored) -> Named:
         server = self._settings.server
         content = await bodies.read(request, limit_bytes=server.max_body_bytes, stall_s=server.stall_write_s)
@@ -140,6 +147,12 @@ class Models:
             (listed for listed in models if listed.id == found.id),
             Listed(id=found.id, created=0, owner="nimbos", model=found),
         )
+
+
+def check_model(account: Account, model: str) -> None:
+    """Raises: Forbidden."""
+    if not allowed_model(account, model):
+        raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 
 
 def _require_admin(account: Account, what: str) -> None:

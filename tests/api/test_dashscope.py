@@ -211,6 +211,10 @@ def test_a_stream_says_what_the_whole_answer_says(incremental: bool | None) -> N
     assert [event.output.choices[0].finish_reason for event in events[:-1]] == ["null"] * (len(events) - 1)
     assert events[-1].output.choices[0].finish_reason == "stop"
     assert events[-1].usage == whole.usage
+    counts = [event.usage.output_tokens for event in events]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+    assert {event.usage.input_tokens for event in events} == {whole.usage.input_tokens}
     assert {event.request_id for event in events} == {events[0].headers["x-nimbos-ask-id"]}
 
 
