@@ -1,8 +1,8 @@
 """PostgreSQL behind the `Store` protocol: a pool of asyncpg connections that drive the same generators.
 
 A transaction runs in a task of its own, so that a caller who is cancelled neither breaks a connection nor leaves half a
-transaction. What the server undoes because of others (deadlock, serialisation) runs again. Connections that are lost
-are replaced when the server is back. The errors' meaning is in `postgresql_errors.py`.
+transaction. What the server undoes because of others (deadlock, serialisation) runs again. A connection that is
+lost before the commit runs it again on another. The errors' meaning is in `postgresql_errors.py`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,17 @@ from typing import Any, TypeVar, cast
 
 import asyncpg
 
-from nimbos.db.postgresql_errors import TRANSPORT, Meaning, is_collision
+from nimbos.db.postgresql_errors import TRANSPORT, Meaning, bad_url, is_collision, is_loss
+from nimbos.db.postgresql_pool import POOL_SIZE, Pool, connect
 from nimbos.db.postgresql_schema import bring_up_to_date
 from nimbos.db.statements import Bound, Row, Transaction
 from nimbos.errors import ConfigError, StorageUnavailable
 
 T = TypeVar("T")
 
-POOL_SIZE = 10
-_CONNECT_PATIENCE_S = 5.0
-_POOL_PATIENCE_S = 30.0
-_QUERY_PATIENCE_S = 120.0
-_CACHED_STATEMENTS = 1024
 _COLLISIONS_MAX = 12
 _LOSSES_MAX = POOL_SIZE + 1  # a server that was restarted leaves a pool full of dead connections
 _BACKOFF_S, _BACKOFF_MAX_S = 0.005, 0.5
-_SETTINGS = {"application_name": "nimbos", "lock_timeout": "5000", "idle_in_transaction_session_timeout": "60000"}
 
 _BEGIN_DURABLE = "BEGIN ISOLATION LEVEL READ COMMITTED"
 _BEGIN = f"{_BEGIN_DURABLE}; SET LOCAL synchronous_commit TO off"
@@ -48,7 +43,7 @@ class _Lost(Exception):
 
 
 class PostgresqlStore:
-    def __init__(self, url: str, pool: asyncpg.Pool, meaning: Meaning) -> None:
+    def __init__(self, url: str, pool: Pool, meaning: Meaning) -> None:
         """`open` makes one."""
         self._url = url
         self._pool = pool
@@ -60,27 +55,16 @@ class PostgresqlStore:
     async def open(cls, url: str) -> PostgresqlStore:
         meaning = Meaning.of(url)
         try:
-            connection = await _connect(url)
+            connection = await connect(url, lock_timeout="0")
             try:
                 await bring_up_to_date(connection, where=meaning.where)
             finally:
                 connection.terminate()
-            pool = await asyncpg.create_pool(
-                url,
-                min_size=0,
-                max_size=POOL_SIZE,
-                init=_prepare,
-                reset=_nothing,
-                statement_cache_size=_CACHED_STATEMENTS,
-                timeout=_CONNECT_PATIENCE_S,
-                command_timeout=_QUERY_PATIENCE_S,
-                server_settings=_SETTINGS,
-            )
         except asyncpg.exceptions.ClientConfigurationError as error:
-            raise ConfigError("The database's URL is not postgresql://user:password@host/name.") from error
+            raise bad_url() from error
         except _FAILURES as error:
             raise meaning(error) from error
-        return cls(url, pool, meaning)
+        return cls(url, Pool(url), meaning)
 
     async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T:
         return await self._to_the_end(lambda: self._attempt(begin, durable=durable))
@@ -100,7 +84,7 @@ class PostgresqlStore:
     async def stream(self, query: Bound, *, batch: int) -> AsyncIterator[Row]:
         text, parameters = query.prepared("postgresql")
         try:
-            connection = await _connect(self._url)  # of its own: an export takes no transaction's connection
+            connection = await connect(self._url)  # of its own: an export takes no transaction's connection
             try:
                 async with connection.transaction(isolation="repeatable_read", readonly=True):
                     async for row in connection.cursor(text, *parameters, prefetch=batch):
@@ -117,7 +101,7 @@ class PostgresqlStore:
         self._closed = True
         if self._running:
             await asyncio.wait(self._running)
-        self._pool.terminate()
+        self._pool.close()
 
     async def _to_the_end(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """In a task of its own, which a caller that is cancelled leaves behind: cancelling a query would cost a new
@@ -170,18 +154,15 @@ class PostgresqlStore:
         """What to raise for a failure before the commit."""
         if is_collision(error):
             return _Collision()
-        return _Lost() if connection.is_closed() else self._meaning(error)
+        return _Lost() if connection.is_closed() or is_loss(error) else self._meaning(error)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
         try:
-            connection = await self._pool.acquire(timeout=_POOL_PATIENCE_S)
+            async with self._pool.connection() as connection:
+                yield connection
         except _FAILURES as error:
             raise self._meaning(error) from error
-        try:
-            yield connection
-        finally:
-            await self._pool.release(connection)
 
 
 def no_copy(url: str, target: Path) -> ConfigError:
@@ -210,27 +191,6 @@ async def _roll_back(connection: asyncpg.Connection) -> None:
         await connection.execute("ROLLBACK")
     except _FAILURES:
         connection.terminate()
-
-
-async def _connect(url: str) -> asyncpg.Connection:
-    connection = await asyncpg.connect(
-        url, timeout=_CONNECT_PATIENCE_S, server_settings={**_SETTINGS, "lock_timeout": "0"}
-    )
-    await _prepare(connection)
-    return connection
-
-
-async def _prepare(connection: Any) -> None:
-    """A sum of BIGINTs is NUMERIC there; here it is an integer, as in SQLite."""
-    await connection.set_type_codec("numeric", schema="pg_catalog", encoder=str, decoder=_number, format="text")
-
-
-async def _nothing(connection: Any) -> None:
-    """What a connection that comes back needs: our transactions leave nothing behind."""
-
-
-def _number(text: str) -> int | float:
-    return float(text) if "." in text or "N" in text else int(text)
 
 
 def _cause(error: Exception) -> BaseException:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import asyncpg
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
-from nimbos.errors import Conflict, InvalidRequest, NimbosError, StorageUnavailable
+from nimbos.errors import ConfigError, Conflict, InvalidRequest, NimbosError, StorageUnavailable
 
 # What the way to the server raises, beside the server's own errors.
 TRANSPORT = (OSError, TimeoutError, UnicodeEncodeError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -41,6 +42,18 @@ def is_collision(error: BaseException) -> bool:
     return isinstance(error, asyncpg.PostgresError) and error.sqlstate in _COLLISIONS
 
 
+def is_loss(error: BaseException) -> bool:
+    """The connection ended, or is ending: what was not committed is undone."""
+    ended = (OSError, asyncpg.PostgresConnectionError, asyncpg.exceptions.OperatorInterventionError)
+    if isinstance(error, asyncpg.exceptions.QueryCanceledError | TimeoutError):
+        return False  # it lives, and what it did takes too long
+    return isinstance(error, ended) or _is_ended(error)
+
+
+def bad_url() -> ConfigError:
+    return ConfigError("The database's URL cannot be read. It is postgresql://user:password@host/name.")
+
+
 @dataclass(frozen=True, slots=True)
 class Meaning:
     """`where` names the database without the password."""
@@ -49,7 +62,10 @@ class Meaning:
 
     @classmethod
     def of(cls, url: str) -> Meaning:
-        parts = make_url(url)
+        try:
+            parts = make_url(url)
+        except (ValueError, ArgumentError) as error:
+            raise bad_url() from error
         host = parts.host or str(parts.query.get("host", "localhost"))
         return cls(f"{parts.database} at {host}")
 
@@ -83,6 +99,6 @@ class Meaning:
         return StorageUnavailable(self.where, reason=reason + suffix) if reason else error
 
 
-def _is_ended(error: Exception) -> bool:
+def _is_ended(error: BaseException) -> bool:
     """asyncpg says in prose only that a connection or its pool is closed."""
     return isinstance(error, asyncpg.InterfaceError) and "clos" in str(error)

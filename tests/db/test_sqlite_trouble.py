@@ -198,7 +198,7 @@ def test_a_read_only_disk_is_told_at_the_start_and_used_when_it_can_be_written(s
     asyncio.run(prepare())
     remount("ro")
     for folder in ("there", "new"):
-        with pytest.raises(StorageUnavailable, match="[Rr]ead-only"):
+        with pytest.raises(StorageUnavailable, match=r"[Rr]ead-only"):
             asyncio.run(write(small_disk / folder))
     remount("rw")
     assert asyncio.run(write(small_disk / "there")) == 1
