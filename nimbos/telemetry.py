@@ -29,7 +29,7 @@ _ENDPOINTS = (
 )
 _PROVIDER = "nimbos"
 _OPERATIONS = {Kind.GENERATE: "chat", Kind.EMBED: "embeddings", Kind.RERANK: "rerank"}
-_TOKEN_BOUNDS = tuple(4**power for power in range(14))  # as the conventions advise
+_TOKEN_BOUNDS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)  # powers of 4, as the conventions advise
 _SECOND_BOUNDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 
 

@@ -103,7 +103,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> list[Route]:
 
 def test_every_route_is_described_and_no_other(routes: list[Route]) -> None:
     text = page("docs/api.md")
-    listed = set(re.findall(r"^\| `((?:GET|POST) [^`]+)` \|", text, re.MULTILINE))
+    listed = set(re.findall(r"^\| `((?:GET|POST|PUT|PATCH|DELETE) [^`]+)` \|", text, re.MULTILINE))
     served = {
         f"{method} {route.path.replace(':path', '')}"
         for route in routes
@@ -384,8 +384,10 @@ def test_the_python_examples_run_one_after_the_other(
         here = re.sub(r'"(smollm2:135m|qwen3:0\.6b)"', '"demo"', here)
         exec(compile(here, "README.md", "exec"), named)
     named["client"].close()
+    named["claude"].close()
     printed = capsys.readouterr().out
-    assert len(examples) == 7
+    assert printed.count("I am a script, and I always say this.") == 4  # whole, streamed, Anthropic's, DashScope's
+    assert len(examples) == 9
     for expected in (
         "I am a script, and I always say this.",
         "11 tokens",
@@ -395,6 +397,7 @@ def test_the_python_examples_run_one_after_the_other(
         "answer: Seven.",
         "0 ms in the queue",
         "2 vectors of 64",
+        "6 tokens in",
     ):
         assert expected in printed
 
