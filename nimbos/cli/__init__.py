@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nimbos import __version__
-from nimbos.cli import models, native
+from nimbos.cli import budget, key, models, native, organisation, usage
 from nimbos.cli.backup import backup
 from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
@@ -36,6 +36,10 @@ app.command()(doctor)
 app.command()(backup)
 models.register(app)
 native.register(app)
+key.register(app)
+usage.register(app)
+budget.register(app)
+organisation.register(app)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import bindparam, select
+from starlette.responses import Response, StreamingResponse
 
 from nimbos.accounts import Action
 from nimbos.accounts.words import OWNER_KEY, OWNER_USER
@@ -24,7 +25,7 @@ from nimbos.db import Database, Statement
 from nimbos.db.tables.accounts import api_keys
 from nimbos.db.tables.ledger import asks
 from nimbos.errors import InvalidRequest
-from nimbos.ledger import Span, UsageRow, Used, usage, usage_buckets
+from nimbos.ledger import Span, UsageRow, Used, export_asks, usage, usage_buckets
 from nimbos.types import AskClass
 
 USAGE = "/v1/organization/usage"
@@ -169,6 +170,16 @@ async def report(call: Call) -> dict[str, Any]:
     return body
 
 
+async def export(call: Call) -> Response:
+    """Every settled ask, streamed."""
+    form: Any = call.query.one_of("format", ("csv", "json"), absent="csv")
+    since, until = call.query.integer("since_ms", 0, 2**62), call.query.integer("until_ms", 0, 2**62)
+    call.query.check_all_asked()
+    lines = export_asks(call.accounts.database, form, since_ms=since, until_ms=until)
+    media_type = "text/csv; charset=utf-8" if form == "csv" else "application/jsonl"
+    return StreamingResponse(lines, media_type=media_type)
+
+
 async def _span(call: Call, frame: Frame, *, batch: bool | None, models: Sequence[str] = ()) -> Span:
     filters: dict[str, Sequence[str]] = {}
     for name, dimension in (("project_ids", "project"), ("api_key_ids", "key"), ("models", "model")):
@@ -293,6 +304,7 @@ def routes() -> list[AdminRoute]:
     kinds: tuple[Kind, ...] = ("completions", "embeddings", "moderations")
     return [
         get(USAGE, Action.SEE, report),
+        get(f"{USAGE}/asks", Action.SEE, export),
         get(COSTS, Action.SEE, costs),
         *(get(f"{USAGE}/{kind}", Action.SEE, partial(tokens, kind)) for kind in kinds),
         *(get(f"{USAGE}/{name}", Action.SEE, partial(nothing, name)) for name in _EMPTY),

@@ -1,0 +1,97 @@
+"""`nimbos usage`: what was used, by whom, and what it cost."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+
+class By(StrEnum):
+    KEY = "key"
+    MODEL = "model"
+    PROJECT = "project"
+    DAY = "day"
+    CLASS = "class"
+    PROCESS = "process"
+    ASK = "ask"
+
+
+_NUMBERS = ("asks", "input_tokens", "cached_tokens", "output_tokens", "thinking_tokens", "cost_micros")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(usage)
+
+
+def usage(
+    by: Annotated[By, typer.Option(help="One row for each; `ask` writes every single one, as CSV or JSON lines.")] = (
+        By.KEY
+    ),
+    since: Annotated[str | None, typer.Option(help="A day such as 2026-11-01, or 7d: so long ago.")] = None,
+    until: Annotated[str | None, typer.Option(help="Not including this moment.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable, one document.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+) -> None:
+    """Show what was used and what it cost. Days are in UTC; spans are whole hours."""
+    import sys
+    from datetime import UTC, datetime
+
+    from nimbos import config
+    from nimbos.cli.admin import Query, connect
+    from nimbos.cli.quantities import since_ms
+    from nimbos.cli.tables import show_document
+    from nimbos.errors import InvalidRequest
+
+    if json and csv:
+        raise InvalidRequest("Give one of --json and --csv.")
+    now = datetime.now(UTC)
+    query: dict[str, str | int | list[str]] = {}
+    if since is not None:
+        query["since_ms"] = since_ms(since, now=now)
+    if until is not None:
+        query["until_ms"] = since_ms(until, now=now)
+    with connect(config.load()) as server:
+        if by is By.ASK:
+            wanted: Query = {**query, "format": "json" if json else "csv"}
+            for piece in server.lines("/v1/organization/usage/asks", wanted):
+                sys.stdout.buffer.write(piece)
+            return
+        report = server.get("/v1/organization/usage", {**query, "by": by.value})
+    if json:
+        show_document(report)
+    elif csv:
+        _write_csv(by, report["rows"])
+    else:
+        _show(by, report)
+
+
+def _show(by: By, report: dict[str, Any]) -> None:
+    from nimbos.cli.tables import show_table
+
+    names = (by.value.upper(), "ASKS", "INPUT", "CACHED", "OUTPUT", "THINKING", "COST")
+    rows = [_row(row.get("name") or row[by.value], row) for row in report["rows"]]
+    show_table(names, [*rows, _row("total", report["total"])], right=names[1:])
+
+
+def _row(name: str, used: dict[str, int]) -> tuple[str, ...]:
+    from nimbos.cli.quantities import money_of
+
+    return (name, *(f"{used[number]:,}" for number in _NUMBERS[:-1]), money_of(used["cost_micros"]))
+
+
+def _write_csv(by: By, rows: list[dict[str, Any]]) -> None:
+    import csv
+    import sys
+
+    named = [by.value, "name"] if by in (By.KEY, By.PROJECT) else [by.value]
+    writer = csv.writer(sys.stdout)
+    writer.writerow([*named, *_NUMBERS])
+    for row in rows:
+        writer.writerow([*(_harmless(row[name]) for name in named), *(row[number] for number in _NUMBERS)])
+
+
+def _harmless(text: str) -> str:
+    """A name that a spreadsheet would run as a formula is quoted."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
