@@ -167,7 +167,7 @@ def cells_of(model: LocalModel, settings: EngineSettings) -> int:
 
 def sequences_of(model: LocalModel, settings: EngineSettings) -> int:
     """How many sequences the engine will make room for; each costs a state where layers are recurrent."""
-    wanted = _EMBEDDING_SEQUENCES if model.facts.kind == "embed" else settings.sequences
+    wanted = settings.sequences if model.facts.kind == "generate" else _EMBEDDING_SEQUENCES
     return max(2, min(wanted, _RECURRENT_SEQUENCES_MAX)) if model.facts.state_bytes else wanted
 
 

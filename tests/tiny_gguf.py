@@ -45,12 +45,15 @@ _PAIRS = (
     "|n t|_ y|_y ou|_f or|_w it|_wit h|a m|u r|t er|_w or|l d|_wor ld|en t|_b e|_ n|_n o|_ re|_m e|k e|_ l|_l i"
     "|_li ke|_th at"
 )
+_RANK_PAIRS = "|y es|n o"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Sizes of one architecture. `window`: of its local layers, which are all but each sixth. `recurrent`: all but each
-    fourth layer are linear attention. `pooling`: makes it an embedding model."""
+    fourth layer are linear attention. `pooling`: makes it an embedding model, or with RANK a reranker; its head is the
+    output rows of the words "yes" and "no". `ranks`: those words are tokens. `encoder`: BERT's, with a head of its own.
+    """
 
     architecture: str
     layers: int = 3
@@ -69,6 +72,8 @@ class Shape:
     add_bos: bool = False
     thinks: bool = False
     pooling: gguf.PoolingType | None = None
+    ranks: bool = False
+    encoder: bool = False
 
 
 _QWEN3 = Shape(architecture="qwen3", head_size=32, thinks=True)
@@ -81,8 +86,13 @@ SHAPES = {
     "qwen35": Shape(architecture="qwen35", layers=4, head_size=32, post_norm=True, recurrent=True, thinks=True),
     "qwen3-embedding": replace(_QWEN3, thinks=False, pooling=gguf.PoolingType.LAST),
     "qwen3-embedding-mean": replace(_QWEN3, thinks=False, pooling=gguf.PoolingType.MEAN),
+    "qwen3-reranker": replace(_QWEN3, thinks=False, ranks=True, pooling=gguf.PoolingType.RANK),
+    "qwen3-reranker-words": replace(_QWEN3, thinks=False, ranks=True),
+    "bert-reranker": Shape(architecture="bert", kv_heads=4, encoder=True, pooling=gguf.PoolingType.RANK),
+    "bert-embedding": Shape(architecture="bert", kv_heads=4, encoder=True, pooling=gguf.PoolingType.CLS),
 }
-GENERATING = tuple(name for name, shape in SHAPES.items() if shape.pooling is None)
+GENERATING = tuple(name for name, shape in SHAPES.items() if shape.pooling is None and not shape.ranks)
+RERANK_PROMPT = "<|im_start|>system\nAnswer yes or no.<|im_end|>\n<|im_start|>user\n{query}\n{document}<|im_end|>\n"
 
 
 def write(arch: str, folder: Path, *, seed: int = 1, context: int = 4096, chat_template: str | None = None) -> Path:
@@ -102,7 +112,11 @@ def write(arch: str, folder: Path, *, seed: int = 1, context: int = 4096, chat_t
     template = _template(shape) if chat_template is None else chat_template
     if template:
         writer.add_chat_template(template)
-    for name, values in _weights(shape, vocabulary=size, random=np.random.default_rng(seed)):
+    if shape.ranks:
+        writer.add_chat_template([{"name": "rerank", "template": RERANK_PROMPT}])
+    random = np.random.default_rng(seed)
+    weights = _encoder(shape, size, context, random) if shape.encoder else _weights(shape, size, random)
+    for name, values in weights:
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -111,10 +125,11 @@ def write(arch: str, folder: Path, *, seed: int = 1, context: int = 4096, chat_t
     return path
 
 
-def vocabulary() -> tuple[list[str], list[gguf.TokenType], list[str]]:
+def vocabulary(*, ranks: bool = False) -> tuple[list[str], list[gguf.TokenType], list[str]]:
     """Tokens, their types, and merges ("left right", best first), in GPT-2's spelling of bytes."""
     letters = _byte_letters()
-    merges = [_spell(pair, letters) for pair in _PAIRS.split("|")]
+    pairs = _PAIRS + (_RANK_PAIRS if ranks else "")
+    merges = [_spell(pair, letters) for pair in pairs.split("|")]
     tokens = [letters[byte] for byte in range(256)]
     tokens += dict.fromkeys(merge.replace(" ", "") for merge in merges)
     types = [gguf.TokenType.NORMAL] * len(tokens)
@@ -126,7 +141,7 @@ def vocabulary() -> tuple[list[str], list[gguf.TokenType], list[str]]:
 
 
 def _template(shape: Shape) -> str:
-    if shape.pooling is not None:
+    if shape.pooling is not None or shape.ranks:
         return ""
     return THINKING_CHATML if shape.thinks else CHATML
 
@@ -154,6 +169,9 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: Shape, context: int) -> None:
     writer.add_value_length(shape.head_size)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-6)
+    if shape.encoder:
+        writer.add_layer_norm_eps(1e-6)
+        writer.add_causal_attention(False)
     if not shape.recurrent:
         writer.add_rope_dimension_count(shape.head_size)
     if shape.experts:
@@ -176,7 +194,7 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: Shape, context: int) -> None:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, shape: Shape) -> int:
-    tokens, types, merges = vocabulary()
+    tokens, types, merges = vocabulary(ranks=shape.ranks)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -188,9 +206,15 @@ def _add_vocabulary(writer: gguf.GGUFWriter, shape: Shape) -> int:
     writer.add_eot_token_id(tokens.index(IM_END))
     for part, mark in zip(("prefix", "suffix", "middle"), FIM, strict=True):
         writer.add_uint32(f"tokenizer.ggml.fim_{part[:3]}_token_id", tokens.index(mark))
-    writer.add_add_bos_token(shape.add_bos)
+    writer.add_add_bos_token(shape.add_bos or shape.encoder)
     if shape.pooling is not None:
         writer.add_add_eos_token(True)
+    if shape.encoder:
+        writer.add_sep_token_id(tokens.index(IM_END))
+        writer.add_add_sep_token(True)
+        writer.add_token_type_count(2)
+    if shape.ranks and shape.pooling is not None:
+        writer.add_classifier_output_labels(["yes", "no"])
     return len(tokens)
 
 
@@ -198,7 +222,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, shape: Shape) -> int:
 _STATE, _KEY_HEADS, _VALUE_HEADS = 32, 2, 4
 
 
-def _weights(shape: Shape, *, vocabulary: int, random: np.random.Generator) -> Iterator[tuple[str, Floats]]:
+def _weights(shape: Shape, vocabulary: int, random: np.random.Generator) -> Iterator[tuple[str, Floats]]:
     """Tensors by GGUF name; a matrix is (outputs, inputs).
 
     A small embedding, strong attention scores (standard deviation about 3) and a strong attention output make the
@@ -211,11 +235,51 @@ def _weights(shape: Shape, *, vocabulary: int, random: np.random.Generator) -> I
     output = _normal(random, (vocabulary, width), 2 / np.sqrt(width))
     output[vocabulary - len(CONTROL) - len(WORDS) :] = 0
     yield "output.weight", output
+    if shape.ranks and shape.pooling is not None:
+        yield "cls.output.weight", output[[_words(shape).index(word) for word in ("yes", "no")]]
     for layer in range(shape.layers):
         linear = shape.recurrent and (layer + 1) % 4 != 0
         for part in (_linear_attention if linear else _attention, _feed_forward):
             for name, values in part(shape, random):
                 yield f"blk.{layer}.{name}", values
+
+
+def _words(shape: Shape) -> list[str]:
+    return vocabulary(ranks=shape.ranks)[0]
+
+
+def _encoder(shape: Shape, vocabulary: int, context: int, random: np.random.Generator) -> Iterator[tuple[str, Floats]]:
+    """BERT's: layer norms with biases, positions that are learnt, and a head in two layers."""
+    width = shape.width
+    yield "token_embd.weight", _normal(random, (vocabulary, width), 1.0)
+    yield "token_types.weight", _normal(random, (2, width), 0.3)
+    yield "position_embd.weight", _normal(random, (context, width), 0.3)
+    sizes = {"attn_q": width, "attn_k": width, "attn_v": width, "attn_output": width}
+    norms = ["token_embd_norm"]
+    matrices = {}
+    for layer in range(shape.layers):
+        matrices |= {f"blk.{layer}.{name}": (size, width) for name, size in sizes.items()}
+        matrices[f"blk.{layer}.ffn_up"] = (shape.hidden, width)
+        matrices[f"blk.{layer}.ffn_down"] = (width, shape.hidden)
+        norms += [f"blk.{layer}.attn_output_norm", f"blk.{layer}.layer_output_norm"]
+    for name in norms:
+        yield f"{name}.weight", _near_one(random, width)
+        yield f"{name}.bias", _normal(random, (width,), 0.1)
+    for name, (outputs, inputs) in matrices.items():
+        yield f"{name}.weight", _matrix(random, outputs, inputs, 1.5)
+        yield f"{name}.bias", _normal(random, (outputs,), 0.1)
+    if shape.pooling is gguf.PoolingType.RANK:
+        for name, values in encoder_head(shape.width):
+            yield name, values
+
+
+def encoder_head(width: int) -> Iterator[tuple[str, Floats]]:
+    """The same for every seed, so that a test can compute it."""
+    random = np.random.default_rng(99)
+    yield "cls.weight", _matrix(random, width, width)
+    yield "cls.bias", _normal(random, (width,), 0.1)
+    yield "cls.output.weight", _matrix(random, 1, width, 2.0)
+    yield "cls.output.bias", _normal(random, (1,), 0.1)
 
 
 def _attention(shape: Shape, random: np.random.Generator) -> Iterator[tuple[str, Floats]]:

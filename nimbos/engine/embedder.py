@@ -1,7 +1,7 @@
 """Embedding: inputs in, vectors out, in the same process and under the same lease as generation.
 
 An embedding model needs a whole input in one pass and keeps nothing, so it has no context tree; asks are served in the
-order of class, account and arrival, as many inputs a step as fit.
+order of class, account and arrival, as many inputs a step as fit. Read `ranker.py` for the one that scores documents.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -25,17 +26,39 @@ from nimbos.types import Ask, AskClass, Chunk, Final, FinishReason, Receipt, Vec
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class Work:
+    """An ask with its inputs. `starts[i]`: tokens of all inputs before input `i`; `done`: inputs that were told."""
+
     ask: Ask
     inputs: tuple[tuple[int, ...], ...]
-    arrived_ms: float
     tally: Tally
-    restarts: int = 0
-    computed: int = 0
+    arrived_ms: float
+    restarts: int
+    starts: tuple[int, ...]
+    shared: int = 0
     done: int = 0
     compute_ms: float = 0.0
     steps: int = 0
-    started_ms: float = field(default=0.0)
+    started_ms: float | None = field(default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [start, end) of one input, computed in this sequence."""
+
+    work: Work
+    index: int
+    start: int
+    end: int
+    sequence: int
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
+
+    @property
+    def whole(self) -> bool:
+        return self.end == len(self.work.inputs[self.index])
 
 
 class Embedder:
@@ -47,15 +70,16 @@ class Embedder:
         self.clock = FairClock()
         self.abortable = False
         self._post, self._hold = post, hold
-        self._waiting: list[_Work] = []
+        self._waiting: list[Work] = []
 
     def submit(self, submit: Submit, inputs: tuple[tuple[int, ...], ...], row: Row | None = None) -> None:
         """After an engine's death all inputs are computed again, and told again."""
         ask = submit.ask
-        tally = Tally(sum(map(len, inputs)), row)
+        starts = (0, *accumulate(map(len, inputs)))
+        tally = Tally(starts[-1], row)
         tally.resume(output=0, thinking=0, cached=None)
         self.clock.arrive(ask.account, {work.ask.account for work in self._waiting})
-        self._waiting.append(_Work(ask, inputs, time.monotonic() * 1e3, tally, submit.restarts))
+        self._waiting.append(Work(ask, inputs, tally, time.monotonic() * 1e3, submit.restarts, starts))
 
     def cancel(self, ask_id: str) -> None:
         self._waiting = [work for work in self._waiting if work.ask.id != ask_id]
@@ -65,69 +89,91 @@ class Embedder:
         return not self._waiting
 
     def step(self, look: Callable[[], None]) -> bool:
-        """One batch of whole inputs. Returns: False when there is nothing to compute."""
+        """One batch. Returns: False when there is nothing to compute."""
         look()
-        chosen = self._choose()
-        if not chosen:
+        pieces = self._choose()
+        if not pieces:
             return False
         rows = [
-            Rows(sequence=i, start=0, tokens=work.inputs[index], logits=True) for i, (work, index) in enumerate(chosen)
+            Rows(
+                sequence=piece.sequence,
+                start=piece.start,
+                tokens=piece.work.inputs[piece.index][piece.start : piece.end],
+                logits=piece.whole,
+            )
+            for piece in pieces
         ]
-        for sequence in range(len(rows)):
-            self.model.drop(sequence)
-        with self._hold(min((w.ask.ask_class for w, _ in chosen), key=RANK.__getitem__)):
+        with self._hold(min((piece.work.ask.ask_class for piece in pieces), key=RANK.__getitem__)):
             started = time.perf_counter()
-            result = self.model.decode(rows, every=True)
+            result = self.model.decode(rows, every=self.model.pools)
             milliseconds = (time.perf_counter() - started) * 1e3
-        if result != llama.DECODED:
-            return True
-        self._deliver(chosen, milliseconds)
+        if result == llama.DECODED:
+            self._deliver(pieces, milliseconds)
         return True
 
-    def _choose(self) -> list[tuple[_Work, int]]:
-        order = sorted(
-            self._waiting, key=lambda w: (RANK[w.ask.ask_class], self.clock.virtual(w.ask.account), w.arrived_ms)
-        )
-        chosen: list[tuple[_Work, int]] = []
+    def _choose(self) -> list[Piece]:
+        """Whole inputs, each in an empty sequence."""
+        pieces: list[Piece] = []
         room = self.model.options.step_tokens
-        for work in order:
+        for work in self._order():
             for index in range(work.done, len(work.inputs)):
                 tokens = len(work.inputs[index])
-                if tokens > room or len(chosen) >= self.model.options.sequences:
-                    return chosen
-                chosen.append((work, index))
+                if tokens > room or len(pieces) >= self.model.options.sequences:
+                    return pieces
+                self.model.drop(len(pieces))
+                pieces.append(Piece(work, index, 0, tokens, len(pieces)))
                 room -= tokens
-        return chosen
+        return pieces
 
-    def _deliver(self, chosen: list[tuple[_Work, int]], milliseconds: float) -> None:
+    def _order(self) -> list[Work]:
+        return sorted(
+            self._waiting, key=lambda w: (RANK[w.ask.ask_class], self.clock.virtual(w.ask.account), w.arrived_ms)
+        )
+
+    def _deliver(self, pieces: list[Piece], milliseconds: float) -> None:
         chunks: list[tuple[str, Chunk]] = []
-        total = sum(len(work.inputs[index]) for work, index in chosen)
-        self.counters.steps += 1
-        self.counters.step_rows += total
-        self.counters.computed_tokens += total
-        self.counters.prompt_tokens += total
-        self.counters.step_seconds_sum += milliseconds / 1e3
-        for sequence, (work, index) in enumerate(chosen):
-            vector = self.model.embedding(sequence)
-            norm = float(np.linalg.norm(vector))
-            vector = vector / norm if norm > 0 else vector
-            chunks.append((work.ask.id, VectorChunk(index=index, values=vector.astype("<f4").tobytes())))
-            work.done += 1
-            share = milliseconds * len(work.inputs[index]) / max(1, total)
-            work.tally.computed(work.computed, len(work.inputs[index]), milliseconds=share)
-            work.computed += len(work.inputs[index])
-            work.compute_ms += share
-            work.steps += 1
-            self.clock.charge(work.ask.account, share, weight=weight_of(work.ask))
-            self.counters.charge(work.ask.account, share)
+        total = sum(piece.count for piece in pieces)
+        self._count_step(total, milliseconds)
+        row = 0
+        for piece in pieces:
+            work = piece.work
+            self._charge(piece, milliseconds * piece.count / max(1, total), milliseconds)
+            if piece.whole:
+                chunks.append((work.ask.id, self._result(piece, row)))
+                work.done += 1
+                row += 1
         for work in self._waiting:
             work.tally.write()
         for work in [w for w in self._waiting if w.done == len(w.inputs)]:
             self._waiting.remove(work)
-            usage = work.tally.usage(first=True, output=0, thinking=0)
-            receipt = Receipt(compute_ms=int(work.compute_ms), steps=work.steps, restarts=work.restarts)
-            chunks.append((work.ask.id, Final(branch=0, reason=FinishReason.STOP, usage=usage, receipt=receipt)))
+            chunks.append((work.ask.id, _final(work)))
         self._post(Produced(chunks=tuple(chunks), waiting=len(self._waiting)))
+
+    def _result(self, piece: Piece, row: int) -> Chunk:
+        """`row`: of the model's outputs."""
+        vector = self.model.embedding(piece.sequence)
+        norm = float(np.linalg.norm(vector))
+        vector = vector / norm if norm > 0 else vector
+        return VectorChunk(index=piece.index, values=vector.astype("<f4").tobytes())
+
+    def _count_step(self, tokens: int, milliseconds: float) -> None:
+        self.counters.steps += 1
+        self.counters.step_rows += tokens
+        self.counters.computed_tokens += tokens
+        self.counters.prompt_tokens += tokens
+        self.counters.step_seconds_sum += milliseconds / 1e3
+
+    def _charge(self, piece: Piece, share_ms: float, step_ms: float) -> None:
+        work = piece.work
+        if work.started_ms is None:
+            work.started_ms = time.monotonic() * 1e3 - step_ms
+        start = work.starts[piece.index]
+        work.tally.found(start + piece.start)
+        work.tally.computed(start + piece.start, piece.count, milliseconds=share_ms)
+        work.compute_ms += share_ms
+        work.steps += 1
+        self.clock.charge(work.ask.account, share_ms, weight=weight_of(work.ask))
+        self.counters.charge(work.ask.account, share_ms)
 
     def flush(self) -> None:
         """Nothing is held back between steps."""
@@ -137,3 +183,18 @@ class Embedder:
         for work in self._waiting:
             waiting[work.ask.ask_class] += 1
         return waiting, dict.fromkeys(AskClass, 0)
+
+
+def _final(work: Work) -> Final:
+    started = work.started_ms if work.started_ms is not None else work.arrived_ms
+    return Final(
+        branch=0,
+        reason=FinishReason.STOP,
+        usage=work.tally.usage(first=True, output=0, thinking=0),
+        receipt=Receipt(
+            queue_ms=max(0, int(started - work.arrived_ms)),
+            compute_ms=int(work.compute_ms),
+            steps=work.steps,
+            restarts=work.restarts,
+        ),
+    )

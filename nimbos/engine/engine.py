@@ -258,7 +258,7 @@ class Engine:
             raise self._broken
         active = _Active(ask, asyncio.Queue(), {b: list(ids) for b, ids in ask.emitted.items()}, list(ask.finished))
         self._asks[ask.id] = active
-        branches = 1 if ask.kind is Kind.EMBED else ask.n
+        branches = ask.n if ask.kind is Kind.GENERATE else 1
         told = len(ask.finished)
         try:
             if self._up.is_set():  # else the restart submits it

@@ -69,11 +69,16 @@ class Model:
         self.context_tokens: int = library.llama_model_n_ctx_train(self._model)
         self.embedding_size: int = library.llama_model_n_embd(self._model)
         self.kind = self._kind()
+        self.causal = self._architecture_value("attention.causal") != "false"
+        has_head = not self.causal or bool(self.head_labels)
+        # whether an output is one vector or score of a sequence, instead of logits
+        self.pools = self.kind is Kind.EMBED or (self.kind is Kind.RERANK and has_head)
         self.shares_prefixes = not (
             library.llama_model_is_recurrent(self._model)
             or library.llama_model_is_hybrid(self._model)
             or library.llama_model_n_swa(self._model) > 0
             or self.kind is Kind.EMBED
+            or not self.causal
         )
         # a recurrent state has no tail to take off, so a step of such a model is never aborted
         self.can_truncate = not (
@@ -89,17 +94,16 @@ class Model:
         """
         library, options = self.library, self.options
         params = library.llama_context_default_params()
-        embed = self.kind is Kind.EMBED
         params.n_ctx = options.cells
         params.n_batch = options.step_tokens
-        params.n_ubatch = options.step_tokens if embed else min(options.micro_tokens, options.step_tokens)
+        params.n_ubatch = options.step_tokens if self.pools else min(options.micro_tokens, options.step_tokens)
         params.n_seq_max = min(options.sequences, SEQUENCES_MAX)
         params.n_threads = params.n_threads_batch = options.threads
         params.no_perf = True
         params.kv_unified = True
         params.swa_full = False
         params.flash_attn_type = llama.FLASH_ATTENTION_AUTO
-        params.embeddings = embed
+        params.embeddings = self.pools
         self._context = library.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelUnusable(str(self.path), reason=f"no context of {options.cells} cells: {library.last_error()}")
@@ -133,14 +137,16 @@ class Model:
         library = self.library
         if library.llama_model_has_encoder(self._model) or library.llama_model_is_diffusion(self._model):
             raise ModelUnusable(str(self.path), reason="encoder-decoder and diffusion models are not served yet")
-        architecture = self.metadata("general.architecture") or ""
-        pooling = self.metadata(f"{architecture}.pooling_type")
-        causal = self.metadata(f"{architecture}.attention.causal")
-        if pooling not in (None, "0", str(llama.POOLING_RANK)) or causal == "false":
-            return Kind.EMBED
+        pooling = self._architecture_value("pooling_type")
         if pooling == str(llama.POOLING_RANK):
-            raise ModelUnusable(str(self.path), reason="rerankers are not served yet")
-        return Kind.GENERATE
+            return Kind.RERANK
+        if pooling not in (None, "0") or self._architecture_value("attention.causal") == "false":
+            return Kind.EMBED
+        named = f"{self.metadata('general.name')} {self.metadata('general.basename')}".lower()
+        return Kind.RERANK if "rerank" in named else Kind.GENERATE  # as `hub/facts.py` decides
+
+    def _architecture_value(self, key: str) -> str | None:
+        return self.metadata(f"{self.metadata('general.architecture') or ''}.{key}")
 
     def close(self) -> None:
         if self._context:
@@ -165,6 +171,21 @@ class Model:
     def chat_template(self) -> str:
         template = self.library.llama_model_chat_template(self._model, None)
         return template.decode(errors="replace") if template else ""
+
+    @property
+    def rerank_template(self) -> str:
+        template = self.library.llama_model_chat_template(self._model, b"rerank")
+        return template.decode(errors="replace") if template else ""
+
+    @property
+    def head_outputs(self) -> int:
+        return int(self.library.llama_model_n_cls_out(self._model))
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """What the outputs of the classification head mean, where the file says it."""
+        found = (self.library.llama_model_cls_label(self._model, i) for i in range(min(self.head_outputs, 1024)))
+        return tuple(label.decode(errors="replace") for label in found if label is not None)
 
     @property
     def weight_bytes(self) -> int:
@@ -192,6 +213,14 @@ class Model:
     @property
     def adds_eos(self) -> bool:
         return bool(self.library.llama_vocab_get_add_eos(self._vocab))
+
+    @property
+    def separator(self) -> int | None:
+        return _token_or_none(self.library.llama_vocab_sep(self._vocab))
+
+    @property
+    def adds_separator(self) -> bool:
+        return bool(self.library.llama_vocab_get_add_sep(self._vocab))
 
     @property
     def vocab(self) -> Vocab:
@@ -310,13 +339,12 @@ class Model:
         return np.ctypeslib.as_array(floats, (rows, self.n_vocab))
 
     def embedding(self, sequence: int) -> Floats:
-        """The pooled vector of a sequence after `decode`, copied, not normalised."""
+        """The pooled vector of a sequence after `decode`, or its scores, copied, not normalised."""
+        size = self.head_outputs if self.kind is Kind.RERANK else self.embedding_size
         pointer = self.library.llama_get_embeddings_seq(self._context, sequence)
         if not pointer:
             raise EngineFailed("This model gave no pooled embedding.")
-        return np.ctypeslib.as_array(
-            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self.embedding_size,)
-        ).copy()
+        return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (size,)).copy()
 
     def copy(self, source: int, target: int, end: int) -> None:
         """Sequence `target` gets positions [0, end) of `source` too; no memory is copied."""

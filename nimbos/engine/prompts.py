@@ -11,17 +11,20 @@ from collections import OrderedDict
 from nimbos.engine.grammar import GrammarFactory
 from nimbos.engine.model import Model
 from nimbos.engine.protocol import Prepare, PreparedReply
+from nimbos.engine.ranking import Ranking
 from nimbos.errors import InvalidRequest, PromptTooLong
 from nimbos.types import Ask, Kind, Part, Text
 
 REMEMBERED_TOKENS = 2_000_000
 GRAMMARS_CHECKED = 256
+_MAKES = {Kind.GENERATE: "text", Kind.EMBED: "embeddings", Kind.RERANK: "scores of documents"}
 
 
 class Prompts:
-    def __init__(self, model: Model, limit_tokens: int) -> None:
-        """`limit_tokens`: the longest sequence, prompt and answer together."""
+    def __init__(self, model: Model, limit_tokens: int, ranking: Ranking | None = None) -> None:
+        """`limit_tokens`: the longest sequence, prompt and answer together. `ranking`: of a reranker."""
         self._model = model
+        self._ranking = ranking
         self._limit = limit_tokens
         self._known: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
         self._held = 0
@@ -34,9 +37,11 @@ class Prompts:
         """
         ask = request.ask
         if ask.kind is not self._model.kind:
-            able = "text" if self._model.kind is Kind.GENERATE else "embeddings"
-            raise InvalidRequest(f"The model {ask.model!r} makes {able}, not what this route asks for.", param="model")
-        if ask.kind is Kind.EMBED:
+            able, wanted = _MAKES[self._model.kind], _MAKES[ask.kind]
+            raise InvalidRequest(f"The model {ask.model!r} makes {able}, and this asks for {wanted}.", param="model")
+        if ask.kind is Kind.RERANK:
+            inputs = self._documents(ask)
+        elif ask.kind is Kind.EMBED:
             inputs = tuple(self._whole((part,), ask.account) for part in ask.parts)
         else:
             inputs = (self._whole(ask.parts, ask.account),)
@@ -47,13 +52,22 @@ class Prompts:
         return PreparedReply(number=request.number, inputs=inputs)
 
     def _check(self, ids: tuple[int, ...], ask: Ask) -> None:
-        limit = self._limit if ask.kind is Kind.EMBED else self._limit - 1
+        limit = self._limit - 1 if ask.kind is Kind.GENERATE else self._limit
         if len(ids) > limit:
             raise PromptTooLong(have=len(ids), limit=limit)
         if not ids:
             raise InvalidRequest("The prompt is empty, and this model has no token to begin with.", param="messages")
         if min(ids) < 0 or max(ids) >= self._model.n_vocab:
             raise InvalidRequest(f"A token id is outside of 0 … {self._model.n_vocab - 1}.", param="prompt")
+
+    def _documents(self, ask: Ask) -> tuple[tuple[int, ...], ...]:
+        """A prompt for each document, all with the query."""
+        assert self._ranking is not None
+        texts = [part for part in ask.parts if isinstance(part, Text)]
+        if len(texts) != len(ask.parts) or len(texts) < 2:
+            raise InvalidRequest("A query and at least one document are needed, as text.", param="documents")
+        query, *documents = texts
+        return tuple(tuple(self._ranking.tokens(query, document)) for document in documents)
 
     def _check_grammar(self, ask: Ask, grammars: GrammarFactory) -> None:
         assert ask.grammar is not None

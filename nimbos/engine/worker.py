@@ -31,6 +31,8 @@ from nimbos.engine.llama import open_library
 from nimbos.engine.loop import Loop
 from nimbos.engine.model import SEQUENCES_MAX, Model, ModelOptions
 from nimbos.engine.prompts import Prompts
+from nimbos.engine.ranker import Ranker
+from nimbos.engine.ranking import Ranking
 from nimbos.engine.scheduler import Rules
 from nimbos.engine.sizes import choose_cells
 from nimbos.errors import ModelUnusable, NimbosError
@@ -88,9 +90,9 @@ class Worker:
         lease = Lease(Path(start.lease_path)) if start.lease_path else None
         options = ModelOptions(cells=0, sequences=settings.engine.sequences, threads=threads)
         model = Model(library, Path(start.model_path), options)
-        embeds = model.kind is Kind.EMBED
+        whole = model.kind is not Kind.GENERATE  # whole inputs, no answers
         cells = choose_cells(model, settings.engine)
-        step = min(EMBED_STEP_TOKENS, model.context_tokens) if embeds else settings.engine.max_step_tokens
+        step = min(EMBED_STEP_TOKENS, model.context_tokens) if whole else settings.engine.max_step_tokens
         model.options = ModelOptions(
             cells=max(cells, step),
             threads=threads,
@@ -101,13 +103,17 @@ class Worker:
         model.open_context()
         self._model = model
         own = settings.engine.context_tokens or model.context_tokens
-        limit = min(own, model.context_tokens, step if embeds else model.cells)
-        self._prompts = Prompts(model, limit)
+        in_one_pass = model.kind is Kind.EMBED or not model.causal
+        limit = min(own, model.context_tokens, step if in_one_pass else model.cells)
+        ranking = Ranking(model, limit) if model.kind is Kind.RERANK else None
+        self._prompts = Prompts(model, limit, ranking)
         self._grammars = GrammarFactory(model.vocab)
         hold = lease.hold if lease else _no_lease
         costs = _costs(start.table, model)
-        if embeds:
-            self._loop: Loop | Embedder = Embedder(model, post=pipe.send, hold=hold)
+        if ranking is not None:
+            self._loop: Loop | Embedder = Ranker(model, ranking, post=pipe.send, hold=hold)
+        elif whole:
+            self._loop = Embedder(model, post=pipe.send, hold=hold)
         else:
             rules = Rules(
                 stall_target_ms=settings.engine.stall_target_ms,
@@ -299,7 +305,7 @@ _Arrival = protocol.Submit | protocol.Cancel | protocol.Extend | protocol.StatsR
 def _sequences(model: Model, wanted: int) -> int:
     """Ids in use: each costs a recurrent model a whole state, and others nothing."""
     most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES
-    return max(2, min(most, 64 if model.kind is Kind.EMBED else wanted))
+    return max(2, min(most, wanted if model.kind is Kind.GENERATE else 64))
 
 
 def _costs(table: bytes, model: Model) -> StepTime:

@@ -221,7 +221,10 @@ def _kind(fields: _Fields) -> ModelKind:
     pooling = fields.number("pooling_type")
     if pooling == _POOLING_RANK:
         return "rerank"
-    return "embed" if pooling or fields.architecture in _ENCODERS else "generate"
+    if pooling or fields.architecture in _ENCODERS:
+        return "embed"
+    named = f"{fields.word('general.name')} {fields.word('general.basename')}".lower()
+    return "rerank" if "rerank" in named else "generate"  # as `engine/model.py` decides
 
 
 def _quantisation(fields: _Fields, files: list[GgufFile]) -> str:
