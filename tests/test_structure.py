@@ -131,8 +131,9 @@ DOORS = {
 PAST_DOORS = {
     ("batches", "engine"): {"script", "scripted"},
     ("accounts", "db"): {"tables"},
-    ("api", "accounts"): {"audit", "keys", "people", "projects", "roles", "secret", "words"},
-    ("cli", "api"): {"access", "ollama_key"},
+    ("api", "accounts"): {"audit", "keys", "login", "people", "projects", "roles", "secret", "words"},
+    ("cli", "accounts"): {"words"},
+    ("cli", "api"): {"access", "admin", "ollama_key"},
     ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
     ("cli", "hub"): {"catalog", "memory", "progress"},
     ("runtime", "engine"): {"scripted"},
@@ -166,7 +167,18 @@ PURE = {
     "structlog.get_logger",
 }
 PURE_METHODS = {"encode", "hexdigest", "split", "to_bytes"}
-COMMAND_TREE = {"typer.Typer", "app.callback", "app.command", "app.command()", "models.register", "native.register"}
+COMMAND_TREE = {
+    "typer.Typer",
+    "app.callback",
+    "app.command",
+    "app.command()",
+    "budget.register",
+    "key.register",
+    "models.register",
+    "native.register",
+    "organisation.register",
+    "usage.register",
+}
 
 # Loop tops: they log the traceback and fail the one request. Every other broad `except` ends by raising again, or is
 # around a library that raises plain `Exception`, and raises ours from it.
