@@ -1,7 +1,7 @@
 """Connections to PostgreSQL that wait for the next transaction.
 
-asyncpg's own pool takes a connection away from whoever uses it when it breaks; this one leaves it there, so that the user
-can tell what that meant.
+asyncpg's own pool takes a connection away from whoever uses it when it breaks; this one leaves it there, so that the
+user can tell what that meant.
 """
 
 from __future__ import annotations

@@ -48,9 +48,11 @@ def steps(found: str | None, dialect: Dialect, *, where: str) -> tuple[str, ...]
 
 
 def upgrade(start: str | None, dialect: Dialect) -> tuple[str, ...]:
-    """The statements of every revision after `start` (None: of all)."""
+    """The statements of every revision after `start` (None: of all). One at a time in a process: alembic keeps what it
+    works on in a global."""
     # Here, as it costs a second that only an upgrade has to spend.
     from alembic.config import Config
+    from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
@@ -68,7 +70,8 @@ def upgrade(start: str | None, dialect: Dialect) -> tuple[str, ...]:
             "fn": lambda revision, _: script._upgrade_revs("head", revision),
         },
     )
-    context.run_migrations()
+    with Operations.context(context):
+        context.run_migrations()
     return tuple(written.all)
 
 

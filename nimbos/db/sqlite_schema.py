@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from nimbos.db.schema import HEAD, steps
+from nimbos.db import schema
 from nimbos.db.sqlite_file import SqliteFile
 from nimbos.errors import Conflict, StorageUnavailable
 
@@ -22,25 +22,35 @@ def bring_up_to_date(file: SqliteFile) -> None:
     """
     file.create()
     with closing(file.connect(patience_s=_MIGRATION_PATIENCE_S)) as connection:
-        if file.version(connection) == HEAD:
+        if file.version(connection) == schema.HEAD:
             return
         try:
             connection.execute("BEGIN IMMEDIATE")
             _migrate(file, connection)
-            connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise file.meaning(error) from error
 
 
 def _migrate(file: SqliteFile, connection: sqlite3.Connection) -> None:
-    """In a transaction that closing the connection undoes."""
+    """Ends the transaction well; closing the connection undoes what is not."""
     found = file.version(connection)  # again: it may have been done while we waited for the lock
-    statements = steps(found, "sqlite", where=str(file.path))
-    if statements and found is not None:
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        copy(file, file.path.parent / "backups" / f"{file.path.stem}-{found}-{stamp}.db")
-    for statement in statements:
-        connection.execute(statement)
+    statements = schema.steps(found, "sqlite", where=str(file.path))
+    kept = _keep(file, found) if statements and found is not None else None
+    try:
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        if kept is not None:
+            kept.unlink()  # of the file as it still is; a server that is restarted again and again would fill the disk
+        raise
+
+
+def _keep(file: SqliteFile, version: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    target = file.path.parent / "backups" / f"{file.path.stem}-{version}-{stamp}.db"
+    copy(file, target)
+    return target
 
 
 def copy(file: SqliteFile, target: Path) -> None:
@@ -52,14 +62,12 @@ def copy(file: SqliteFile, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if target.exists():
-            raise Conflict(f"{target} exists already. Choose another name, or remove it first.")
+            raise _exists(target)
         try:
             _copy_into(file, partial)
-            os.link(partial, target)  # unlike a rename, never over what another has put there meanwhile
+            _name(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise Conflict(f"{target} exists already. Choose another name, or remove it first.") from error
     except OSError as error:
         raise StorageUnavailable(str(target), reason=f"{error.strerror}.") from error
     except sqlite3.Error as error:
@@ -74,3 +82,15 @@ def _copy_into(file: SqliteFile, partial: Path) -> None:
         made.execute("PRAGMA journal_mode=DELETE").fetchall()  # one file, without a log beside it
     with partial.open("rb") as written:
         os.fsync(written.fileno())
+
+
+def _name(partial: Path, target: Path) -> None:
+    """As a link and not a renaming: that would go over what another has put there meanwhile."""
+    try:
+        os.link(partial, target)
+    except FileExistsError as error:
+        raise _exists(target) from error
+
+
+def _exists(target: Path) -> Conflict:
+    return Conflict(f"{target} exists already. Choose another name, or remove it first.")
