@@ -23,7 +23,8 @@ from tests.hub.fake_hub import FakeHub
 from tests.hub.fake_hub import running as hub_running
 from tests.live import OWNER_SECRET, Live, serving, user
 
-CHAT, EMBED = "tiny-qwen2-1", "tiny-qwen3-embedding-1"
+CHAT, EMBED, RANK = "tiny-qwen2-1", "tiny-qwen3-embedding-1", "tiny-qwen3-reranker-1"
+DOCUMENTS = ["hello to you", "the man is in the world", "that is what we like", "no"]
 GREEDY = {"temperature": 0, "num_predict": 6}
 SCHEMA = {
     "type": "object",
@@ -42,7 +43,7 @@ def site() -> Iterator[FakeHub]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, site: FakeHub) -> Iterator[Live]:
     folder: Path = tmp_path_factory.mktemp("tiny")
-    models = (tiny_gguf.write("qwen2", folder), tiny_gguf.write("qwen3-embedding", folder))
+    models = tuple(tiny_gguf.write(arch, folder) for arch in ("qwen2", "qwen3-embedding", "qwen3-reranker"))
     engine = EngineSettings(threads=1, cells=4096, sequences=16)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_ENDPOINT", site.url)
@@ -178,6 +179,43 @@ def test_vectors_that_cannot_be_made_are_refused(tiny: Live, client: ollama.Clie
     response = tiny.post("/api/embed", {"model": EMBED, "input": long, "truncate": True})
     assert response.status_code == 400
     assert "10003 tokens" in response.json()["error"]
+
+
+# --- ranks
+
+
+def rank(**fields: Any) -> Any:
+    return dashscope.TextReRank.call(model=RANK, query="what do we like", documents=DOCUMENTS, **fields)
+
+
+def test_documents_come_by_how_well_they_answer(tiny: Live) -> None:
+    reply = rank()
+    results = reply.output.results
+    scores = [result.relevance_score for result in results]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    assert {result.index for result in results} == set(range(len(DOCUMENTS)))
+    assert all(result["document"] is None for result in results)
+    assert reply.usage["total_tokens"] > 0
+    assert reply.request_id == reply.headers["x-nimbos-ask-id"]
+    best = rank(top_n=2, return_documents=True).output.results
+    assert [result.index for result in best] == [result.index for result in results[:2]]
+    assert [result["document"]["text"] for result in best] == [DOCUMENTS[result.index] for result in best]
+
+
+def test_ranks_that_cannot_be_made_are_refused(client: ollama.Client) -> None:
+    for fields, named in (
+        ({"top_n": 0}, "parameters.top_n"),
+        ({"instruct": "find"}, "parameters.instruct"),
+    ):
+        reply = rank(**fields)
+        assert (reply.status_code, reply.code) == (400, "InvalidParameter")
+        assert named in reply.message
+    pictures: list[Any] = [{"image": "https://example.com/a.png"}]
+    reply = dashscope.TextReRank.call(model=RANK, query="a", documents=pictures)
+    assert "input.documents[0]" in reply.message
+    assert dashscope.TextReRank.call(model=CHAT, query="a", documents=["b"]).code == "InvalidParameter"
+    assert client.show(RANK).capabilities == ["rerank"]
 
 
 # --- models
