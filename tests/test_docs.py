@@ -29,6 +29,7 @@ from nimbos.api.fields import NimbosFields, StreamOptions, StructuredOutputs
 from nimbos.api.openai_completions import CompletionsBody
 from nimbos.api.openai_embeddings import EmbeddingsBody
 from nimbos.api.openai_wire import ReceiptBody
+from nimbos.api.rerank import RerankBody
 from nimbos.chat.dial import DIAL_FIELDS, LEVEL_TOKENS
 from nimbos.chat.isolation import _INHERITED
 from nimbos.cli import app
@@ -118,9 +119,10 @@ def test_every_field_of_a_request_is_described() -> None:
         ("## POST /v1/chat/completions", ChatBody),
         ("## POST /v1/completions", CompletionsBody),
         ("## POST /v1/embeddings", EmbeddingsBody),
+        ("## POST /v1/rerank", RerankBody),
     ):
         own = section("docs/api.md", heading)
-        text = own if body is EmbeddingsBody else own + shared
+        text = own if body in (EmbeddingsBody, RerankBody) else own + shared
         assert not missing(body.__struct_fields__, text), heading
 
 

@@ -34,6 +34,8 @@ def test_every_tensor_is_finite_and_greedy_text_cannot_hold_a_mark(arch: str, tm
     assert reader.fields[f"{tiny_gguf.SHAPES[arch].architecture}.context_length"].contents() == 512
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     marks = [tokens.index(mark) for mark in (*tiny_gguf.CONTROL, *tiny_gguf.WORDS)]
+    if tiny_gguf.SHAPES[arch].encoder:
+        return  # it writes no text
     silent = np.flatnonzero((tensors["output.weight"] == 0).all(axis=1))
     assert silent.tolist() == sorted(marks)
 
