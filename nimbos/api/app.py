@@ -7,7 +7,21 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from nimbos.api import admin, anthropic, batches, dashscope, errors, files, health, live, metrics, models, ollama, responses
+from nimbos.api import (
+    admin,
+    anthropic,
+    batches,
+    dashscope,
+    errors,
+    files,
+    health,
+    live,
+    metrics,
+    models,
+    ollama,
+    rerank,
+    responses,
+)
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
@@ -46,6 +60,7 @@ def _routes(runtime: Runtime) -> list[Route]:
         Route("/v1/chat/completions", chat.create, methods=["POST"]),
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        *rerank.routes(runtime),
         *live.routes(runtime),
         *dashscope.routes(runtime),
         *ollama.routes(runtime),
