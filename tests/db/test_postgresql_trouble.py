@@ -14,13 +14,13 @@ import pytest
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Transaction
 from nimbos.errors import ConfigError, InvalidRequest, StorageUnavailable
-from tests.databases import Postgres
+from tests.databases import Postgres, name_of
 from tests.db.tables import ADD, ALL, count, everything, make
 
 
 @pytest.fixture
 def url(postgres: Postgres) -> Iterator[str]:
-    made = postgres.fresh()
+    made = postgres.with_tables()
     yield made
     postgres.start()  # where a test left it stopped
     postgres.drop(made)
@@ -122,7 +122,7 @@ async def test_transactions_while_the_server_restarts_are_whole_and_told(
 async def test_a_read_only_database_is_told_and_used_when_it_can_be_written(
     database: Database, postgres: Postgres, url: str
 ) -> None:
-    name = url.partition("?")[0].rpartition("/")[2]
+    name = name_of(url)
     postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     _end_connections(postgres)
     with pytest.raises(StorageUnavailable, match="read-only"):
