@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
+from nimbos.api import anthropic_batches
+from nimbos.api.anthropic_batches import endpoints
+from nimbos.api.anthropic_body import PATH
 from nimbos.api.anthropic_errors import SHAPE
 from nimbos.api.anthropic_messages import Messages
 from nimbos.runtime import Runtime
@@ -12,9 +15,10 @@ from nimbos.runtime import Runtime
 def routes(runtime: Runtime) -> list[Route]:
     messages = Messages(runtime.service, runtime.settings.server)
     return [
-        Route("/v1/messages", messages.create, methods=["POST"]),
-        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route(PATH, messages.create, methods=["POST"]),
+        Route(f"{PATH}/count_tokens", messages.count, methods=["POST"]),
+        *anthropic_batches.routes(runtime),
     ]
 
 
-__all__ = ["SHAPE", "routes"]
+__all__ = ["SHAPE", "endpoints", "routes"]

@@ -23,7 +23,8 @@ from nimbos.chat import ChatRequest, Dial
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.types import Account, Grammar, ModelCard, Origin
 
-ORIGIN = Origin(route="/v1/messages")
+PATH = "/v1/messages"
+ORIGIN = Origin(route=PATH)
 
 REFUSED = {
     "compaction": "conversations are not summarised here; do it with an ask of your own",

@@ -100,7 +100,7 @@ def _moment_in(duration: str) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _write(error: NimbosError) -> bytes:
+def written(error: NimbosError) -> bytes:
     body = body_of(error)
     _kept(error)[_REQUEST_ID] = body.request_id  # one error object may be told to several who wait for the same load
     return msgspec.json.encode(body)
@@ -116,5 +116,5 @@ def _kept(error: NimbosError) -> dict[str, Any]:
 
 
 SHAPE = Shape(
-    prefixes=("/v1/messages", "/api/event_logging"), body=_write, headers=_headers, client_header=VERSION_HEADER
+    prefixes=("/v1/messages", "/api/event_logging"), body=written, headers=_headers, client_header=VERSION_HEADER
 )

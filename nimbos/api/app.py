@@ -33,7 +33,7 @@ from nimbos.runtime import Runtime
 
 def build(runtime: Runtime) -> Starlette:
     """The app of one running server, whose batches are answered from now on."""
-    runtime.batches.serve(batches.endpoints(runtime))
+    runtime.batches.serve([*batches.endpoints(runtime), *anthropic.endpoints(runtime)])
     return _app(runtime, _routes(runtime), runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
 
 
