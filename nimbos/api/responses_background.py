@@ -58,7 +58,7 @@ class BackgroundResponses:
             return
         begun = joined(kept.echo, kept.body, status="queued", output=[])
         teller = teller_of(begun, queued.body)
-        live = await self._background.begin(claim)
+        live = await self._background.journal.open(claim.ref, claim)
         try:
             for told in teller.begin():
                 live.add(event(told))
@@ -99,7 +99,8 @@ class BackgroundResponses:
                 f"The response {kept.id} was not made with `background: true`, so it has no events to read again.",
                 param="stream",
             )
-        if kept.status not in ("queued", "in_progress") and not await self._background.journal.any(kept.id):
+        over = kept.status not in ("queued", "in_progress", "cancelled")  # which may have ended before it began
+        if over and not await self._background.journal.any(kept.id):
             raise InvalidRequest(
                 f"The events of {kept.id} are no longer kept. Retrieve it without `stream`.", param="stream"
             )

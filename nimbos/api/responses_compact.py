@@ -1,6 +1,6 @@
 """`POST /v1/responses/compact`: a context told in short by the model itself, to go on from instead of the whole.
 
-What instructs the model stays word for word; the rest becomes one item of the type `compaction`. Nothing is stored.
+The answer is one item of the type `compaction`. What instructs the model is in it word for word. Nothing is stored.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Compactor:
         compacted = Compacted(
             id=(made := new_id("resp")),
             created_at=int(time.time()),
-            output=[*_instructions(items), _compaction(made, summary)],
+            output=[_compaction(made, items, summary)],
             usage=UsageBody.of(told.usage),
             x_nimbos=Extension(receipt=wire.receipt([question.ask], list(told.finals), question.card)),
         )
@@ -108,9 +108,9 @@ def _request(items: list[Item], instructions: str | None, limit: int) -> Callabl
     return request
 
 
-def _instructions(items: list[Item]) -> list[Item]:
-    return [item for item in items if item["type"] == "message" and item["role"] in _INSTRUCTING]
-
-
-def _compaction(response_id: str, summary: str) -> Item:
-    return {"id": item_id(response_id, 0, "compaction"), "type": "compaction", "encrypted_content": seal(summary)}
+def _compaction(response_id: str, items: list[Item], summary: str) -> Item:
+    """What instructs the model stays word for word."""
+    instructing = [item for item in items if item["type"] == "message" and item["role"] in _INSTRUCTING]
+    words = [message["content"] for message in messages_of(instructing, instructions=None)]
+    told = "\n\n".join([*words, f"What was said before, in short:\n{summary}"])
+    return {"id": item_id(response_id, 0, "compaction"), "type": "compaction", "encrypted_content": seal(told)}

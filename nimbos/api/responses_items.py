@@ -150,8 +150,7 @@ def messages_of(items: Iterable[Item], *, instructions: str | None) -> list[dict
                 output = _words(item["output"])
                 messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": output})
             case "compaction":
-                summary = unseal(item["encrypted_content"], "encrypted_content")
-                messages.append({"role": "system", "content": f"What was said before, in short:\n{summary}"})
+                messages.append({"role": "system", "content": unseal(item["encrypted_content"], "encrypted_content")})
     return messages
 
 

@@ -19,7 +19,7 @@ from nimbos.db import Transaction
 from nimbos.errors import StorageUnavailable
 from nimbos.responses import nodes
 from nimbos.responses.journal import Journal, Live
-from nimbos.responses.store import SAID, Answered, Kept, Piece, Status, Store, begun, cancelled, finished, say
+from nimbos.responses.store import SAID, Answered, Kept, Piece, Status, Store, cancelled, finished, say
 from nimbos.work import Claim, Crew, Work
 
 KIND = "response"
@@ -88,12 +88,6 @@ class Background:
         await self._store.run(queueing)
         if self._crew is not None:
             self._crew.wake()
-
-    async def begin(self, claim: Claim) -> Live:
-        """Raises: ClaimLost."""
-        live = await self.journal.open(claim.ref, claim)
-        await self._database.run(lambda: begun(claim.ref))
-        return live
 
     async def settle(self, live: Live, kept: Kept, *, status: Status, body: bytes, output: tuple[Piece, ...]) -> None:
         """The one end of a response. Raises: ClaimLost when it had another one already."""

@@ -18,6 +18,7 @@ from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, select
 from nimbos.db import Database, Statement, Transaction, insert
 from nimbos.db.tables.responses import response_events as events
 from nimbos.db.tables.responses import responses
+from nimbos.responses.store import begun
 from nimbos.work import Claim, Work
 
 KEPT_S = 86_400
@@ -60,13 +61,18 @@ class Journal:
         self._started = asyncio.Event()
 
     async def open(self, response_id: str, claim: Claim) -> Live:
-        """What an earlier attempt had written is made again. Raises: ClaimLost."""
+        """The response is in progress now; what an earlier attempt had written is made again. Close it, whatever
+        happens after this returns.
+
+        Raises: ClaimLost.
+        """
 
         def begin() -> Transaction[None]:
             yield from self._work.check(claim)
+            yield from begun(response_id)
             yield _REMOVE(response=response_id)
 
-        await self._database.run(begin)
+        await self._database.run(begin)  # nothing is awaited behind this: who is cancelled has opened nothing
         live = self._live[response_id] = Live(claim, flushed_at=asyncio.get_running_loop().time())
         started, self._started = self._started, asyncio.Event()
         started.set()
