@@ -50,7 +50,8 @@ class Form:
         self._stall_s = stall_s
         self._events: deque[tuple[str, bytes]] = deque()
         self._parts = 0
-        self._part: _Part | None = None
+        self._part = _Part()  # that is being parsed; several may be before the first of them is read here
+        self._begun: deque[_Part] = deque()
         self._header_name = b""
         self._header_value = b""
         self._parser = MultipartParser(_boundary(request), self._callbacks(), max_header_size=_HEADER_BYTES_MAX)
@@ -98,8 +99,7 @@ class Form:
             return False
         if kind != "begin":
             raise InvalidRequest("The form is not as it should be.")
-        part = self._part
-        assert part is not None
+        part = self._begun.popleft()
         if part.filename is not None:
             self.filename, self.file_field = part.filename[-_NAME_CHARACTERS:], part.name or "file"
             if part.name != "file":
@@ -160,17 +160,16 @@ class Form:
         self._header_value += content[start:end]
 
     def _on_header(self) -> None:
-        assert self._part is not None
         self._part.headers[self._header_name.lower()] = self._header_value
         self._header_name = self._header_value = b""
 
     def _on_headers(self) -> None:
         part = self._part
-        assert part is not None
         _, options = parse_options_header(part.headers.get(b"content-disposition", b""))
         part.name = options.get(b"name", b"").decode(errors="replace")
         if b"filename" in options:
             part.filename = options[b"filename"].decode(errors="replace").replace("\0", "")
+        self._begun.append(part)
         self._events.append(("begin", b""))
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 
-from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, or_, select
+from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, delete, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
-from nimbos.batches.words import OVER, File, file_of
+from nimbos.batches.words import OVER, File, State, file_of
 from nimbos.blobs import Blobs, Stored
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Statement, Transaction, insert, upsert
@@ -197,7 +197,7 @@ _SIZE = Statement(select(files.c.size_bytes).where(_is("id")))
 _LIST_DOWN = _page(newest_first=True)
 _LIST_UP = _page(newest_first=False)
 _DELETE = Statement(delete(files).where(_is("id")))
-_READING = batches.c.state.not_in([*OVER])
+_READING = and_(*[batches.c.state != state.value for state in State if state in OVER])
 _USING = Statement(select(batches.c.id).where(batches.c.input_file == bindparam("file", type_=Text), _READING).limit(1))
 _LAPSED = Statement(
     select(files.c.id, files.c.project)

@@ -57,7 +57,10 @@ def _move(to: State) -> Statement:
     """Only from where it is legal; no row comes back otherwise."""
     return Statement(
         update(batches)
-        .where(batches.c.id == _text("id"), batches.c.state.in_([before for before in LEGAL if to in LEGAL[before]]))
+        .where(
+            batches.c.id == _text("id"),
+            or_(*[batches.c.state == before.value for before in LEGAL if to in LEGAL[before]]),
+        )
         .values({"state": to.value, f"{to.value}_ms": _at("now_ms")})
         .returning(*batches.c)
     )
@@ -112,7 +115,8 @@ READY = Statement(
 )
 LAPSED = Statement(
     select(batches.c.id).where(
-        batches.c.state.in_([State.VALIDATING.value, State.IN_PROGRESS.value]), batches.c.expires_ms <= _at("now_ms")
+        or_(batches.c.state == State.VALIDATING.value, batches.c.state == State.IN_PROGRESS.value),
+        batches.c.expires_ms <= _at("now_ms"),
     )
 )
 
