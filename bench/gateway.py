@@ -27,7 +27,6 @@ from bench.server import HOST, Server, free_port, running
 from bench.setup import Setup, where
 
 BODY = json.dumps({"model": "fast", "messages": [{"role": "user", "content": "Say one word."}]}).encode()
-PRICES = {"input": 1_000_000, "output": 2_000_000}
 CONNECTIONS = 16
 STREAMS = 1_000
 
@@ -97,9 +96,8 @@ def setup_for(*, out: Path | None, limit_s: float = 1800) -> Setup:
 
 
 def set_prices(home: Path) -> None:
-    for meter, micros in PRICES.items():
-        command = [*ours.nimbos("prices"), "set", "fast", meter, str(micros)]
-        subprocess.run(command, env=_environment(home), capture_output=True, check=True)
+    command = [*ours.nimbos("prices"), "set", "fast", "--input", "1.00", "--output", "2.00"]
+    subprocess.run(command, env=_environment(home), capture_output=True, check=True)
 
 
 def _environment(home: Path) -> dict[str, str]:
