@@ -19,6 +19,7 @@ from nimbos.api import (
     metrics,
     models,
     ollama,
+    openapi,
     rerank,
     responses,
 )
@@ -34,7 +35,8 @@ from nimbos.runtime import Runtime
 def build(runtime: Runtime) -> Starlette:
     """The app of one running server, whose batches are answered from now on."""
     runtime.batches.serve([*batches.endpoints(runtime), *anthropic.endpoints(runtime)])
-    return _app(runtime, _routes(runtime), runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
+    routes = openapi.Description().routes(_routes(runtime))
+    return _app(runtime, routes, runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
 
 
 def build_ollama(runtime: Runtime, secret: str) -> Starlette:

@@ -105,6 +105,13 @@ class _Model(msgspec.Struct, kw_only=True):
     model: str
 
 
+class GenerationBody(_Model, kw_only=True):
+    """The whole body, as our description of the API has it; it is read part by part."""
+
+    input: _Input
+    parameters: Parameters | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """How the answer is written. `text`: `output.text` instead of choices. `parts`: contents are lists of parts."""

@@ -52,6 +52,20 @@ class _RerankInput(msgspec.Struct, kw_only=True):
     documents: list[str | dict[str, Any]]
 
 
+class EmbeddingBody(msgspec.Struct, kw_only=True):
+    """The whole body, for our description of the API, as the next one."""
+
+    model: str
+    input: _EmbeddingInput
+    parameters: EmbeddingParameters | None = None
+
+
+class RerankBody(msgspec.Struct, kw_only=True):
+    model: str
+    input: _RerankInput
+    parameters: RerankParameters | None = None
+
+
 class Embeddings:
     def __init__(self, service: Service, settings: ServerSettings) -> None:
         self._service = service

@@ -77,6 +77,16 @@ class GenerateCall(_Common, kw_only=True):
     raw: bool | None = None
 
 
+class OllamaChatBody(ChatCall, kw_only=True):
+    """With its options, for our description of the API, as the next one."""
+
+    options: Options | None = None
+
+
+class OllamaGenerateBody(GenerateCall, kw_only=True):
+    options: Options | None = None
+
+
 class _Message(msgspec.Struct, kw_only=True):
     role: str
     content: str | None = None
