@@ -14,6 +14,7 @@ from nimbos.types import Usage
 
 class TextBlock(msgspec.Struct, tag_field="type", tag="text"):
     text: str = ""
+    citations: None = None
 
 
 class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
@@ -21,10 +22,15 @@ class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
     signature: str = ""
 
 
+class Direct(msgspec.Struct, frozen=True, tag_field="type", tag="direct"):
+    """Who called a tool: the model itself."""
+
+
 class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: msgspec.Raw = msgspec.Raw(b"{}")
+    caller: Direct = Direct()
 
 
 Block = TextBlock | ThinkingBlock | ToolUseBlock
@@ -48,6 +54,8 @@ class UsageBody(msgspec.Struct, kw_only=True):
     cache_creation: CacheCreation
     output_tokens: int
     output_tokens_details: OutputDetails
+    server_tool_use: None = None
+    inference_geo: None = None
     service_tier: str | UnsetType = UNSET
 
     @staticmethod
@@ -78,6 +86,8 @@ class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     content: list[Block] = msgspec.field(default_factory=list)
     stop_reason: str | None = None
     stop_sequence: str | None = None
+    stop_details: None = None
+    container: None = None
     usage: UsageBody
     context_management: ContextManagement | UnsetType = UNSET
     x_nimbos: ReceiptBody | UnsetType = UNSET
@@ -127,6 +137,8 @@ class BlockStop(msgspec.Struct, tag_field="type", tag="content_block_stop"):
 class Stopped(msgspec.Struct, kw_only=True):
     stop_reason: str
     stop_sequence: str | None
+    stop_details: None = None
+    container: None = None
 
 
 class MessageDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="message_delta"):

@@ -43,7 +43,8 @@ def test_answers_with_text_usage_and_receipt(claude: anthropic.Anthropic) -> Non
     raw = claude.messages.with_raw_response.create(model="demo", max_tokens=100, messages=user("hi you"))  # type: ignore[arg-type]
     message = raw.parse()
     assert (message.type, message.role, message.model) == ("message", "assistant", "demo")
-    assert [block.to_dict() for block in message.content] == [{"type": "text", "text": "Hello there, friend!"}]
+    (block,) = message.content
+    assert block.to_dict() == {"type": "text", "text": "Hello there, friend!", "citations": None}
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
     usage = message.usage
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens) == (2, 0, 0)

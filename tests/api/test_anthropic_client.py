@@ -63,7 +63,7 @@ def test_the_recorded_request_is_answered_with_thinking_words_and_a_call(termina
     (start,) = (data["message"] for name, data in events if name == "message_start")
     assert start["model"] == RECORD["body"]["model"]
     (delta,) = (data for name, data in events if name == "message_delta")
-    assert delta["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert (delta["delta"]["stop_reason"], delta["delta"]["stop_sequence"]) == ("tool_use", None)
     assert delta["context_management"] == {"applied_edits": []}
     assert delta["usage"]["output_tokens_details"]["thinking_tokens"] > 0
     assert events[-1] == ("message_stop", {"type": "message_stop"})
@@ -93,7 +93,8 @@ def test_its_next_turn_is_answered_too(terminal: httpx2.Client) -> None:
     result = {"type": "tool_result", "tool_use_id": call["id"], "content": "The file was changed."}
     turn = [{"role": "assistant", "content": whole["content"]}, {"role": "user", "content": [result]}]
     answer = terminal.post(RECORD["path"], json={**body, "stream": False, "messages": [*body["messages"], *turn]})
-    assert answer.json()["content"] == [{"type": "text", "text": "Done."}]
+    (block,) = answer.json()["content"]
+    assert (block["type"], block["text"]) == ("text", "Done.")
     assert answer.json()["stop_reason"] == "end_turn"
 
 

@@ -38,7 +38,7 @@ PICTURES = {
 LEFT_OUT = {
     "openai-chat": {"annotations"},
     "open-responses": {"presence_penalty", "frequency_penalty"},
-    "anthropic": {"citations", "caller", "inference_geo", "server_tool_use", "stop_details", "container"},
+    "anthropic": set(),
 }
 UNTOLD = {"text": "citations", "tool_use": "caller"}  # a block that lacks a field is said to be none, without the field
 
