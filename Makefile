@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: up test test-long lint types check clean
+.PHONY: up test test-postgresql test-long lint types check clean
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,6 +24,10 @@ up: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# The same tests, with PostgreSQL behind every server that they start.
+test-postgresql: .venv/.installed-dev
+	NIMBOS_TEST_DATABASE=postgresql $(BIN)/python -m pytest -q $(ARGS)
 
 test-long: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m long --timeout 1800 $(ARGS)
