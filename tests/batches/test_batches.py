@@ -16,7 +16,7 @@ from tests.live import PATIENCE_S, Live, error_of, serving
 
 SCRIPT: dict[str, Any] = {
     "replies": [
-        {"match": "slow", "text": "on and " * 200, "tokens_per_second": 100},
+        {"match": "slow", "text": "on and " * 50, "tokens_per_second": 100},
         {"match": "endless", "text": "on and on " * 20, "tokens_per_second": 20},
     ],
     "default": {"text": "Hello there, friend!"},
