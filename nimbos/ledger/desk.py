@@ -59,12 +59,19 @@ class Desk:
         self._running: dict[str, Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._late: list[Due] = []
+        self._waiting = 0
+        self._closed = False
         self._retrying: asyncio.Task[None] | None = None
 
     @property
     def late(self) -> int:
         """Settlements that wait for the database."""
         return len(self._late)
+
+    @property
+    def waiting(self) -> int:
+        """Asks that wait for what running ones hold of their budget."""
+        return self._waiting
 
     async def admit(
         self, account: Account, prepared: Prepared, *, origin: Origin, card: ModelCard, journal: Journal | None = None
@@ -95,7 +102,7 @@ class Desk:
                 except Held:
                     if clock() >= deadline:
                         raise
-                await self.bell.wait(min(HELD_TICK_S, self._admit_patience_s))
+                await self._wait()
                 reserving = asyncio.create_task(self.database.run(begin))
         except asyncio.CancelledError:
             self._keep(self._undo(reserving, Due(settlement=_nothing(ask), row=row, journal=journal)))
@@ -108,6 +115,13 @@ class Desk:
         )
         running = self._running[ask.id] = Running(self, counted, reserved, row=row, journal=journal)
         return running
+
+    async def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            await self.bell.wait(min(HELD_TICK_S, self._admit_patience_s))
+        finally:
+            self._waiting -= 1
 
     def used(self, ask_id: str) -> Usage:
         """What a running ask has used so far."""
@@ -141,6 +155,7 @@ class Desk:
 
     async def close(self) -> None:
         """Waits for settlements; tries once more those that wait for the database."""
+        self._closed = True
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._retrying is not None:
@@ -157,7 +172,7 @@ class Desk:
         except StorageUnavailable as error:
             self._late.append(due)
             _log.warning("ledger.settlement_waits", ask=due.settlement.ask_id, reason=error.reason)
-            if self._retrying is None or self._retrying.done():
+            if not self._closed and (self._retrying is None or self._retrying.done()):
                 self._retrying = asyncio.create_task(self._retry(), name="late settlements")
         except NimbosError as error:  # of a journal; the ask's row and its meter stay, for recovery
             _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
