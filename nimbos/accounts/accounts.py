@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import TypeVar, cast
@@ -58,17 +59,24 @@ class Accounts:
 
     @classmethod
     async def open(
-        cls, database: Database, *, owner: OwnerKey | None = None, file_keys: tuple[FileKey, ...] = ()
+        cls,
+        database: Database,
+        *,
+        owner: OwnerKey | None = None,
+        file_keys: tuple[FileKey, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = now_ms,
     ) -> Accounts:
         """Makes what must always be there: the default project, its owner, a project for each account of `keys.toml`.
-        Without `owner` no key of the environment works: a command that reads the database itself needs none."""
+        Without `owner` no key of the environment works: a command that reads the database itself needs none. `clock`
+        and `wall_ms` are for tests."""
         await database.run(_bootstrap, durable=True)
         configured = [await _configured(database, key) for key in file_keys]
         if owner is not None:
             configured.append(_owners(owner))
         passwords = Passwords()
-        authentication = Authentication(database, tuple(configured))
-        return cls(database, authentication, passwords, Login(database, passwords))
+        authentication = Authentication(database, tuple(configured), clock=clock, now_ms=wall_ms)
+        return cls(database, authentication, passwords, Login(database, passwords, clock=clock))
 
     async def authenticate(self, secret: str, *, address: str = "") -> Identity:
         """Who a key belongs to, and what it may do.

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from sqlalchemy import bindparam, select
 
 from nimbos.accounts.keys import BY_DIGEST, owner_has_access
+from nimbos.accounts.projects import now_ms
 from nimbos.accounts.roles import Role
 from nimbos.accounts.secret import digest_of
 from nimbos.accounts.slowdown import Slowdown, place_of
@@ -76,10 +77,12 @@ class Authentication:
         configured: tuple[ConfiguredKey, ...],
         *,
         clock: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = now_ms,
     ) -> None:
         self._database = database
         self._configured = configured
         self._clock = clock
+        self._now_ms = now_ms
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._changes = 0
         self._slowdown = Slowdown(free=_FREE_FAILURES, longest_s=_LONGEST_WAIT_S, forget_s=_FORGET_S)
@@ -93,7 +96,7 @@ class Authentication:
         if identity is None:
             identity = await self._found(digest, address)
         if identity.actor.id != OWNER_KEY:
-            self.used[identity.actor.id] = time.time_ns() // 1_000_000
+            self.used[identity.actor.id] = self._now_ms()
         return identity
 
     async def session(self, token: str) -> Identity:
@@ -104,7 +107,7 @@ class Authentication:
             return identity
         changes = self._changes
         rows = await self._database.read(_SESSION(digest=digest))
-        if not rows or rows[0]["expires_ms"] <= _now_ms():
+        if not rows or rows[0]["expires_ms"] <= self._now_ms():
             raise Unauthorized("This session has ended. Log in again.")
         identity = _session_identity(rows[0])
         self._keep(digest, identity, rows[0]["expires_ms"], changes)
@@ -119,7 +122,7 @@ class Authentication:
         kept = self._kept.get(digest)
         if kept is None:
             return None
-        if kept.until_s <= self._clock() or (kept.expires_ms is not None and kept.expires_ms <= _now_ms()):
+        if kept.until_s <= self._clock() or (kept.expires_ms is not None and kept.expires_ms <= self._now_ms()):
             del self._kept[digest]
             return None
         return kept.identity
@@ -142,7 +145,7 @@ class Authentication:
         if not rows:
             raise self._unknown(place_of(address))
         key = Key.of(rows[0])
-        _check_alive(key, rows[0])
+        _check_alive(key, rows[0], self._now_ms())
         identity = _key_identity(key, rows[0], await self._project(key.project_id))
         self._keep(digest, identity, key.expires_ms, changes)
         return identity
@@ -169,11 +172,11 @@ class Authentication:
         return Unauthorized("This key is not known here. `nimbos up` prints where the owner's key is kept.")
 
 
-def _check_alive(key: Key, row: Row) -> None:
+def _check_alive(key: Key, row: Row, now: int) -> None:
     """Raises: Unauthorized saying why a key that was good is so no more."""
     if key.revoked_ms is not None:
         raise Unauthorized(f"The key {key.name!r} was revoked at {_moment(key.revoked_ms)}.")
-    if key.expires_ms is not None and key.expires_ms <= _now_ms():
+    if key.expires_ms is not None and key.expires_ms <= now:
         raise Unauthorized(f"The key {key.name!r} expired at {_moment(key.expires_ms)}.")
     if not owner_has_access(key, row):
         raise Unauthorized(f"The owner of the key {key.name!r} does not belong to its project any more.")
@@ -247,10 +250,6 @@ def _account(
         routes=frozenset(routes) if routes is not None else None,
         weight=weight * project.weight,
     )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _moment(at_ms: int) -> str:

@@ -1,0 +1,73 @@
+"""Accounts on both databases, with a clock that tests move."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from nimbos.accounts import Accounts
+from nimbos.accounts.keys import create_key
+from nimbos.accounts.projects import create_project
+from nimbos.accounts.secret import new_secret
+from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, OWNER_USER, Grant, Key, OwnerKind, Project
+from nimbos.db import Database
+from nimbos.keys import OwnerKey
+
+OWNER = OwnerKey(secret="nb-the-owners", file=None)
+
+
+@dataclass
+class Clock:
+    seconds: float = 1000.0
+    wall_ms: int = 1_800_000_000_000
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def wall(self) -> int:
+        return self.wall_ms
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def accounts(database: Database, clock: Clock) -> AsyncIterator[Accounts]:
+    opened = await Accounts.open(database, owner=OWNER, clock=clock, wall_ms=clock.wall)
+    yield opened
+    await opened.close()
+
+
+async def make_key(
+    accounts: Accounts,
+    name: str = "laptop",
+    *,
+    project_id: str = DEFAULT_PROJECT,
+    owner_kind: OwnerKind = "user",
+    owner_id: str = OWNER_USER,
+    grant: Grant | None = None,
+    expires_ms: int | None = None,
+) -> tuple[str, Key]:
+    """The secret and the key."""
+    secret = new_secret()
+    key = await accounts.change(
+        LOCAL,
+        lambda: create_key(
+            name=name,
+            secret=secret,
+            project_id=project_id,
+            owner_kind=owner_kind,
+            owner_id=owner_id,
+            grant=grant or Grant(),
+            expires_ms=expires_ms,
+        ),
+    )
+    return secret.value, key
+
+
+async def make_project(accounts: Accounts, name: str) -> Project:
+    return await accounts.change(LOCAL, lambda: create_project(name))
