@@ -7,14 +7,17 @@ A *branch* is one sequence id of the model: a path from a root to a tip. Live br
 stays as cache until its cells are needed. Invariants (`check` tests them):
     - a node's `users` are exactly the branches whose path goes through it, and there is at least one;
     - cells in use = sum of the lengths of all nodes: a shared token has one cell however many branches hold it;
-    - no retired branch ends at a node that another branch passes: it would own an id and keep nothing alive.
+    - no retired branch ends at a node that another branch passes: it would own an id and keep nothing alive;
+    - a pinned node is not forgotten: of a retired branch that alone holds one, only what is behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+
+from nimbos.engine.pins import Pins
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Sequence `branch` is forgotten as a whole."""
+    """Sequence `branch` is forgotten from position `start` on."""
 
     branch: int
+    start: int = 0
 
 
 Operation = Copy | Drop
@@ -74,6 +78,7 @@ class ContextTree:
         self._account: dict[int, str] = {}
         self._retired: dict[int, int] = {}  # branch → time of last use, by `_clock`
         self._clock = count()
+        self._pins = Pins(cells=cells, sequences=sequences)
 
     # --- looking
 
@@ -111,8 +116,8 @@ class ContextTree:
         return self.cells - self.used_cells
 
     def evictable_cells(self, keep: Match | None = None) -> int:
-        """Cells that forgetting every retired branch would free, `keep`'s path excepted."""
-        kept = set()
+        """Cells that forgetting every retired branch would free, pins and `keep`'s path excepted."""
+        kept = set(self._pins.kept())
         node = keep.node if keep else None
         while node is not None:
             kept.add(id(node))
@@ -144,10 +149,14 @@ class ContextTree:
     def branches(self) -> int:
         return len(self._tips)
 
+    @property
+    def pinned_cells(self) -> int:
+        return self._pins.cells
+
     # --- changing
 
-    def open(self, account: str, match: Match) -> tuple[int, list[Operation]]:
-        """A new live branch that shares the matched prefix.
+    def open(self, account: str, match: Match, now_ms: float = 0.0) -> tuple[int, list[Operation]]:
+        """A new live branch that shares the matched prefix; pins on its way are renewed.
 
         Returns: its id, and what the model must do, in order. Raises: NoRoom.
         """
@@ -157,7 +166,7 @@ class ContextTree:
             node = self._split(node, length - node.start)
             self._touch(node)
         if not self._free:
-            operations += self._forget_oldest(keep=node if length else None)
+            operations += self._free_an_id(keep=node if length else None)
         branch = self._free.pop()
         if length:
             operations.append(Copy(next(iter(node.users)), branch, length))
@@ -166,6 +175,7 @@ class ContextTree:
         self._tips[branch] = node
         self._account[branch] = account
         self._use(branch, node)
+        self._pins.use(_path(node), now_ms)
         operations += self._release_covered(node)
         return branch, operations
 
@@ -175,7 +185,7 @@ class ContextTree:
             return
         tip = self._tips[branch]
         self.used_cells += len(tokens)
-        if tip.parent is not None and not tip.children and len(tip.users) == 1:
+        if tip.parent is not None and not tip.children and len(tip.users) == 1 and tip not in self._pins:
             tip.tokens.extend(tokens)
             return
         child = Node(tip.end, list(tokens), tip, {branch})
@@ -199,36 +209,83 @@ class ContextTree:
             parent = node.parent
             node.users.discard(branch)
             if not node.users and parent is not None:
-                self.used_cells -= len(node.tokens)
-                siblings = parent.children[node.tokens[0]]
-                siblings.remove(node)
-                if not siblings:
-                    del parent.children[node.tokens[0]]
+                self._remove(node, parent)
             elif not node.users:
                 del self._roots[account]
             node = parent
         self._free.append(branch)
         return [Drop(branch)]
 
-    def make_room(self, cells: int, *, keep: Match | None = None) -> list[Operation]:
-        """Forgets the least recently used retired branches until `cells` are free, or none is left but `keep`'s."""
+    def pin(self, branch: int, length: int, now_ms: float, duration_ms: float) -> None:
+        """The first `length` tokens of this branch are kept for so long, also when it ends; as far as pins may go."""
+        node: Node | None = self._tips[branch]
+        assert length <= self.length(branch), "only what is in memory can be pinned"
+        while node is not None and node.start >= length:
+            node = node.parent
+        if node is not None and node.parent is not None:
+            node = self._split(node, length - node.start)
+            self._pins.add(node, self._account[branch], now_ms, duration_ms)
+
+    def expire(self, now_ms: float) -> None:
+        """Pins whose time is over keep nothing any more."""
+        self._pins.expire(now_ms)
+
+    def make_room(self, cells: int, *, keep: Match | None = None, unpin: bool = False) -> list[Operation]:
+        """Forgets the least recently used retired branches until `cells` are free, or none is left but `keep`'s and,
+        without `unpin`, what is pinned."""
         operations: list[Operation] = []
         while self.free_cells < cells:
-            dropped = self._forget_oldest(keep=keep.node if keep and keep.length else None, may_fail=True)
-            if not dropped:
+            dropped = self._forget_oldest(keep=keep.node if keep and keep.length else None)
+            if not dropped and not (unpin and len(self._pins)):
                 break
+            if not dropped:
+                self._pins.lose_one()
             operations += dropped
         return operations
 
     # --- inside
 
-    def _forget_oldest(self, *, keep: Node | None, may_fail: bool = False) -> list[Operation]:
+    def _forget_oldest(self, *, keep: Node | None) -> list[Operation]:
+        """Up to its pin, where it has one that no other branch holds."""
         for branch in sorted(self._retired, key=self._retired.__getitem__):
             if keep is None or branch not in keep.users or len(keep.users) > 1:
+                pinned = self._own_pin(branch)
+                if pinned is None:
+                    return self.drop(branch)
+                if pinned is not self._tips[branch]:
+                    return self._shorten(branch, pinned)
+        return []
+
+    def _free_an_id(self, *, keep: Node | None) -> list[Operation]:
+        for branch in sorted(self._retired, key=self._retired.__getitem__):
+            kept = keep is not None and branch in keep.users and len(keep.users) == 1
+            if not kept and self._own_pin(branch) is None:
                 return self.drop(branch)
-        if may_fail:
-            return []
         raise NoRoom
+
+    def _own_pin(self, branch: int) -> Node | None:
+        """The last pinned node that only this branch holds."""
+        if not len(self._pins):
+            return None
+        return next((n for n in _path(self._tips[branch]) if n in self._pins and len(n.users) == 1), None)
+
+    def _shorten(self, branch: int, end: Node) -> list[Operation]:
+        """A retired branch forgets what is behind `end`, which nobody else holds."""
+        node = self._tips[branch]
+        while node is not end:
+            assert node.parent is not None
+            self._remove(node, node.parent)
+            node = node.parent
+        self._tips[branch] = end
+        return [Drop(branch, end.end)]
+
+    def _remove(self, node: Node, parent: Node) -> None:
+        self.used_cells -= len(node.tokens)
+        siblings = parent.children[node.tokens[0]]
+        siblings.remove(node)
+        if not siblings:
+            del parent.children[node.tokens[0]]
+        self._pins.remove(node)
 
     def _use(self, branch: int, node: Node | None) -> None:
         while node is not None:
@@ -250,6 +307,8 @@ class ContextTree:
         parent = tip.parent
         if parent is None:
             return True
+        if tip in self._pins:
+            return False
         for twin in parent.children[tip.tokens[0]]:
             if twin is not tip:
                 found = self._enter(twin, tip.tokens, 0) if twin.tokens[0] == tip.tokens[0] else None
@@ -275,9 +334,11 @@ class ContextTree:
         """Asserts every invariant; for tests."""
         cells = 0
         seen: dict[int, Node] = {}
+        nodes: list[Node] = []
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
+            nodes.append(node)
             assert node.users, "a node that nobody holds"
             assert node.parent is None or node.tokens, "an empty node"
             cells += len(node.tokens)
@@ -293,8 +354,16 @@ class ContextTree:
         assert seen.keys() == self._tips.keys()
         assert all(self._tips[b] is n for b, n in seen.items()), "a tip is not where its users end"
         assert self._tips.keys().isdisjoint(self._free)
+        self._pins.check(set(map(id, nodes)))
         for branch in self._retired:
             assert len(self._tips[branch].users) == 1, "a retired branch that another one covers"
+
+
+def _path(node: Node | None) -> Iterator[Node]:
+    """From a node up to its root."""
+    while node is not None:
+        yield node
+        node = node.parent
 
 
 def common_length(tokens: Sequence[int], other: Sequence[int], at: int) -> int:

@@ -32,6 +32,7 @@ from nimbos.types import AskClass, Chunk, FinishReason
 SPARE_SHARE = 8  # an eighth of the cells is left to accounts that hold nothing, so that a flood cannot shut them out
 RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its prompt
 WORTH_WAITING = 16  # tokens of a prefix that must still be coming for a job to wait for it
+PIN_S_MAX = 3600.0  # no ask keeps cells for longer
 LOOKED_AT = 16  # waiting jobs that are tried each time something changed
 
 Post = Callable[[FromEngine], None]
@@ -189,6 +190,7 @@ class Loop:
             return
         self._changed = False
         now = _now_ms()
+        self.tree.expire(now)
         candidates = [job for job in self._waiting if job.leader is None and not job.parked]
         short_of_cells = len(RANK)
         for job in admission_order(candidates, self.clock, self.rules, now, self._live)[:LOOKED_AT]:
@@ -257,8 +259,9 @@ class Loop:
             self._preempt(loser)
             match = self._match(job)
         try:
-            self._perform(self.tree.make_room(len(job.tokens) - match.length, keep=match))
-            sequence, operations = self.tree.open(self._root(job), match)
+            room = self.tree.make_room(len(job.tokens) - match.length, keep=match, unpin=not self._live)
+            self._perform(room)
+            sequence, operations = self.tree.open(self._root(job), match, _now_ms())
         except NoRoom:
             return False
         self._perform(operations)
@@ -301,7 +304,7 @@ class Loop:
             chosen = plan([*self._live, *followers], self.costs, self.clock, self.rules, _now_ms())
             if chosen.rows <= self.tree.free_cells:
                 return chosen
-            operations = self.tree.make_room(chosen.rows)
+            operations = self.tree.make_room(chosen.rows, unpin=len(self._live) == 1)
             self.counters.evictions += len(operations)
             self._perform(operations)
             if chosen.rows <= self.tree.free_cells:
@@ -332,7 +335,7 @@ class Loop:
             if isinstance(operation, Copy):
                 self.model.copy(operation.source, operation.target, operation.end)
             else:
-                self.model.drop(operation.branch)
+                self.model.drop(operation.branch, operation.start)
 
     # --- after the computing
 
@@ -372,8 +375,18 @@ class Loop:
             track.stepped(milliseconds, chosen.rows)
             self._counted[id(track.tally)] = track.tally
             job.computed += part.count
+            self._pin(job, track, now)
             job.served_ms = now
             self._changed |= not job.running  # a prompt moved on: the next may become live
+
+    def _pin(self, job: Job, track: Track, now_ms: float) -> None:
+        ask = track.ask
+        if track.pinned or not self._share or ask.pin_s <= 0 or ask.pin_tokens <= 0:
+            return
+        length = min(ask.pin_tokens, track.tally.prompt_tokens)
+        if job.computed >= length:
+            track.pinned = True
+            self.tree.pin(_sequence(job), length, now_ms, min(ask.pin_s, PIN_S_MAX) * 1e3)
 
     def _sample(self, parts: list[Slice]) -> None:
         if not parts:

@@ -147,6 +147,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     live: dict[AskClass, int] = msgspec.field(default_factory=dict)
     cells_used: int = 0
     cells_total: int = 0
+    cells_pinned: int = 0
     sequences_used: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -31,6 +31,7 @@ class Track:
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
+    pinned: bool = False
 
     @property
     def submitted_tokens(self) -> int:

@@ -270,6 +270,7 @@ class Worker:
             live=live,
             cells_used=tree.used_cells if tree else 0,
             cells_total=self._model.cells,
+            cells_pinned=tree.pinned_cells if tree else 0,
             sequences_used=tree.branches if tree else 0,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,

@@ -22,6 +22,7 @@ class Tree(RuleBasedStateMachine):
         self.memory: dict[int, list[int]] = {}
         self.account: dict[int, str] = {}
         self.live: list[int] = []
+        self.now = 0
 
     def perform(self, operations: list[Operation]) -> None:
         for operation in operations:
@@ -31,7 +32,10 @@ class Tree(RuleBasedStateMachine):
                 self.memory[operation.target] = self.memory[operation.source][: operation.end]
             else:
                 assert isinstance(operation, Drop)
-                self.memory.pop(operation.branch, None)
+                if operation.start:
+                    del self.memory[operation.branch][operation.start :]
+                else:
+                    self.memory.pop(operation.branch, None)
 
     @rule(account=ACCOUNTS, tokens=TOKENS)
     def open(self, account: str, tokens: list[int]) -> None:
@@ -40,9 +44,9 @@ class Tree(RuleBasedStateMachine):
         assert match.length == max(known, default=0), "not the longest prefix of this account"
         self.perform(self.tree.make_room(len(tokens) - match.length, keep=match))
         try:
-            branch, operations = self.tree.open(account, match)
+            branch, operations = self.tree.open(account, match, self.now)
         except NoRoom:
-            assert len(self.live) == SEQUENCES or self.tree.branches == SEQUENCES
+            assert self.tree.branches == SEQUENCES
             return
         self.perform(operations)
         self.memory.setdefault(branch, [])
@@ -70,9 +74,21 @@ class Tree(RuleBasedStateMachine):
         self.live.remove(branch)
         self.perform(self.tree.retire(branch) if keep else self.tree.drop(branch))
 
-    @rule(cells=st.integers(1, CELLS))
-    def evict(self, cells: int) -> None:
-        self.perform(self.tree.make_room(cells))
+    @precondition(lambda self: any(self.memory[branch] for branch in self.live))
+    @rule(data=st.data(), duration=st.integers(1, 20))
+    def pin(self, data: st.DataObject, duration: int) -> None:
+        branch = data.draw(st.sampled_from([branch for branch in self.live if self.memory[branch]]))
+        length = data.draw(st.integers(1, len(self.memory[branch])))
+        self.tree.pin(branch, length, self.now, duration)
+
+    @rule(ticks=st.integers(1, 10))
+    def pass_time(self, ticks: int) -> None:
+        self.now += ticks
+        self.tree.expire(self.now)
+
+    @rule(cells=st.integers(1, CELLS), unpin=st.booleans())
+    def evict(self, cells: int, unpin: bool) -> None:
+        self.perform(self.tree.make_room(cells, unpin=unpin))
 
     @invariant()
     def agrees(self) -> None:
@@ -82,6 +98,7 @@ class Tree(RuleBasedStateMachine):
         for branch, tokens in self.memory.items():
             assert self.tree.tokens(branch) == tokens
         assert set(self.live) <= set(self.memory)
+        assert self.tree.pinned_cells <= CELLS // 2
 
 
 TestTree = Tree.TestCase
@@ -126,3 +143,71 @@ def test_common_length_finds_the_first_difference() -> None:
     assert common_length([1, 2, 3], [1, 2, 9], 0) == 2
     assert common_length([5], [1], 0) == 0
     assert common_length([], [1], 0) == 0
+
+
+def retired(
+    tree: ContextTree, account: str, tokens: list[int], *, pin: int = 0, now: int = 0, duration: int = 100
+) -> None:
+    """An ask that is over; `pin` of its tokens are to be kept."""
+    match = tree.match(account, tokens)
+    branch, _ = tree.open(account, match, now)
+    tree.extend(branch, tokens[match.length :])
+    if pin:
+        tree.pin(branch, pin, now, duration)
+    tree.retire(branch)
+
+
+def test_what_is_pinned_outlives_what_was_used_later() -> None:
+    tree = ContextTree(cells=60, sequences=8)
+    retired(tree, "a", list(range(20)), pin=12)
+    for start in (100, 200, 300, 400):
+        retired(tree, "a", list(range(start, start + 10)))
+    operations = tree.make_room(48)
+    assert Drop(next(o.branch for o in operations if o.start), 12) in operations, "only what is behind the pin"
+    assert tree.match("a", list(range(20))).length == 12
+    assert tree.used_cells == 12 == tree.pinned_cells
+    assert tree.make_room(60) == [], "pinned cells were given away"
+    tree.check()
+
+
+def test_a_pin_ends_by_time_and_is_renewed_by_use() -> None:
+    tree = ContextTree(cells=60, sequences=8)
+    retired(tree, "a", list(range(20)), pin=20, now=0, duration=100)
+    retired(tree, "a", [*range(20), 7], now=90)
+    tree.expire(150)
+    assert tree.pinned_cells == 20
+    tree.expire(190)
+    assert tree.pinned_cells == 0
+    tree.make_room(60)
+    assert tree.used_cells == 0
+
+
+def test_the_account_that_pins_most_loses_its_oldest() -> None:
+    tree = ContextTree(cells=80, sequences=32)
+    retired(tree, "modest", list(range(10)), pin=10)
+    for start in (100, 200, 300, 400):
+        retired(tree, "greedy", list(range(start, start + 10)), pin=10)
+    assert tree.pinned_cells == 40
+    tree.make_room(80)
+    assert tree.match("modest", list(range(10))).length == 10
+    assert tree.match("greedy", list(range(100, 110))).length == 0
+    assert all(tree.match("greedy", list(range(s, s + 10))).length == 10 for s in (200, 300, 400))
+
+
+def test_a_prefix_that_others_hold_is_pinned_once() -> None:
+    tree = ContextTree(cells=100, sequences=16)
+    for last in (50, 60, 70):
+        retired(tree, "a", [*range(20), last, last + 1], pin=20)
+    assert tree.pinned_cells == 20
+    tree.make_room(80)
+    assert tree.match("a", [*range(20), 50]).length == 20
+    assert tree.used_cells == 20
+    assert tree.branches == 1
+
+
+def test_pins_leave_sequence_ids_to_others() -> None:
+    tree = ContextTree(cells=1000, sequences=8)
+    for start in range(0, 400, 20):
+        retired(tree, "a", list(range(start, start + 10)), pin=10)
+    live = [tree.open("b", tree.match("b", [n]))[0] for n in range(6)]
+    assert len(set(live)) == 6
