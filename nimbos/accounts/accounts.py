@@ -66,17 +66,18 @@ class Accounts:
         file_keys: tuple[FileKey, ...] = (),
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = now_ms,
+        passwords: Passwords | None = None,
     ) -> Accounts:
         """Makes what must always be there: the default project, its owner, a project for each account of `keys.toml`.
-        Without `owner` no key of the environment works: a command that reads the database itself needs none. `clock`
-        and `wall_ms` are for tests."""
+        Without `owner` no key of the environment works: a command that reads the database itself needs none. `clock`,
+        `wall_ms` and `passwords` are for tests."""
         await database.run(_bootstrap, durable=True)
         configured = [await _configured(database, key) for key in file_keys]
         if owner is not None:
             configured.append(_owners(owner))
-        passwords = Passwords()
+        passwords = passwords or Passwords()
         authentication = Authentication(database, tuple(configured), clock=clock, now_ms=wall_ms)
-        return cls(database, authentication, passwords, Login(database, passwords, clock=clock))
+        return cls(database, authentication, passwords, Login(database, passwords, clock=clock, now_ms=wall_ms))
 
     async def authenticate(self, secret: str, *, address: str = "") -> Identity:
         """Who a key belongs to, and what it may do.

@@ -8,7 +8,6 @@ joins at `Login.open_session`, which trusts whoever calls it.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,8 +52,8 @@ class Session:
 class Passwords:
     """Hashing in threads, few at once: it is slow and large on purpose."""
 
-    def __init__(self) -> None:
-        self._hasher = argon2.PasswordHasher()
+    def __init__(self, hasher: argon2.PasswordHasher | None = None) -> None:
+        self._hasher = hasher or argon2.PasswordHasher()
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._nobodys = ""
 
@@ -87,11 +86,12 @@ class Passwords:
 
 class Login:
     def __init__(
-        self, database: Database, passwords: Passwords, *, clock: Callable[[], float] = time.monotonic
+        self, database: Database, passwords: Passwords, *, clock: Callable[[], float], now_ms: Callable[[], int]
     ) -> None:
         self._database = database
         self._passwords = passwords
         self._clock = clock
+        self._now_ms = now_ms
         self._slowdown = Slowdown(free=_FREE_FAILURES, longest_s=_LONGEST_WAIT_S, forget_s=_FORGET_S)
         self._trying: set[str] = set()
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -123,7 +123,7 @@ class Login:
     def open_session(self, user: User, *, address: str) -> tuple[Session, Callable[[], Transaction[Changed[None]]]]:
         """A session, and the transaction that begins it. The caller has made sure who this is."""
         secret = new_secret(_TOKEN_PREFIX)
-        now = time.time_ns() // 1_000_000
+        now = self._now_ms()
         session = Session(token=secret.value, user=user, expires_ms=now + 1000 * SESSION_S)
 
         def begin() -> Transaction[Changed[None]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import argon2
 import pytest
 
 from nimbos.accounts import Accounts
 from nimbos.accounts.keys import create_key
+from nimbos.accounts.login import Passwords
 from nimbos.accounts.projects import create_project
 from nimbos.accounts.secret import new_secret
 from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, OWNER_USER, Grant, Key, OwnerKind, Project
@@ -37,9 +39,14 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def accounts(database: Database, clock: Clock) -> AsyncIterator[Accounts]:
-    opened = await Accounts.open(database, owner=OWNER, clock=clock, wall_ms=clock.wall)
+    opened = await Accounts.open(database, owner=OWNER, clock=clock, wall_ms=clock.wall, passwords=quick_passwords())
     yield opened
     await opened.close()
+
+
+def quick_passwords() -> Passwords:
+    """The real thing with a small cost, so that tests take no minutes."""
+    return Passwords(argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1))
 
 
 async def make_key(
