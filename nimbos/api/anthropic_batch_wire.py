@@ -132,19 +132,30 @@ def result_of(line: bytes) -> bytes:
     return msgspec.json.encode(_Result(read.custom_id, result)) + b"\n"
 
 
+def unread_of(batch: Batch, line: bytes) -> bytes:
+    """A line of the input that the batch had not come to when it was ended, as a line of results."""
+    kind = "expired" if batch.state is State.EXPIRED else "canceled"
+    return msgspec.json.encode(_Result(_custom_id(line), _Ended(kind))) + b"\n"
+
+
 def fault_of(line: bytes, reason: str) -> bytes:
     """A line of the input, of which nothing was asked, as a line of results."""
-    custom_id = msgspec.json.decode(line, type=_Line).custom_id
-    return msgspec.json.encode(_Result(custom_id, _Errored(_error("invalid_request", reason)))) + b"\n"
+    return msgspec.json.encode(_Result(_custom_id(line), _Errored(_error("invalid_request", reason)))) + b"\n"
+
+
+def _custom_id(line: bytes) -> str | None:
+    return msgspec.json.decode(line, type=_Line).custom_id
 
 
 def _counts(batch: Batch, count: int, unanswered: int) -> Counts:
+    """Requests of a batch that ended before all were read are in no file, so they are what remains."""
     if batch.state is State.FAILED:
         return Counts(errored=count)
     errored = batch.failed - unanswered
+    left = count - batch.completed - errored
     if batch.state is State.EXPIRED:
-        return Counts(succeeded=batch.completed, errored=errored, expired=unanswered)
-    return Counts(succeeded=batch.completed, errored=errored, canceled=unanswered)
+        return Counts(succeeded=batch.completed, errored=errored, expired=left)
+    return Counts(succeeded=batch.completed, errored=errored, canceled=left)
 
 
 def _error(code: str, message: str) -> ErrorBody:

@@ -109,8 +109,14 @@ class MessageBatches:
         return json_reply(await self._told(request, await self._found(request)))
 
     async def cancel(self, request: Request) -> Response:
+        """Also of one that was cancelled before, and is over by now."""
         batch_id = _own_id(request.path_params["batch_id"])
-        batch = await self._desk.cancel(account_of(request).id, batch_id, dialect="anthropic")
+        try:
+            batch = await self._desk.cancel(account_of(request).id, batch_id, dialect="anthropic")
+        except Conflict:
+            batch = await self._found(request)
+            if batch.state is not State.CANCELLED:
+                raise
         self._batches.wake()
         return json_reply(await self._told(request, batch))
 
@@ -133,7 +139,7 @@ class MessageBatches:
             told = self._failed(batch)
         else:
             files = [await self._file(batch, file_id) for file_id in (batch.output_file, batch.error_file) if file_id]
-            told = self._results(files)
+            told = self._results(batch, files)
         return StreamingResponse(told, media_type="application/x-jsonl")
 
     def _checked(self, content: bytes) -> list[Item]:
@@ -197,18 +203,27 @@ class MessageBatches:
             return 0  # its time was over
         return sum([1 async for line in _lines(self._files.read(file)) if wire.is_unanswered(line)])
 
-    async def _results(self, files: list[File]) -> AsyncGenerator[bytes, None]:
+    async def _results(self, batch: Batch, files: list[File]) -> AsyncGenerator[bytes, None]:
         for file in files:
             async for line in _lines(self._files.read(file)):
                 yield wire.result_of(line)
+        if batch.state in (State.CANCELLED, State.EXPIRED):
+            async for number, line in self._input(batch):
+                if number > batch.validated_lines:
+                    yield wire.unread_of(batch, line)
 
     async def _failed(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         """No request was good, so nothing was asked: the reasons stand with the batch."""
         reasons = {fault.line: fault.message for fault in batch.errors}
+        async for number, line in self._input(batch):
+            yield wire.fault_of(line, reasons.get(number, "The batch failed."))
+
+    async def _input(self, batch: Batch) -> AsyncGenerator[tuple[int, bytes], None]:
+        """The requests, counted from 1."""
         number = 0
         async for line in _lines(self._files.read(await self._file(batch, batch.input_file))):
             number += 1
-            yield wire.fault_of(line, reasons.get(number, "The batch failed."))
+            yield number, line
 
 
 def _line(item: Item) -> bytes:

@@ -97,10 +97,14 @@ def test_a_batch_is_cancelled_and_says_what_it_never_came_to(own: Live, claude: 
     counts = over.request_counts
     assert counts.canceled > 0
     assert counts.canceled + counts.succeeded == 60
-    kinds = [result.type for result in results_of(claude, batch.id).values()]
-    assert kinds.count("canceled") == counts.canceled
+    found = results_of(claude, batch.id)
+    assert set(found) == {one["custom_id"] for one in many}
+    assert [result.type for result in found.values()].count("canceled") == counts.canceled
+    assert claude.messages.batches.cancel(batch.id).processing_status == "ended"
+    finished = claude.messages.batches.create(requests=[request("one")])
+    ended(claude, finished.id)
     with pytest.raises(anthropic.ConflictError):
-        claude.messages.batches.cancel(batch.id)
+        claude.messages.batches.cancel(finished.id)
 
 
 def test_results_are_there_when_it_has_ended_and_not_before(claude: anthropic.Anthropic, own: Live) -> None:
@@ -127,13 +131,12 @@ def test_batches_are_listed_newest_first_and_in_pages(claude: anthropic.Anthropi
 
 
 def test_a_deleted_batch_is_gone_with_its_files(own: Live, claude: anthropic.Anthropic) -> None:
-    before = len(own.client.files.list().data)
     batch = claude.messages.batches.create(requests=[request("one"), request("bad", temperature=5)])
     ended(claude, batch.id)
-    assert len(own.client.files.list().data) == before + 3
+    before = {file.id for file in own.client.files.list()}
     deleted = claude.messages.batches.delete(batch.id)
     assert (deleted.id, deleted.type) == (batch.id, "message_batch_deleted")
-    assert len(own.client.files.list().data) == before
+    assert len(before - {file.id for file in own.client.files.list()}) == 3
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.batches.retrieve(batch.id)
 
