@@ -1,6 +1,6 @@
 """Confinement of the engine process: a GGUF is hostile input to C code.
 
-After the model is loaded and before any compute thread starts, the process gives up what it does not need: with
+Before the model's file is read and before any compute thread starts, the process gives up what it does not need: with
 Landlock (Linux ≥ 5.13) it can write no file, read only the model, the library and Python's own code, and open no TCP
 connection (ABI ≥ 4); it can gain no privileges, and its memory, which holds prompts, is never dumped. Says what it
 reached, and never pretends: `tier` is shown by `nimbos doctor`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -82,6 +83,16 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:
         libc.syscall(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
     finally:
         os.close(descriptor)
+
+
+def model_files(path: Path) -> list[Path]:
+    """The file, or all parts of a model that is split."""
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if split is None:
+        return [path]
+    return [
+        f for f in path.parent.iterdir() if re.fullmatch(rf"{re.escape(split[1])}-\d{{5}}-of-{split[2]}\.gguf", f.name)
+    ]
 
 
 def code_paths() -> list[Path]:

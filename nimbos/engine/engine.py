@@ -24,6 +24,7 @@ import structlog
 
 from nimbos.config import Settings
 from nimbos.engine import protocol
+from nimbos.engine.handshake import first_word
 from nimbos.engine.library import candidates, quiet_environment
 from nimbos.engine.memo import StepTimes, head_hash
 from nimbos.errors import EngineFailed, ModelUnusable, NimbosError, Overloaded
@@ -187,7 +188,12 @@ class Engine:
         self._up.set()
 
     async def _handshake(self, reader: asyncio.StreamReader) -> protocol.Ready:
-        first = await _frame(reader)
+        word = asyncio.ensure_future(_frame(reader))
+        assert self._process is not None
+        try:
+            first = await first_word(word, self._process.pid)
+        except EngineFailed as error:
+            raise EngineFailed(f"The model {self.model_id!r} is not there. {error.message}") from error
         if isinstance(first, protocol.Ready):
             return first
         if isinstance(first, protocol.LoadFailed) and first.unusable:

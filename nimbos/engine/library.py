@@ -50,3 +50,4 @@ def quiet_environment(environment: dict[str, str] | None = None) -> None:
     target = environment if environment is not None else os.environ
     target.setdefault("MALLOC_TRIM_THRESHOLD_", "268435456")
     target.setdefault("MALLOC_MMAP_THRESHOLD_", "268435456")
+    target["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own threads start when it is imported, outside of the confinement

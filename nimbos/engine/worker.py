@@ -1,7 +1,8 @@
 """The engine process: `python -m nimbos.engine.worker FD`, where FD is its end of a socket to the server.
 
 Threads: the main one runs the step loop; one reads frames (and stops a long step when something urgent arrives, and
-the process when the server is gone); one tokenizes and compiles grammars. Nothing else happens inside a step.
+the process when the server is gone); one tokenizes and compiles grammars, for each account in turn. Nothing else
+happens inside a step.
 Read `engine.py` for the server's side, `loop.py` for the steps.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import socket
 import sys
 import threading
@@ -35,6 +35,7 @@ from nimbos.engine.ranker import Ranker
 from nimbos.engine.ranking import Ranking
 from nimbos.engine.scheduler import Rules
 from nimbos.engine.sizes import choose_cells
+from nimbos.engine.turns import Turns
 from nimbos.errors import ModelUnusable, NimbosError
 from nimbos.meterfile import Rows
 from nimbos.types import AskClass, Kind, ModelCard, Tokens
@@ -81,7 +82,7 @@ class Pipe:
 
 class Worker:
     def __init__(self, pipe: Pipe, start: protocol.Start) -> None:
-        """Loads the model and confines the process. Raises: ModelUnusable, EngineFailed."""
+        """Confines the process and loads the model. Raises: ModelUnusable, EngineFailed."""
         self._pipe = pipe
         settings = start.settings
         self._meters = Rows(start.meter_descriptor) if start.meter_descriptor is not None else None
@@ -89,7 +90,9 @@ class Worker:
         threads = thread_count(settings.engine)
         lease = Lease(Path(start.lease_path)) if start.lease_path else None
         options = ModelOptions(cells=0, sequences=settings.engine.sequences, threads=threads)
-        model = Model(library, Path(start.model_path), options)
+        path = Path(start.model_path)
+        tier = confine.confine([*confine.model_files(path), library.folder, *confine.code_paths()])
+        model = Model(library, path, options)
         whole = model.kind is not Kind.GENERATE  # whole inputs, no answers
         cells = choose_cells(model, settings.engine)
         step = min(EMBED_STEP_TOKENS, model.context_tokens) if whole else settings.engine.max_step_tokens
@@ -99,7 +102,6 @@ class Worker:
             step_tokens=step,
             sequences=_sequences(model, settings.engine.sequences),
         )
-        tier = confine.confine([Path(start.model_path), library.folder, *confine.code_paths()])
         model.open_context()
         self._model = model
         own = settings.engine.context_tokens or model.context_tokens
@@ -130,7 +132,7 @@ class Worker:
         self._compiling: dict[str, protocol.Extend | None] = {}  # asks whose grammar is not ready, and what came since
         self._ready_matchers: dict[str, Matcher] = {}
         self._arrived = threading.Event()
-        self._preparing: queue.SimpleQueue[protocol.Prepare | protocol.Submit] = queue.SimpleQueue()
+        self._preparing: Turns[protocol.Prepare | protocol.Submit] = Turns()
         self._cancelled: set[str] = set()
         self._learned_at = time.monotonic()
         self._learned_steps = 0
@@ -170,11 +172,11 @@ class Worker:
 
     def _sort(self, message: protocol.ToEngine) -> None:
         if isinstance(message, protocol.Prepare):
-            self._preparing.put(message)
+            self._preparing.put(message.ask.account, message)
         elif isinstance(message, protocol.Submit):
             if message.ask.grammar is not None:
                 self._compiling[message.ask.id] = None
-                self._preparing.put(message)
+                self._preparing.put(message.ask.account, message)
             else:
                 self._arrive(message)
         elif isinstance(message, protocol.Cancel):

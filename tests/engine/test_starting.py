@@ -1,0 +1,147 @@
+"""Starting an engine: confined before the model's file is read, and never waited for in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nimbos.engine import Engine, confine, engine, handshake, protocol
+from nimbos.engine.library import quiet_environment
+from nimbos.errors import EngineFailed
+from tests import tiny_gguf
+from tests.engine.asking import answer, ask, settings_in
+
+# The engine process itself, whose model says what a hostile file could reach while libllama reads it.
+LOADING = """
+import json, os, socket, sys, threading
+from pathlib import Path
+from nimbos.engine import worker
+from nimbos.errors import ModelUnusable
+
+def can(act):
+    try:
+        act()
+        return True
+    except OSError:
+        return False
+
+def connect():
+    with socket.socket() as tcp:
+        tcp.connect(("127.0.0.1", int(sys.argv[2])))
+
+class Spy(worker.Model):
+    def __init__(self, library, path, options):
+        home = path.parent
+        found = {
+            "threads": ["NoNewPrivs:\\t1" in (t / "status").read_text() for t in Path("/proc/self/task").iterdir()],
+            "model": can(path.read_bytes),
+            "secret": can((home / "secret").read_bytes),
+            "write": can(lambda: (home / "written").write_bytes(b"x")),
+            "connect": can(connect),
+        }
+        print(json.dumps(found), flush=True)
+        super().__init__(library, path, options)
+
+worker.Model = Spy
+worker.main()
+"""
+
+
+def test_the_process_is_confined_when_the_model_is_loaded(tmp_path: Path) -> None:
+    path = tiny_gguf.write("qwen2", tmp_path)
+    (tmp_path / "secret").write_text("another model's")
+    ours, theirs = socket.socketpair()
+    environment = dict(os.environ)
+    quiet_environment(environment)
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        with subprocess.Popen(
+            [sys.executable, "-c", LOADING, str(theirs.fileno()), port],
+            pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, env=environment,
+        ) as process:  # fmt: skip
+            start = protocol.Start(
+                model_path=str(path), model_id="tiny", model_hash="", settings=settings_in(tmp_path), lease_path=""
+            )
+            ours.sendall(protocol.encode(start))
+            assert process.stdout is not None
+            found = json.loads(process.stdout.readline())
+            length = protocol.LENGTH.unpack(ours.recv(protocol.LENGTH.size, socket.MSG_WAITALL))[0]
+            ready = protocol.decode_from_engine(ours.recv(length, socket.MSG_WAITALL))
+            ours.shutdown(socket.SHUT_RDWR)
+    assert isinstance(ready, protocol.Ready)
+    if ready.tier.startswith("none"):
+        pytest.skip(f"no confinement here: {ready.tier}")
+    assert found["model"]
+    assert not found["secret"]
+    assert not found["write"]
+    assert not (tmp_path / "written").exists()
+    assert all(found["threads"]), "a thread stands outside of the confinement"
+    if int(ready.tier.removeprefix("landlock-")) >= 4:
+        assert not found["connect"]
+
+
+def test_of_a_split_model_all_parts_may_be_read_and_nothing_else(tmp_path: Path) -> None:
+    names = ["big-00001-of-00003.gguf", "big-00002-of-00003.gguf", "big-00003-of-00003.gguf"]
+    others = ["big-00001-of-00002.gguf", "other-00001-of-00003.gguf", "big.gguf"]
+    for name in (*names, *others):
+        (tmp_path / name).touch()
+    assert sorted(f.name for f in confine.model_files(tmp_path / names[0])) == names
+    assert confine.model_files(tmp_path / "big.gguf") == [tmp_path / "big.gguf"]
+
+
+async def test_a_process_that_is_stuck_while_loading_is_ended_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = functools.partial(handshake.first_word, stuck_s=0.5, look_every_s=0.1)
+    monkeypatch.setattr(engine, "first_word", soon)
+    path = tiny_gguf.write("qwen2", tmp_path)
+    running = Engine(model_path=path, model_id="tiny", settings=settings_in(tmp_path))
+    starting = asyncio.create_task(running.start())
+    while running.pid is None:
+        await asyncio.sleep(0)
+    pid = running.pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(EngineFailed, match=r"tiny.*nothing for"):
+        await starting
+    assert not Path(f"/proc/{pid}").exists()
+    monkeypatch.undo()
+    await running.start()
+    assert (await answer(running, ask())).tokens == 24
+    await running.close()
+
+
+async def test_one_that_loads_for_too_long_is_told_with_the_time() -> None:
+    """This process is busy, so it is not stuck; what is awaited never comes."""
+    never: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    with pytest.raises(EngineFailed, match="not loaded after"):
+        await handshake.first_word(never, os.getpid(), load_s_max=0.3, stuck_s=60, look_every_s=0.05)
+    assert never.cancelled()
+
+
+async def test_one_that_gets_on_is_waited_for() -> None:
+    """Its work shows in the kernel's own counts; those of a process that only waits do not change."""
+    word: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    busy = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
+    try:
+        waiting = asyncio.ensure_future(
+            handshake.first_word(word, busy.pid, stuck_s=0.4, load_s_max=60, look_every_s=0.1)
+        )
+        before = handshake._work_of(busy.pid)
+        while handshake._work_of(busy.pid) == before:
+            await asyncio.sleep(0)
+        await asyncio.wait({waiting}, timeout=1.2)
+        assert not waiting.done()
+        word.set_result(7)
+        assert await waiting == 7
+    finally:
+        busy.kill()
+        await busy.wait()
