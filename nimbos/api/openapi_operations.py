@@ -138,6 +138,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /api/blobs/{digest}": _REFUSED,
     # ours
     "GET /v1/organization/live": Operation(gives=live.LiveBody),
+    "GET /v1/organization/usage/asks": Operation(media=("text/csv",)),
     "POST /v1/console/login": Operation(takes=console.LoginBody),
 }
 
@@ -181,7 +182,7 @@ def operations() -> dict[str, Operation]:
     for route in admin_routes():
         path = plain_path(route.path)
         takes = ADMIN_TAKES.get(path) if route.method == "POST" else None
-        found[f"{route.method} {path}"] = Operation(takes=takes, gives=_returned(route.handle))
+        found.setdefault(f"{route.method} {path}", Operation(takes=takes, gives=_returned(route.handle)))
     return found
 
 
