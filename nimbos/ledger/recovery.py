@@ -62,7 +62,7 @@ class Recovery:
         finally:
             rows.close()
         for server in await self._database.read(_SERVERS_OF_HOME(of=self._home)):
-            if not (self._run_dir / f"{server['id']}.bin").exists():
+            if server["id"] != self._ledger.server_id and not (self._run_dir / f"{server['id']}.bin").exists():
                 for row in await self._database.read(_OPEN_OF(of=server["id"])):
                     recovered += await self._settle(row["id"], Usage(), 0)
                 await self._database.run(partial(_forget, server))
