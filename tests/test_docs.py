@@ -24,6 +24,11 @@ from typer.core import TyperGroup
 
 import nimbos
 from nimbos.api import build
+from nimbos.api.anthropic_body import REFUSED as ANTHROPIC_REFUSED
+from nimbos.api.anthropic_body import MessagesBody
+from nimbos.api.anthropic_content import BLOCK_FIELDS
+from nimbos.api.anthropic_tools import FIELDS as TOOL_FIELDS
+from nimbos.api.anthropic_tools import HINTS as TOOL_HINTS
 from nimbos.api.chat_request import REFUSED, ChatBody
 from nimbos.api.fields import NimbosFields, StreamOptions, StructuredOutputs
 from nimbos.api.openai_completions import CompletionsBody
@@ -124,6 +129,16 @@ def test_every_field_of_a_request_is_described() -> None:
         own = section("docs/api.md", heading)
         text = own if body in (EmbeddingsBody, RerankBody) else own + shared
         assert not missing(body.__struct_fields__, text), heading
+
+
+def test_every_field_and_block_of_anthropics_messages_is_described() -> None:
+    fields = section("docs/anthropic.md", "## The body")
+    assert not missing({*MessagesBody.__struct_fields__} - {"thread"}, fields)
+    assert not missing({*ANTHROPIC_REFUSED, "thread"}, fields)
+    assert set(rows(section("docs/anthropic.md", "## Messages"))) == set(BLOCK_FIELDS)
+    assert not missing({*TOOL_FIELDS, *TOOL_HINTS} - {"type"}, section("docs/anthropic.md", "## Tools"))
+    reasons = {"end_turn", "stop_sequence", "tool_use", "max_tokens", "model_context_window_exceeded"}
+    assert set(rows(section("docs/anthropic.md", "## The answer"))) - {"stop_reason"} == reasons
 
 
 def test_every_refused_field_is_named_with_its_reason() -> None:

@@ -17,7 +17,7 @@ from nimbos.errors import InvalidRequest, UnsupportedField
 Block = Mapping[str, Any]
 
 # Every kind of block that is read, with its fields; those that only steer the provider's own machinery are hints.
-_BLOCK_FIELDS: Mapping[str, frozenset[str]] = {
+BLOCK_FIELDS: Mapping[str, frozenset[str]] = {
     "text": frozenset({"text", "citations"}),
     "document": frozenset({"source", "title", "context", "citations"}),
     "search_result": frozenset({"content", "source", "title", "citations"}),
@@ -170,9 +170,9 @@ def _walk(content: Any, at: str, ignored: Ignored, *, allowed: frozenset[str]) -
         if not isinstance(kind, str):
             raise InvalidRequest(f"`{where}` must be an object with a `type`.", param=where)
         if kind not in allowed:
-            why = _WHY_NOT.get(kind, "it is known in another place only" if kind in _BLOCK_FIELDS else "not known here")
+            why = _WHY_NOT.get(kind, "it is known in another place only" if kind in BLOCK_FIELDS else "not known here")
             raise UnsupportedField(f"{where}.type", why=f"{kind[:60]!r}, which is not supported here: {why}")
-        for name in block.keys() - _BLOCK_FIELDS[kind] - _ANY_BLOCK:
+        for name in block.keys() - BLOCK_FIELDS[kind] - _ANY_BLOCK:
             ignored.add(f"content[].{name}")
         yield where, block
 

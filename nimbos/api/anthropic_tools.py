@@ -12,8 +12,8 @@ from nimbos.api.anthropic_content import joined, string_of, text_of
 from nimbos.api.lenient import Ignored
 from nimbos.errors import InvalidRequest, UnsupportedField
 
-_FIELDS = frozenset({"name", "description", "input_schema", "type", "strict", "input_examples", "allowed_callers"})
-_HINTS = frozenset({"cache_control", "defer_loading", "eager_input_streaming"})
+FIELDS = frozenset({"name", "description", "input_schema", "type", "strict", "input_examples", "allowed_callers"})
+HINTS = frozenset({"cache_control", "defer_loading", "eager_input_streaming"})
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _EXAMPLES = "Examples of its input:"
 
@@ -53,7 +53,7 @@ def _read_tool(tool: Any, where: str, ignored: Ignored) -> dict[str, Any]:
     callers = tool.get("allowed_callers")
     if callers is not None and not (isinstance(callers, list) and "direct" in callers):
         raise UnsupportedField(f"{where}.allowed_callers", why="without 'direct', and tools are called directly here")
-    for name in tool.keys() - _FIELDS - _HINTS:
+    for name in tool.keys() - FIELDS - HINTS:
         ignored.add(f"tools[].{name}")
     if not isinstance(tool.get("input_schema"), dict):
         raise InvalidRequest(f"`{where}.input_schema` must be a JSON Schema object.", param=f"{where}.input_schema")
