@@ -17,7 +17,7 @@ import openai
 import uvloop
 
 from nimbos.api import build
-from nimbos.config import EngineSettings, ServerSettings, Settings, StorageSettings
+from nimbos.config import BatchSettings, EngineSettings, ServerSettings, Settings, StorageSettings
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.hub import Hub
 from nimbos.keys import OwnerKey
@@ -114,6 +114,7 @@ def serving(
     engine: EngineSettings | None = None,
     models: tuple[Path, ...] = (),
     database_url: str | None = None,
+    batches: BatchSettings | None = None,
 ) -> Iterator[Live]:
     """`models`: GGUF files that the operator names; their id is the file's stem. `database_url`: "" is SQLite in
     `home`; None is what the whole run uses (`tests/databases.py`)."""
@@ -121,6 +122,7 @@ def serving(
         home=str(home),
         server=msgspec.structs.replace(server or ServerSettings(), port=0),
         engine=engine or EngineSettings(),
+        batches=batches or BatchSettings(),
         storage=StorageSettings(database_url=fresh_url() if database_url is None else database_url),
     )
     home.mkdir(parents=True, exist_ok=True)

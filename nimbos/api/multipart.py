@@ -66,9 +66,9 @@ class Form:
 
     async def rest(self) -> None:
         """Fields that come behind the file. A second file is refused."""
-        first = self.file_field
+        self.file_field = ""
         while await self._step():
-            if self.file_field != first:
+            if self.file_field:
                 raise InvalidRequest("The form has more than one file.", param=self.file_field)
 
     async def drain(self, most_bytes: int) -> None:
