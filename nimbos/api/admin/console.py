@@ -70,6 +70,7 @@ def login_routes(accounts: Accounts) -> list[Route]:
 
 
 async def log_out(call: Call) -> Response:
+    call.check_no_body()
     token = session_token(call.request.scope)
     if token is None or call.actor.kind != "session":
         raise Conflict("This request does not come from a log-in; a key is revoked instead.")

@@ -104,6 +104,11 @@ class Call:
     def body(self, into: type[S], *, refused: dict[str, str] | None = None) -> S:
         return bodies.decode(self.content, into, refused=refused)
 
+    def check_no_body(self) -> None:
+        """Raises: InvalidRequest for a body where nothing is read."""
+        if self.content.strip() not in (b"", b"{}"):
+            raise InvalidRequest("This route takes no body.")
+
     def may(self, action: Action) -> bool:
         return may(self.identity.role, action, in_project=self.in_project)
 
@@ -161,6 +166,8 @@ def served(route: AdminRoute, accounts: Accounts) -> Route:
             content=content,
             in_project=in_project,
         )
+        if route.method != "POST":
+            call.check_no_body()
         reply = await route.handle(call)
         return reply if isinstance(reply, Response) else json_reply(reply)
 

@@ -138,6 +138,7 @@ async def update_project(call: Call) -> ProjectBody:
 
 
 async def archive_project(call: Call) -> ProjectBody:
+    call.check_no_body()
     return ProjectBody.of(await call.change(lambda: rows.archive_project(call.path["project_id"])))
 
 
