@@ -140,16 +140,7 @@ class Rerank:
             )
         except NimbosError as error:
             return errors.response_to(error, told.shape_of(ask.id))
-        best = sorted(scores, key=lambda index: (-scores[index], index))[: parameters.top_n]
-        results = [
-            told.Ranked(
-                index=index,
-                relevance_score=scores[index],
-                document=told.Document(documents[index]) if parameters.return_documents else UNSET,
-            )
-            for index in best
-        ]
-        reply = told.RankingReply(output=told.Ranking(results), usage=told.TotalUsage(usage.input), request_id=ask.id)
+        reply = _ranking(ask, scores, usage, documents, parameters)
         return json_reply(reply, headers={**headers_of(ask, admission), **ignored.header()})
 
     async def _scores(
@@ -164,6 +155,22 @@ class Rerank:
                 elif isinstance(chunk, Final):
                     usage = usage + chunk.usage
         return scores, usage
+
+
+def _ranking(
+    ask: Ask, scores: dict[int, float], usage: Usage, documents: list[str], parameters: RerankParameters
+) -> told.RankingReply:
+    """The best first; of equal ones the earlier."""
+    best = sorted(scores, key=lambda index: (-scores[index], index))[: parameters.top_n]
+    results = [
+        told.Ranked(
+            index=index,
+            relevance_score=scores[index],
+            document=told.Document(documents[index]) if parameters.return_documents else UNSET,
+        )
+        for index in best
+    ]
+    return told.RankingReply(output=told.Ranking(results), usage=told.TotalUsage(usage.input), request_id=ask.id)
 
 
 async def refuse_multimodal(_: Request) -> Response:
