@@ -87,9 +87,8 @@ def made_up(count: int, now_ms: int, days: int) -> Iterator[tuple[list[tuple[Any
         yield of_asks, of_meters
 
 
-def sums(table: str, start: str, width_ms: int) -> list[str]:
+def sums(table: str, start: str, at: str) -> list[str]:
     """What settlements would have added up."""
-    at = f"ended_ms - ended_ms % {width_ms}"
     columns = f"({start}, {_DIMENSIONS}, meter, quantity, cost_micros)"
     return [
         f"insert into {table} {columns} select {at}, {_DIMENSIONS}, 'asks', count(*), sum(cost_micros) from asks"
@@ -99,7 +98,17 @@ def sums(table: str, start: str, width_ms: int) -> list[str]:
     ]
 
 
-SUMS = (*sums("usage_hours", "hour_ms", HOUR_MS), *sums("usage_days", "day_ms", DAY_MS), "analyze")
+def all_sums(month: str) -> list[str]:
+    """`month`: the beginning of an ask's month, as the database writes it."""
+    hour, day = (f"ended_ms - ended_ms % {width_ms}" for width_ms in (HOUR_MS, DAY_MS))
+    tables = (("usage_hours", "hour_ms", hour), ("usage_days", "day_ms", day), ("usage_months", "month_ms", month))
+    return [*(statement for table in tables for statement in sums(*table)), "analyze"]
+
+
+SQLITE_MONTH = "1000 * unixepoch(ended_ms / 1000, 'unixepoch', 'start of month')"
+POSTGRESQL_MONTH = (
+    "(1000 * extract(epoch from date_trunc('month', to_timestamp(ended_ms / 1000.0) at time zone 'UTC')))::bigint"
+)
 
 
 def fill_sqlite(file: Path, count: int, now_ms: int, days: int) -> None:
@@ -112,7 +121,7 @@ def fill_sqlite(file: Path, count: int, now_ms: int, days: int) -> None:
         connection.executemany(f"insert into asks values ({', '.join('?' * len(ASK_COLUMNS))})", of_asks)
         connection.executemany(f"insert into meters values ({', '.join('?' * len(METER_COLUMNS))})", of_meters)
         connection.execute("commit")
-    for statement in SUMS:
+    for statement in all_sums(SQLITE_MONTH):
         connection.execute(statement)
     connection.execute("pragma wal_checkpoint(truncate)")
     connection.close()
@@ -123,7 +132,7 @@ async def fill_postgresql(url: str, count: int, now_ms: int, days: int) -> None:
     for of_asks, of_meters in made_up(count, now_ms, days):
         await connection.copy_records_to_table("asks", records=of_asks, columns=ASK_COLUMNS)
         await connection.copy_records_to_table("meters", records=of_meters, columns=METER_COLUMNS)
-    for statement in SUMS:
+    for statement in all_sums(POSTGRESQL_MONTH):
         await connection.execute(statement, timeout=3600)
     await connection.close()
 

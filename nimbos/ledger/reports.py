@@ -1,7 +1,8 @@
 """What was used, from the sums: by key, model, project, day, class or process, and in the buckets of a time line.
 
-Whole days are read from the sums by day and the ends of a span from those by hour; only buckets of a minute read the
-asks themselves. A span is half-open, `[since_ms, until_ms)`, and is widened to whole hours.
+Whole months are read from the sums by month, and what is left at the ends of a span from those by day and by hour.
+Only buckets of a minute read the asks themselves. A span is half-open, `[since_ms, until_ms)`, and is widened to whole
+hours.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, Literal, get_args
 from sqlalchemy import BigInteger, ColumnElement, bindparam, cast, func, literal_column, select
 
 from nimbos.db import Database, Row, Statement
-from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours
+from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours, usage_months
 from nimbos.errors import InvalidRequest
+from nimbos.ledger import periods
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
 from nimbos.ledger.rollups import ASKS
 
@@ -112,7 +114,8 @@ async def usage(database: Database, *, by: str = "key", span: Span | None = None
     span = span or Span()
     total, groups = Used(), dict[tuple[str, ...], Used]()
     dimensions = () if by == "day" else (by,)
-    for table, since_ms, until_ms in _parts(*span.hours()):
+    levels = ("hours", "days") if by == "day" else ("hours", "days", "months")
+    for table, since_ms, until_ms in _parts(*span.hours(), levels):
         width_ms = DAY_MS if by == "day" else 0
         for row in await _sums(database, table, since_ms, until_ms, dimensions, width_ms, span.filters):
             name = _day(row["start_ms"]) if by == "day" else row[by]
@@ -146,15 +149,28 @@ async def usage_buckets(
     return [UsageRow(group=group, used=used, start_ms=start) for (start, group), used in sorted(found.items(), key=_at)]
 
 
-def _parts(since_ms: int, until_ms: int) -> list[tuple[str, int, int]]:
-    """The span as whole days, and hours at its ends."""
-    first_day, last_day = -(-since_ms // DAY_MS) * DAY_MS, until_ms // DAY_MS * DAY_MS
-    if first_day >= last_day:
-        return [("hours", since_ms, until_ms)]
-    parts = [("hours", since_ms, first_day), ("days", first_day, last_day), ("hours", last_day, until_ms)]
-    if until_ms >= _FOREVER_MS:
-        parts = [("hours", since_ms, first_day), ("days", first_day, _FOREVER_MS)]
+def _parts(since_ms: int, until_ms: int, levels: tuple[str, ...]) -> list[tuple[str, int, int]]:
+    """The span as whole months, whole days at their ends, and hours at the ends of those."""
+    level, *coarser = levels
+    if not coarser:
+        return [(level, since_ms, until_ms)]
+    first, last = _next_start(coarser[0], since_ms), _start(coarser[0], until_ms)
+    if first >= last:
+        return [(level, since_ms, until_ms)]
+    parts = [(level, since_ms, first), *_parts(first, last, tuple(coarser)), (level, last, until_ms)]
     return [part for part in parts if part[1] < part[2]]
+
+
+def _start(level: str, at_ms: int) -> int:
+    if at_ms >= _FOREVER_MS:
+        return at_ms
+    return periods.start_ms("month" if level == "months" else "day", at_ms)
+
+
+def _next_start(level: str, at_ms: int) -> int:
+    if at_ms >= _FOREVER_MS or _start(level, at_ms) == at_ms:
+        return at_ms
+    return periods.end_ms("month" if level == "months" else "day", at_ms) or at_ms
 
 
 async def _sums(
@@ -184,9 +200,9 @@ _Shape = tuple[tuple[str, int], ...]
 
 @cache
 def _sum_of_table(name: str, dimensions: tuple[str, ...], width_ms: int, filters: _Shape) -> Statement:
-    table = usage_days if name == "days" else usage_hours
-    at = table.c.day_ms if name == "days" else table.c.hour_ms
-    own = DAY_MS if name == "days" else HOUR_MS
+    table = {"hours": usage_hours, "days": usage_days, "months": usage_months}[name]
+    at = table.c[f"{name.removesuffix('s')}_ms"]
+    own = {"hours": HOUR_MS, "days": DAY_MS, "months": 0}[name]
     groups: list[ColumnElement[Any]] = [table.c[dimension] for dimension in dimensions]
     columns = [*groups]
     if width_ms:

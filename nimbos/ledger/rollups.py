@@ -1,17 +1,18 @@
-"""Sums by hour and by day, kept in the transaction that settles an ask. `reports.py` reads them."""
+"""Sums by hour, day and month, kept in the transaction that settles an ask. `reports.py` reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from nimbos.db import Transaction, upsert
-from nimbos.db.tables.ledger import usage_days, usage_hours
-from nimbos.ledger.periods import DAY_MS, HOUR_MS
+from nimbos.db.tables.ledger import usage_days, usage_hours, usage_months
+from nimbos.ledger.periods import DAY_MS, HOUR_MS, start_ms
 
 ASKS = "asks"
 _KEY = ("project", "key", "model", "class", "process", "meter")
 _ADD_HOUR = upsert(usage_hours, key=("hour_ms", *_KEY), add=("quantity", "cost_micros"))
 _ADD_DAY = upsert(usage_days, key=("day_ms", *_KEY), add=("quantity", "cost_micros"))
+_ADD_MONTH = upsert(usage_months, key=("month_ms", *_KEY), add=("quantity", "cost_micros"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +41,4 @@ def add(line: Line, quantities: dict[str, int], *, cost_micros: int, ended_ms: i
         }
         yield _ADD_HOUR(hour_ms=ended_ms - ended_ms % HOUR_MS, **values)
         yield _ADD_DAY(day_ms=ended_ms - ended_ms % DAY_MS, **values)
+        yield _ADD_MONTH(month_ms=start_ms("month", ended_ms), **values)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 
 from nimbos.db import Database, Statement, Transaction
-from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours
+from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours, usage_months
 from nimbos.ledger import (
     Budget,
     Extended,
@@ -31,6 +31,7 @@ ASKS = Statement(select(asks).order_by(asks.c.id))
 METERS = Statement(select(meters).order_by(meters.c.ask, meters.c.meter))
 HOURS = Statement(select(usage_hours))
 DAYS = Statement(select(usage_days))
+MONTHS = Statement(select(usage_months))
 
 
 def an_ask(**fields: Any) -> Ask:

@@ -17,7 +17,7 @@ from nimbos.ledger import Price, Span, Used, export_asks, set_prices, usage, usa
 from nimbos.ledger import ledger as module
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
 from nimbos.types import Account, AskClass, Usage
-from tests.ledger.books import ASKS, DAYS, HOURS, METERS, Books, an_ask
+from tests.ledger.books import ASKS, DAYS, HOURS, METERS, MONTHS, Books, an_ask
 
 BEGIN_MS = int(datetime(2026, 3, 30, 21, 30, tzinfo=UTC).timestamp() * 1000)
 MODELS = ("demo",)
@@ -131,7 +131,7 @@ async def test_the_sums_are_the_meters_and_the_meters_are_the_asks(
 ) -> None:
     books = Books(database)
     meters = await books.rows(METERS)
-    for table in (HOURS, DAYS):
+    for table in (HOURS, DAYS, MONTHS):
         sums: dict[str, int] = {}
         for row in await books.rows(table):
             sums[row["meter"]] = sums.get(row["meter"], 0) + row["quantity"]

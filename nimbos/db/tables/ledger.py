@@ -3,7 +3,7 @@
 `asks` has one row for each ask, made before the engine sees it and settled once. `meters` has one row for each kind of
 token that the ask used; the kinds are disjoint: `input` is what was computed of the prompt, `cached` what was found in
 memory, `output` the answer without its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never
-billed). `usage_hours` and `usage_days` are sums of both, kept in the transaction that settles.
+billed). `usage_hours`, `usage_days` and `usage_months` are sums of both, kept in the transaction that settles.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def _usage_columns(start: str) -> list[Column[int] | Column[str]]:
 
 usage_hours = Table("usage_hours", metadata, *_usage_columns("hour_ms"), sqlite_with_rowid=False)
 usage_days = Table("usage_days", metadata, *_usage_columns("day_ms"), sqlite_with_rowid=False)
+usage_months = Table("usage_months", metadata, *_usage_columns("month_ms"), sqlite_with_rowid=False)
 
 servers = Table(
     "servers",

@@ -435,6 +435,22 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_table(
+        "usage_months",
+        sa.Column("month_ms", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("project", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("class", sa.Text(), nullable=False),
+        sa.Column("process", sa.Text(), nullable=False),
+        sa.Column("meter", sa.Text(), nullable=False),
+        sa.Column("quantity", sa.BigInteger(), nullable=False),
+        sa.Column("cost_micros", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint(
+            "month_ms", "project", "key", "model", "class", "process", "meter", name=op.f("pk_usage_months")
+        ),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "users",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("organisation", sa.Text(), nullable=False),
