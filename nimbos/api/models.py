@@ -5,14 +5,16 @@ A client that sends `anthropic-version` reads Anthropic's form of it (`anthropic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nimbos.accounts import allowed_model
 from nimbos.api import anthropic_models
+from nimbos.api.access import account_of
 from nimbos.api.anthropic_errors import VERSION_HEADER
 from nimbos.api.exchange import json_reply
 from nimbos.errors import ModelNotFound
@@ -49,20 +51,25 @@ class Models:
         self._aliases = aliases
 
     async def list(self, request: Request) -> Response:
+        models = await self._shown(request)
         if VERSION_HEADER in request.headers:
-            models = await self._service.models()
             return json_reply(anthropic_models.page(models, self._aliases, request.query_params))
-        return json_reply(ModelList(data=[_body(listed) for listed in await self._service.models()]))
+        return json_reply(ModelList(data=[_body(listed) for listed in models]))
 
     async def retrieve(self, request: Request) -> Response:
         wanted = request.path_params["model"]
-        models = await self._service.models()
+        models = await self._shown(request)
         if VERSION_HEADER in request.headers:
             return json_reply(anthropic_models.one(models, self._aliases, wanted))
         for listed in models:
             if listed.id == wanted:
                 return json_reply(_body(listed))
         raise ModelNotFound(wanted, have=tuple(listed.id for listed in models))
+
+    async def _shown(self, request: Request) -> Sequence[Listed]:
+        """Those that the key may ask."""
+        account = account_of(request)
+        return [listed for listed in await self._service.models() if allowed_model(account, listed.id)]
 
 
 def _body(listed: Listed) -> ModelBody:
