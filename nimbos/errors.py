@@ -170,7 +170,7 @@ class StorageUnavailable(NimbosError):
     status = 503
 
     def __init__(self, where: str, *, reason: str) -> None:
-        super().__init__(f"The database {where} cannot be used: {reason}")
+        super().__init__(f"The storage cannot be used: {reason}")  # where it is, is for the operator alone
         self.where = where
         self.reason = reason
 

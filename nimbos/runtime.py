@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, file_keys
-from nimbos.ledger import Desk, Fired, Ledger, Recovery
+from nimbos.ledger import Desk, Ledger, Recovery
 from nimbos.meterfile import MeterFile
 from nimbos.meters import Meters
 from nimbos.responses import Background, Store
@@ -28,7 +29,7 @@ from nimbos.service import Service
 from nimbos.sources import Sources
 from nimbos.telemetry import Telemetry, open_telemetry
 from nimbos.types import new_id
-from nimbos.watching import LiveAsks, Watcher
+from nimbos.watching import LiveAsks
 
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
@@ -58,16 +59,11 @@ class Runtime:
     background: Background
     batches: Batches
 
+    closing: AsyncExitStack
+
     async def close(self) -> None:
-        await self.batches.close()
-        await self.background.close()
-        await self.service.close()
-        await self.recovery.close()
-        self.meter_file.close()
-        await self.accounts.close()
-        await self.database.close()
-        if self.telemetry is not None:
-            await asyncio.to_thread(self.telemetry.close)
+        """The last that was made goes first, and each goes, whatever happens to another."""
+        await self.closing.aclose()
 
 
 async def assemble(
@@ -82,61 +78,52 @@ async def assemble(
 
     Raises: ConfigError for keys that cannot be read; StorageUnavailable.
     """
+    async with AsyncExitStack() as closing:  # closes what was made so far when something fails
+        return await _made(settings, closing, owner, hub or Hub(settings), tuple(scripted), named)
+
+
+async def _made(
+    settings: Settings,
+    closing: AsyncExitStack,
+    owner: OwnerKey,
+    hub: Hub,
+    scripted: tuple[ScriptedSource, ...],
+    named: Mapping[str, LocalModel] | None,
+) -> Runtime:
+    """`closing` is given what has to be closed, in the order it was made."""
     configured = file_keys(settings)
-    database = await Database.open(settings)
     server_id = new_id("srv")
     telemetry = open_telemetry(server_id)
+    if telemetry is not None:
+        closing.push_async_callback(asyncio.to_thread, telemetry.close)
+    database = await Database.open(settings)
+    closing.push_async_callback(database.close)
     accounts = await Accounts.open(database, owner=owner, file_keys=configured)
-    hub = hub or Hub(settings)
-    meters = Meters()
+    closing.push_async_callback(accounts.close)
     meter_file = MeterFile.create(settings.run_dir)
+    closing.callback(meter_file.close)
     ledger = Ledger(server_id=meter_file.path.stem)
     recovery = Recovery(database=database, ledger=ledger, run_dir=settings.run_dir)
     await recovery.recover()
     recovery.start()
-
-    def alerted(fired: Fired) -> None:
-        meters.alert(fired.budget.meter)
-
-    desk = Desk(database=database, ledger=ledger, meters=meter_file, on_alert=alerted)
-    budget_bytes = memory_budget_bytes(settings)
-
-    def start_engine(model: LocalModel) -> Engine:
-        return Engine(
-            model_path=model.path,
-            model_id=model.id,
-            settings=settings,
-            model_hash=model.sha256,
-            meters=meter_file,
-        )
-
-    def memory_needed(model: LocalModel) -> int:
-        cells = cells_of(model, settings.engine)
-        sequences = sequences_of(model, settings.engine)
-        return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
-
-    scripted = tuple(scripted)
-    hidden = (rehearsal_source(),)
-    for source in (*scripted, *hidden):
-        source.count_into(meter_file)
-    sources = Sources(
-        shelf=hub,
-        start_engine=start_engine,
-        memory_needed=memory_needed,
-        memory_budget_bytes=budget_bytes,
-        scripted=scripted,
-        hidden=hidden,
-        aliases=settings.server.aliases,
-        named=named,
+    closing.push_async_callback(recovery.close)
+    meters, live = Meters(), LiveAsks()
+    service = Service(
+        sources=_sources(settings, hub, meter_file, scripted, named),
+        desk=Desk(
+            database=database, ledger=ledger, meters=meter_file, on_alert=lambda fired: meters.alert(fired.budget.meter)
+        ),
+        watchers=(meters, live, *((telemetry,) if telemetry is not None else ())),
+        trusted_templates=frozenset({TEMPLATE_SHA256, *hub.trusted_templates}),
     )
-    trusted = frozenset({TEMPLATE_SHA256, *hub.trusted_templates})
-    live = LiveAsks()
-    watchers: tuple[Watcher, ...] = (meters, live, *((telemetry,) if telemetry is not None else ()))
+    closing.push_async_callback(service.close)
     blobs = open_blobs(settings, database)
     responses = Store(database, blobs)
-    service = Service(sources=sources, desk=desk, watchers=watchers, trusted_templates=trusted)
+    background = Background(responses, owner=server_id)
+    closing.push_async_callback(background.close)
     batches = Batches(database, blobs, settings.batches, server_id=server_id)
     await batches.start()
+    closing.push_async_callback(batches.close)
     return Runtime(
         settings=settings,
         server_id=server_id,
@@ -152,8 +139,48 @@ async def assemble(
         recovery=recovery,
         meter_file=meter_file,
         responses=responses,
-        background=Background(responses, owner=server_id),
+        background=background,
         batches=batches,
+        closing=closing.pop_all(),
+    )
+
+
+def _sources(
+    settings: Settings,
+    hub: Hub,
+    meter_file: MeterFile,
+    scripted: tuple[ScriptedSource, ...],
+    named: Mapping[str, LocalModel] | None,
+) -> Sources:
+    """Every source counts into the meter file."""
+    budget_bytes = memory_budget_bytes(settings)
+    hidden = (rehearsal_source(),)
+    for source in (*scripted, *hidden):
+        source.count_into(meter_file)
+
+    def start_engine(model: LocalModel) -> Engine:
+        return Engine(
+            model_path=model.path,
+            model_id=model.id,
+            settings=settings,
+            model_hash=model.sha256,
+            meters=meter_file,
+        )
+
+    def memory_needed(model: LocalModel) -> int:
+        cells = cells_of(model, settings.engine)
+        sequences = sequences_of(model, settings.engine)
+        return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
+
+    return Sources(
+        shelf=hub,
+        start_engine=start_engine,
+        memory_needed=memory_needed,
+        memory_budget_bytes=budget_bytes,
+        scripted=scripted,
+        hidden=hidden,
+        aliases=settings.server.aliases,
+        named=named,
     )
 
 

@@ -19,7 +19,7 @@ from nimbos.cli.chat import chat
 from nimbos.cli.doctor import doctor
 from nimbos.cli.top import top
 from nimbos.cli.up import up
-from nimbos.errors import NimbosError
+from nimbos.errors import NimbosError, StorageUnavailable
 
 app = typer.Typer(
     name="nimbos",
@@ -45,6 +45,9 @@ organisation.register(app)
 def main() -> None:
     try:
         app()
+    except StorageUnavailable as error:
+        print(f"Error: {error.where} cannot be used: {error.reason}", file=sys.stderr)
+        raise SystemExit(1) from error
     except NimbosError as error:
         print(f"Error: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
