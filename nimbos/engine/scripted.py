@@ -91,6 +91,7 @@ class ScriptedSource:
             architecture="scripted",
             context_tokens=CONTEXT_TOKENS,
             chat_template=CHAT_TEMPLATE,
+            shares_prefixes=False,
             created=created,
         )
         self.active = 0

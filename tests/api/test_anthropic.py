@@ -374,6 +374,13 @@ def test_a_prompt_that_is_too_long_can_still_be_counted(claude: anthropic.Anthro
         claude.messages.create(model="demo", max_tokens=10, messages=long)  # type: ignore[arg-type]
 
 
+def test_a_model_that_keeps_nothing_claims_nothing(live: Live, claude: anthropic.Anthropic) -> None:
+    kept: Any = [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]
+    usage = claude.messages.create(model="demo", max_tokens=10, messages=[{"role": "user", "content": kept}]).usage
+    assert (usage.input_tokens, usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (1, 0, 0)
+    assert live.sources["demo"].asks[-1].pin_tokens == 0
+
+
 def test_models_are_listed_and_found_by_their_aliases(tmp_path: Path) -> None:
     aliases = {"claude-local": "demo", "claude-nowhere": "missing"}
     scripts = dict.fromkeys(("demo", "other"), DEMO)
