@@ -18,6 +18,7 @@ from nimbos.api import (
     live,
     metrics,
     models,
+    moderations,
     ollama,
     openapi,
     rerank,
@@ -34,7 +35,8 @@ from nimbos.runtime import Runtime
 
 def build(runtime: Runtime) -> Starlette:
     """The app of one running server, whose batches are answered from now on."""
-    runtime.batches.serve([*batches.endpoints(runtime), *anthropic.endpoints(runtime)])
+    lines = (batches, responses, anthropic)  # the dialects whose requests a batch may hold
+    runtime.batches.serve([endpoint for dialect in lines for endpoint in dialect.endpoints(runtime)])
     routes = openapi.Description().routes(_routes(runtime))
     return _app(runtime, routes, runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
 
@@ -71,6 +73,7 @@ def _routes(runtime: Runtime) -> list[Route]:
         *admin.routes(runtime.accounts),
         *files.routes(runtime),
         *batches.routes(runtime),
+        *moderations.routes(runtime),
     ]
 
 

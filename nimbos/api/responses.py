@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from nimbos.api import body as bodies
-from nimbos.api import openai_wire as wire
 from nimbos.api import responses_request as requests
 from nimbos.api.access import account_of
+from nimbos.api.errors import body_of
 from nimbos.api.exchange import ask_headers, event_stream, json_reply
-from nimbos.api.responses_answer import ROUTE, Responder, Turn, items_of
+from nimbos.api.responses_answer import ROUTE, Call, Responder, Turn, items_of, reply_of
 from nimbos.api.responses_background import BackgroundResponses
 from nimbos.api.responses_compact import Compactor
 from nimbos.api.responses_conversations import ConversationRoutes
@@ -26,7 +27,7 @@ from nimbos.api.responses_items import check_context
 from nimbos.api.responses_query import check_query, page_of, paging, retrieval
 from nimbos.api.responses_wire import Deleted, Event, TokenCount, event, failure
 from nimbos.api.sse import Framing, or_gone
-from nimbos.batches import Reply
+from nimbos.batches import AnswerJournal, Endpoint, Reply
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.responses import Background, Conversations, Store
@@ -35,7 +36,6 @@ from nimbos.service import Service
 from nimbos.types import Account, Origin
 
 FRAMING = Framing(error=failure)
-ORIGIN = Origin(route=ROUTE)
 
 
 class ResponseRoutes:
@@ -61,11 +61,12 @@ class ResponseRoutes:
 
     async def create(self, request: Request) -> Response:
         body = bodies.decode(await self._read(request), requests.ResponsesBody, refused=requests.REFUSED)
-        account = account_of(request)
-        header_class = request.headers.get("x-nimbos-class")
-        turn = await or_gone(request, self._responder.turn(account, body, header_class=header_class, origin=ORIGIN))
+        call = Call(
+            account=account_of(request), header_class=request.headers.get("x-nimbos-class"), origin=Origin(route=ROUTE)
+        )
+        turn = await or_gone(request, self._responder.turn(call, body))
         if body.background:
-            return await self._create_in_background(request, turn, header_class)
+            return await self._create_in_background(request, turn, call)
         if body.stream:
             return await event_stream(
                 request,
@@ -77,15 +78,14 @@ class ResponseRoutes:
         whole = await or_gone(request, self._responder.whole(turn))
         return json_reply(whole, headers=ask_headers(turn.question))
 
-    async def perform(self, account: Account, content: bytes, *, origin: Origin) -> Reply:
+    async def perform(self, call: Call, content: bytes) -> Reply:
         """A request without HTTP, as a line of a batch. Raises: NimbosError."""
         body = bodies.decode(content, requests.ResponsesBody, refused=requests.REFUSED)
         for name in ("stream", "background"):
             if getattr(body, name):
                 raise UnsupportedField(name, why="not for a line of a batch: nobody waits for it")
-        turn = await self._responder.turn(account, body, header_class="batch" if origin.batch else None, origin=origin)
-        whole = await self._responder.whole(turn)
-        return Reply(200, wire.encode(whole), turn.question.ask.id)
+        turn = await self._responder.turn(call, body)
+        return reply_of(turn, await self._responder.whole(turn))
 
     async def retrieve(self, request: Request) -> Response:
         account = account_of(request)
@@ -142,8 +142,8 @@ class ResponseRoutes:
         )
         return json_reply(compacted, headers=headers)
 
-    async def _create_in_background(self, request: Request, turn: Turn, header_class: str | None) -> Response:
-        begun = await self._queue.queue(turn, header_class=header_class, origin=ORIGIN)
+    async def _create_in_background(self, request: Request, turn: Turn, call: Call) -> Response:
+        begun = await self._queue.queue(turn, call)
         if not turn.body.stream:
             return json_reply(begun)
         events = self._queue.read(begun, turn.account, after=-1)
@@ -181,9 +181,17 @@ def routes(runtime: Runtime) -> list[Route]:
     ]
 
 
-async def perform(runtime: Runtime, account: Account, body: bytes, *, origin: Origin) -> Reply:
+def endpoints(runtime: Runtime) -> list[Endpoint]:
+    """What a line of a batch may name."""
+    return [Endpoint(path=ROUTE, perform=partial(perform, runtime), refuse=body_of)]
+
+
+async def perform(
+    runtime: Runtime, account: Account, body: bytes, *, origin: Origin, journal: AnswerJournal | None = None
+) -> Reply:
     """A line of a batch. Raises: NimbosError."""
-    return await made(runtime).perform(account, body, origin=origin)
+    call = Call(account=account, header_class=None, origin=origin, journal=journal)
+    return await made(runtime).perform(call, body)
 
 
 async def _written(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:

@@ -16,12 +16,13 @@ from msgspec import UNSET
 
 from nimbos.api import openai_wire as wire
 from nimbos.api import responses_request as requests
-from nimbos.api.dialogue import Asked, Question, Told, answer, understand
+from nimbos.api.dialogue import Asked, Question, answer, understand
 from nimbos.api.responses_events import Teller
 from nimbos.api.responses_fit import fit
 from nimbos.api.responses_items import Item, canonical, check_context, read_items, restored
 from nimbos.api.responses_tools import echoed
 from nimbos.api.responses_wire import ConversationRef, Event, Extension, Response
+from nimbos.batches import AnswerJournal, Reply
 from nimbos.errors import NimbosError, PromptTooLong, StorageUnavailable
 from nimbos.responses import Answered, Conversations, Past, Piece, Status, Store
 from nimbos.service import Service
@@ -52,6 +53,16 @@ _ECHOED = (
     "truncation",
     "user",
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Who asks, and how. `header_class`: of `x-nimbos-class`."""
+
+    account: Account
+    header_class: str | None
+    origin: Origin
+    journal: AnswerJournal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,50 +103,36 @@ class Responder:
         self._store = store
         self._conversations = conversations
 
-    async def turn(
-        self, account: Account, body: requests.ResponsesBody, *, header_class: str | None, origin: Origin
-    ) -> Turn:
+    async def turn(self, call: Call, body: requests.ResponsesBody) -> Turn:
         """Raises: InvalidRequest, UnsupportedField, NotFound, Conflict; what `understand` raises."""
         requests.check(body)
-        past = await self.past(account, body)
-        own = await self.own_items(account, body)
+        past = await self.past(call.account, body)
+        own = await self.own_items(call.account, body)
         items = (*items_of(past.pieces), *own)
         check_context(items)
-        return await self._understood(account, body, past, tuple(own), items, header_class=header_class, origin=origin)
+        return await self._understood(call, body, past, own=tuple(own), items=items)
 
-    async def again(
-        self,
-        account: Account,
-        body: requests.ResponsesBody,
-        begun: Response,
-        past: Past,
-        *,
-        header_class: str | None,
-        origin: Origin,
-    ) -> Turn:
+    async def again(self, call: Call, body: requests.ResponsesBody, begun: Response, past: Past) -> Turn:
         """A response that was stored when it began; `past`: with its own items."""
-        items = tuple(items_of(past.pieces))
-        return await self._understood(
-            account, body, past, (), items, header_class=header_class, origin=origin, begun=begun
-        )
+        return await self._understood(call, body, past, own=(), items=tuple(items_of(past.pieces)), begun=begun)
 
     async def _understood(
         self,
-        account: Account,
+        call: Call,
         body: requests.ResponsesBody,
         past: Past,
+        *,
         own: tuple[Item, ...],
         items: tuple[Item, ...],
-        *,
-        header_class: str | None,
-        origin: Origin,
         begun: Response | None = None,
     ) -> Turn:
         sampling = requests.sampling_of(body)
-        asked = requests.asked(body, list(items), account, sampling, header_class=header_class, origin=origin)
-        question = await understand(self._service, account, asked)
+        asked = requests.asked(
+            body, list(items), call.account, sampling, header_class=call.header_class, origin=call.origin
+        )
+        question = await understand(self._service, call.account, asked, journal=call.journal)
         return Turn(
-            account=account,
+            account=call.account,
             body=body,
             past=past,
             own=own,
@@ -208,13 +205,17 @@ class Responder:
         """Raises: whatever ended the answer early, as there is no stream to say it in."""
         teller = teller_of(turn.response, turn.body)
         async with aclosing(self.computed(turn, teller)) as events:
-            async for _ in events:
-                pass
-        await self._keep(turn, teller.response)
+            async for event in events:
+                if event["type"] in ENDS:
+                    await self._keep(turn, teller.response)
+                    if turn.question.journal is not None:
+                        turn.question.journal.answered(reply_of(turn, teller.response))
         return teller.response
 
     async def computed(self, turn: Turn, teller: Teller) -> AsyncGenerator[Event, None]:
-        """The answer's events, and nothing kept. Raises: what ends it early."""
+        """The answer's events, and nothing kept. With a journal the last of them comes before the ask is settled: then
+        go on to the end. Raises: what ends it early.
+        """
         question = turn.question
         happenings = answer(self._service, question)
         try:
@@ -224,18 +225,17 @@ class Responder:
                 await happenings.aclose()
                 if turn.body.truncation != "auto":
                     raise
-                question, truncated = await fit(self._service, turn.account, turn.asked, turn.body, turn.items, error)
+                question, truncated = await fit(self._service, turn.asked, turn.question, turn.body, turn.items, error)
                 teller.response.x_nimbos = Extension(truncated=truncated)
                 happenings = answer(self._service, question)
                 happening = await anext(happenings)
             for event in teller.begin():
                 yield event
-            while True:
+            for event in teller.add(happening, question):
+                yield event
+            async for happening in happenings:
                 for event in teller.add(happening, question):
                     yield event
-                if isinstance(happening, Told):
-                    return
-                happening = await anext(happenings)
         finally:
             await happenings.aclose()
 
@@ -250,6 +250,10 @@ def teller_of(response: Response, body: requests.ResponsesBody) -> Teller:
 
 
 ENDS = frozenset(["response.completed", "response.incomplete", "response.failed"])
+
+
+def reply_of(turn: Turn, response: Response) -> Reply:
+    return Reply(200, wire.encode(response), turn.question.ask.id)
 
 
 def items_of(pieces: tuple[Piece, ...]) -> list[Item]:

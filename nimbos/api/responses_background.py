@@ -12,11 +12,22 @@ from contextlib import aclosing
 import msgspec
 
 from nimbos.api import responses_request as requests
-from nimbos.api.responses_answer import ENDS, Responder, Turn, items_of, joined, pieces_of, split, status_of, teller_of
+from nimbos.api.responses_answer import (
+    ENDS,
+    Call,
+    Responder,
+    Turn,
+    items_of,
+    joined,
+    pieces_of,
+    split,
+    status_of,
+    teller_of,
+)
 from nimbos.api.responses_events import Teller
 from nimbos.api.responses_wire import Event, Response, event
 from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotFound, NotReady, Overloaded, StorageUnavailable
-from nimbos.responses import Background, Kept, Live, Store
+from nimbos.responses import Background, Ending, Kept, Live, Store
 from nimbos.types import Account, Origin
 from nimbos.work import Claim, ClaimLost
 
@@ -41,10 +52,10 @@ class BackgroundResponses:
         self._store = store
         self._background = background
 
-    async def queue(self, turn: Turn, *, header_class: str | None, origin: Origin) -> Response:
+    async def queue(self, turn: Turn, call: Call) -> Response:
         """The response, which is written down when this returns."""
         body = msgspec.structs.replace(turn.body, input=None, seed=turn.sampling.seed)
-        queued = Queued(account=turn.account, body=body, header_class=header_class, origin=origin)
+        queued = Queued(account=call.account, body=body, header_class=call.header_class, origin=call.origin)
         await self._background.queue(turn.answered(turn.response), msgspec.msgpack.encode(queued))
         return turn.response
 
@@ -56,15 +67,21 @@ class BackgroundResponses:
         except NotFound:
             await self._background.drop(claim)
             return
-        begun = joined(kept.echo, kept.body, status="queued", output=[])
-        teller = teller_of(begun, queued.body)
+        teller = teller_of(joined(kept.echo, kept.body, status="queued", output=[]), queued.body)
         live = await self._background.journal.open(claim.ref, claim)
         try:
             for told in teller.begin():
                 live.add(event(told))
-            last = await self._last(queued, claim, kept, teller, live)
-            live.add(event(last))
-            await self._settle(live, kept, last["response"])
+            ending = self._background.ending(live, kept)
+            try:
+                await self._compute(queued, claim, kept, teller, live, ending)
+            except _TRANSIENT:
+                raise
+            except NimbosError as error:
+                if isinstance(error, Overloaded) and time.time() - kept.created_ms / 1000 < _WAIT_S:
+                    raise  # its turn will come
+                await _end(ending, live, teller.fail(error))
+            await ending.finish()
         finally:
             self._background.journal.close(claim.ref, live)
 
@@ -105,37 +122,26 @@ class BackgroundResponses:
                 f"The events of {kept.id} are no longer kept. Retrieve it without `stream`.", param="stream"
             )
 
-    async def _last(self, queued: Queued, claim: Claim, kept: Kept, teller: Teller, live: Live) -> Event:
-        """The event that ends it; those before it are told on the way."""
-        try:
-            if claim.lapses > _LAPSES_MAX:
-                raise EngineFailed(f"The server died {claim.lapses} times while it computed this answer.")
-            past = await self._store.past_at(queued.account.id, kept.input_node)
-            turn = await self._responder.again(
-                queued.account,
-                queued.body,
-                teller.response,
-                past,
-                header_class=queued.header_class,
-                origin=queued.origin,
-            )
-            async with aclosing(self._responder.computed(turn, teller)) as events:
-                async for told in events:
-                    if told["type"] in ENDS:
-                        return told
+    async def _compute(
+        self, queued: Queued, claim: Claim, kept: Kept, teller: Teller, live: Live, ending: Ending
+    ) -> None:
+        """The last event is told before the ask is settled, so that the settlement writes the end."""
+        if claim.lapses > _LAPSES_MAX:
+            raise EngineFailed(f"{claim.lapses} servers ended while this was computed; it is not tried again.")
+        call = Call(account=queued.account, header_class=queued.header_class, origin=queued.origin, journal=ending)
+        past = await self._store.past_at(queued.account.id, kept.input_node)
+        turn = await self._responder.again(call, queued.body, teller.response, past)
+        async with aclosing(self._responder.computed(turn, teller)) as events:
+            async for told in events:
+                if told["type"] in ENDS:
+                    await _end(ending, live, told)
+                else:
                     live.add(event(told))
                     await self._background.journal.flush_when_due(kept.id, live)
-            raise AssertionError("an answer without an end")
-        except _TRANSIENT:
-            raise
-        except Overloaded as error:
-            if time.time() - kept.created_ms / 1000 < _WAIT_S:
-                raise  # its turn will come
-            return teller.fail(error)
-        except NimbosError as error:
-            return teller.fail(error)
 
-    async def _settle(self, live: Live, kept: Kept, response: Response) -> None:
-        _, body = split(response)
-        output = pieces_of(response.output)
-        await self._background.settle(live, kept, status=status_of(response), body=body, output=output)
+
+async def _end(ending: Ending, live: Live, told: Event) -> None:
+    live.add(event(told))
+    response: Response = told["response"]
+    _, body = split(response)
+    await ending.prepare(status=status_of(response), body=body, output=pieces_of(response.output))

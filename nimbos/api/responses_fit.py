@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
+
 from nimbos.api import responses_request as requests
 from nimbos.api.dialogue import Asked, Question, understand
 from nimbos.api.responses_items import Item
 from nimbos.api.responses_wire import Truncated
 from nimbos.errors import InvalidRequest, PromptTooLong
 from nimbos.service import Service
-from nimbos.types import Account
 
 _ROOM_SHARE = 4  # of the window is kept for an answer that has no limit
 _INSTRUCTING = ("system", "developer")
@@ -23,8 +24,8 @@ _INSTRUCTING = ("system", "developer")
 
 async def fit(
     service: Service,
-    account: Account,
     asked: Asked,
+    question: Question,
     body: requests.ResponsesBody,
     items: Sequence[Item],
     error: PromptTooLong,
@@ -35,23 +36,23 @@ async def fit(
     """
     room = min(body.max_output_tokens or error.limit // _ROOM_SHARE, error.limit // 2)
     most = error.limit - room
-    found: tuple[Question, int, int] | None = None
+    found: tuple[Question, int] | None = None
     starts = cuts(items)
     low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2
-        question, count = await _counted(service, account, asked, body, kept(items, starts[middle]))
-        if question is not None and count <= most:
-            found = question, count, starts[middle]
+        shorter, count = await _counted(service, asked, question, body, kept(items, starts[middle]))
+        if shorter is not None and count <= most:
+            found = shorter, starts[middle]
             high = middle
         else:
             low = middle + 1
     if found is None:
         raise error
-    question, count, start = found
+    shorter, start = found
     left = {item["id"] for item in kept(items, start)}
     dropped = [item["id"] for item in items if item["id"] not in left]
-    return question, Truncated(dropped_items=dropped, prompt_tokens=error.have, limit_tokens=error.limit)
+    return shorter, Truncated(dropped_items=dropped, prompt_tokens=error.have, limit_tokens=error.limit)
 
 
 def cuts(items: Sequence[Item]) -> list[int]:
@@ -77,12 +78,15 @@ def _instructs(item: Item) -> bool:
 
 
 async def _counted(
-    service: Service, account: Account, asked: Asked, body: requests.ResponsesBody, items: list[Item]
+    service: Service, asked: Asked, question: Question, body: requests.ResponsesBody, items: list[Item]
 ) -> tuple[Question | None, int]:
     """None for a context that the model's template does not take, or that is still too long."""
     try:
-        question = await understand(service, account, replace(asked, request=requests.request_of(body, items)))
-        return question, await service.count(account, question.ask)
+        wanted = replace(asked, request=requests.request_of(body, items))
+        shorter = await understand(service, question.account, wanted, journal=question.journal)
+        ask = msgspec.structs.replace(shorter.ask, id=question.ask.id)  # the longer one was never let in
+        shorter = replace(shorter, ask=ask, admission=question.admission)
+        return shorter, await service.count(question.account, ask)
     except PromptTooLong as error:
         return None, error.have
     except InvalidRequest:

@@ -213,7 +213,7 @@ def _read_item(given: Any, path: str) -> Item:
         raise InvalidRequest(f"`{path}` is not an object.", param=path)
     item = {name: value for name, value in given.items() if value is not None}
     kind = item.pop("type", "item_reference" if set(item) == {"id"} else "message")
-    if kind in _FOREIGN:
+    if isinstance(kind, str) and kind in _FOREIGN:
         raise UnsupportedField(f"{path}.type", why=f"{kind!r}: {_FOREIGN[kind]}")
     if not isinstance(kind, str) or kind not in _FIELDS:
         known = ", ".join(_FIELDS)

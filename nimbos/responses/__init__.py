@@ -3,6 +3,7 @@ Read `store.py` first, then `nodes.py`."""
 
 from nimbos.responses.background import Background
 from nimbos.responses.conversations import Conversation, Conversations
+from nimbos.responses.ending import Ending
 from nimbos.responses.journal import Live
 from nimbos.responses.nodes import Placed
 from nimbos.responses.store import Answered, Kept, Past, Piece, Status, Store
@@ -12,6 +13,7 @@ __all__ = [
     "Background",
     "Conversation",
     "Conversations",
+    "Ending",
     "Kept",
     "Live",
     "Past",

@@ -1,6 +1,6 @@
 """Responses that nobody waits for on a connection: written down, done by whichever server claims them, ended once.
 
-    queue ─▶ claimed ─▶ journal of events ─▶ settle: events, items, row and claim in one transaction
+    queue ─▶ claimed ─▶ journal of events ─▶ end: events, items, row and claim in one transaction
       └──────────── cancel: row and claim in one transaction, so that only one of the two can be ────────────┘
 
 What computes the answer is given to `attend`; it knows the dialect. A server that dies leaves the claim to lapse, and
@@ -17,9 +17,9 @@ import structlog
 
 from nimbos.db import Transaction
 from nimbos.errors import StorageUnavailable
-from nimbos.responses import nodes
+from nimbos.responses.ending import Ending
 from nimbos.responses.journal import Journal, Live
-from nimbos.responses.store import SAID, Answered, Kept, Piece, Status, Store, cancelled, finished, say
+from nimbos.responses.store import Answered, Kept, Store, cancelled
 from nimbos.work import Claim, Crew, Work
 
 KIND = "response"
@@ -89,29 +89,8 @@ class Background:
         if self._crew is not None:
             self._crew.wake()
 
-    async def settle(self, live: Live, kept: Kept, *, status: Status, body: bytes, output: tuple[Piece, ...]) -> None:
-        """The one end of a response. Raises: ClaimLost when it had another one already."""
-        upto = len(live.made)
-
-        async def ending() -> Callable[[], Transaction[None]]:
-            placed = await self._store.place(kept.account, output)
-
-            def end() -> Transaction[None]:
-                yield from self._work.finish(live.claim)
-                yield from nodes.lock(kept.input_node)
-                node = yield from nodes.append(kept.account, kept.input_node, placed)
-                if not (yield from finished(kept.id, status, body, node, len(placed))):
-                    yield from nodes.doubt(node)
-                    return
-                yield from self.journal.writing(kept.id, live, upto)
-                if kept.conversation is not None and kept.input_node is not None and status in SAID:
-                    before, asked = yield from nodes.own(kept.input_node)
-                    yield from say(kept.account, kept.conversation, before, node, [*asked, *placed])
-
-            return end
-
-        await self._store.run(ending)
-        self.journal.close(kept.id, live)
+    def ending(self, live: Live, kept: Kept) -> Ending:
+        return Ending(self._store, self._work, self.journal, live, kept)
 
     async def drop(self, claim: Claim) -> None:
         """Ends work whose response is gone. Raises: ClaimLost."""

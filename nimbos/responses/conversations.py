@@ -17,7 +17,7 @@ from nimbos.db.tables.responses import conversations
 from nimbos.errors import NotFound
 from nimbos.responses import nodes
 from nimbos.responses.nodes import Placed
-from nimbos.responses.store import Past, Piece, Store
+from nimbos.responses.store import Past, Piece, Store, is_id
 from nimbos.types import new_id
 
 
@@ -55,13 +55,13 @@ class Conversations:
         return Conversation(id=made, metadata=metadata, created_ms=created_ms, head=head)
 
     async def get(self, account: str, conversation_id: str) -> Conversation:
-        rows = await self._database.read(_ROW(id=conversation_id, account=account))
+        rows = await self._database.read(_ROW(id=_checked(conversation_id), account=account))
         return _conversation(_only(rows, conversation_id))
 
     async def describe(self, account: str, conversation_id: str, metadata: dict[str, str]) -> Conversation:
         def change() -> Transaction[Row]:
             text = msgspec.json.encode(metadata).decode()
-            rows = yield _DESCRIBE(id=conversation_id, account=account, metadata=text)
+            rows = yield _DESCRIBE(id=_checked(conversation_id), account=account, metadata=text)
             return _only(rows, conversation_id)
 
         return _conversation(await self._database.run(change, durable=True))
@@ -70,7 +70,7 @@ class Conversations:
         """What was said stays with the responses that said it."""
 
         def remove() -> Transaction[None]:
-            rows = yield _REMOVE(id=conversation_id, account=account)
+            rows = yield _REMOVE(id=_checked(conversation_id), account=account)
             yield from nodes.doubt(_only(rows, conversation_id)["head"])
 
         await self._database.run(remove, durable=True)
@@ -89,7 +89,7 @@ class Conversations:
             placed = await self._store.place(account, pieces)
 
             def append() -> Transaction[None]:
-                rows = yield _LOCKED(id=conversation_id, account=account)
+                rows = yield _LOCKED(id=_checked(conversation_id), account=account)
                 head = _only(rows, conversation_id)["head"]
                 yield from nodes.lock(head)
                 moved = yield from nodes.append(account, head, placed)
@@ -111,7 +111,7 @@ class Conversations:
         """Raises: NotFound."""
 
         def cut() -> Transaction[Row]:
-            rows = yield _LOCKED(id=conversation_id, account=account)
+            rows = yield _LOCKED(id=_checked(conversation_id), account=account)
             head = _only(rows, conversation_id)["head"]
             had = nodes.placed((yield nodes.path(head))) if head is not None else []
             left = [one for one in had if one.id != item_id]
@@ -132,8 +132,18 @@ def _conversation(row: Row) -> Conversation:
 
 def _only(rows: list[Row], conversation_id: str) -> Row:
     if not rows:
-        raise NotFound(f"There is no conversation {conversation_id[:80]!r}.", param="conversation")
+        raise _missing(conversation_id)
     return rows[0]
+
+
+def _checked(conversation_id: str) -> str:
+    if not is_id(conversation_id):
+        raise _missing(conversation_id)
+    return conversation_id
+
+
+def _missing(conversation_id: str) -> NotFound:
+    return NotFound(f"There is no conversation {conversation_id[:80]!r}.", param="conversation")
 
 
 def _no_item(conversation_id: str, item_id: str) -> NotFound:

@@ -6,6 +6,7 @@ bytes, and what a response repeats of its request (`echo`) and says of its answe
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nimbos.responses.segments import GRACE_MS, Segments, Swept, freed, named
 
 KEEP_S = 30 * 86_400
 _ATTEMPTS = 5
+_SHAPE = re.compile(r"[a-z]{1,8}_[0-9a-f]{32}")
 _RUNNING = ("queued", "in_progress")
 _NO_ANSWER = ("failed", "cancelled")
 SAID = ("completed", "incomplete")
@@ -199,7 +201,7 @@ class Store:
 
     def remove(self, account: str, response_id: str) -> Transaction[None]:
         """Raises: NotFound."""
-        rows = yield _REMOVE(id=response_id, account=account)
+        rows = (yield _REMOVE(id=response_id, account=account)) if is_id(response_id) else []
         if not rows:
             raise _missing(response_id)
         yield from _forget(rows[0])
@@ -243,10 +245,15 @@ class Store:
         )
 
     async def _row(self, account: str, response_id: str) -> Row:
-        rows = await self.database.read(_ROW(id=response_id, account=account))
+        rows = await self.database.read(_ROW(id=response_id, account=account)) if is_id(response_id) else []
         if not rows:
             raise _missing(response_id)
         return rows[0]
+
+
+def is_id(given: str) -> bool:
+    """Whether it can be one of ours; what clients name may hold what a database does not take."""
+    return _SHAPE.fullmatch(given) is not None
 
 
 def say(
@@ -278,7 +285,7 @@ def begun(response_id: str) -> Transaction[None]:
 
 def cancelled(account: str, response_id: str) -> Transaction[bool]:
     """True when it was running and now is cancelled. Raises: NotFound."""
-    rows = yield _LOCKED(id=response_id, account=account)
+    rows = (yield _LOCKED(id=response_id, account=account)) if is_id(response_id) else []
     if not rows:
         raise _missing(response_id)
     if rows[0]["status"] not in _RUNNING:

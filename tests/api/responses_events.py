@@ -39,7 +39,7 @@ def texts(response: dict[str, Any]) -> list[str]:
 
 
 def _event(block: str) -> dict[str, Any]:
-    name, data = block.split("\n")
+    name, data = block.strip("\n").split("\n")
     event: dict[str, Any] = json.loads(data.removeprefix("data: "))
     assert name == f"event: {event['type']}"
     return event
