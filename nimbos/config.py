@@ -21,6 +21,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `library`: folder of a libllama to use before all others. `threads`: 0 is one for each core.
     `context_tokens`: longest sequence, 0 is the model's own length but at most `cells`.
     `cells`: room for tokens of KV that all asks share, 0 is as many as fit in `kv_memory_mib`.
+    `swap_memory_mib`: for contexts that nobody uses now, outside of the cells; 0 keeps none.
     `stall_target_ms`: a step that holds an interactive row takes no longer. `inbox`: asks that may wait.
     """
 
@@ -29,6 +30,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     context_tokens: int = 0
     cells: int = 0
     kv_memory_mib: int = 1024
+    swap_memory_mib: int = 512
     sequences: int = 128
     stall_target_ms: int = 150
     max_step_tokens: int = 512
@@ -41,6 +43,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`memory_mib`: budget for all loaded models, 0 is 80 % of what the machine has free at start.
     `stall_write_s`: a client that takes no bytes for so long is cut off.
+    `moderation_model`: a chat model that judges texts for `/v1/moderations`, "" for none.
     `ollama`: a second listener on loopback, at `ollama_port`, that speaks Ollama and asks for no key."""
 
     host: str = "127.0.0.1"
@@ -57,6 +60,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stall_write_s: float = 60.0
     ollama: bool = False
     ollama_port: int = 11434
+    moderation_model: str = ""
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
 
 

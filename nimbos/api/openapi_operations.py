@@ -22,6 +22,7 @@ from nimbos.api import (
     files,
     live,
     models,
+    moderations,
     ollama_embed,
     ollama_models,
     ollama_request,
@@ -71,6 +72,7 @@ OPERATIONS: Mapping[str, Operation] = {
         takes=openai_completions.CompletionsBody, gives=openai_wire.TextCompletion, media=_CHAT
     ),
     "POST /v1/embeddings": Operation(takes=openai_embeddings.EmbeddingsBody, gives=openai_wire.EmbeddingList),
+    "POST /v1/moderations": Operation(takes=moderations.ModerationsBody, gives=moderations.ModerationList),
     "POST /v1/rerank": _RANKING,
     "POST /v2/rerank": _RANKING,
     "POST /rerank": _RANKING,
