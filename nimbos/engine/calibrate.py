@@ -25,43 +25,58 @@ if TYPE_CHECKING:
 KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PRIOR = (1.0, 1.7, 2.2, 2.5, 3.6, 4.4, 5.6, 6.8, 8.6, 11.2, 13, 15, 20, 26, 38, 50, 75, 100)  # × t(1)
 _PRIOR_BYTES_PER_MS = 15e6  # weights that a small machine reads in a millisecond
+_PRIOR_IDLE_NS = 3.8  # for a head of a layer to pass a cell that is masked, on one thread
 _LEARN = 0.15
+_IDLE_COUNTS = 0.2  # of a step
 
 
 class StepTimeTable(msgspec.Struct, kw_only=True):
     """What is kept between runs. `row_ms[i]`: milliseconds of a step of KNOTS[i] rows before any context;
-    `seen[i]`: how many steps taught it; `cell_us`: microseconds for each cell that each row attends to."""
+    `seen[i]`: how many steps taught it; `cell_us`: microseconds for each cell that each row attends to; `idle_us`: for
+    each that is in use and that a row does not attend to (0: not known)."""
 
     row_ms: list[float]
     seen: list[int]
     cell_us: float
+    idle_us: float = 0.0
 
     @property
     def usable(self) -> bool:
         """Whether it fits this release's knots and holds sane numbers."""
-        numbers = [*self.row_ms, self.cell_us + 1e-9]
+        numbers = [*self.row_ms, self.cell_us + 1e-9, self.idle_us + 1e-9]
         return len(self.row_ms) == len(self.seen) == len(KNOTS) and all(0 < n < 1e6 for n in numbers)
 
 
 class StepTime:
     """Predicts the milliseconds of a step. Rows between knots are interpolated; what was never seen is the prior's
-    shape, scaled by what was."""
+    shape, scaled by what was. `used_cells`: in the pool now; every row passes all of them."""
 
     def __init__(self, table: StepTimeTable) -> None:
         self.table = table
+        self.used_cells = 0
 
     @classmethod
-    def prior(cls, *, weight_bytes: int, kv_bytes_per_token: int) -> StepTime:
+    def prior(cls, *, weight_bytes: int, kv_bytes_per_token: int, heads: int = 0, threads: int = 1) -> StepTime:
+        """`heads`: of attention, in all layers together."""
         one = max(0.2, weight_bytes / _PRIOR_BYTES_PER_MS)
         cell_us = kv_bytes_per_token / _PRIOR_BYTES_PER_MS * 1e3
-        return cls(StepTimeTable(row_ms=[one * f for f in _PRIOR], seen=[0] * len(KNOTS), cell_us=cell_us))
+        idle_us = _PRIOR_IDLE_NS * heads / max(1, threads) / 1e3
+        table = StepTimeTable(row_ms=[one * f for f in _PRIOR], seen=[0] * len(KNOTS), cell_us=cell_us, idle_us=idle_us)
+        return cls(table)
 
     def copy(self) -> StepTime:
         """One that does not learn with this one."""
         return StepTime(msgspec.json.decode(msgspec.json.encode(self.table), type=StepTimeTable))
 
     def predict(self, rows: int, cells: int) -> float:
-        return self._base(rows) + self.table.cell_us * cells / 1e3
+        return self._base(rows) + self.table.cell_us * cells / 1e3 + self._idle_ms(rows, cells)
+
+    def _idle_ms(self, rows: int, cells: int) -> float:
+        return self.table.idle_us * max(0, rows * self.used_cells - cells) / 1e3
+
+    def idle_cells(self, share: float) -> int:
+        """How many of them make a step of one row longer by this share."""
+        return int(share * self._base(1) * 1e3 / self.table.idle_us) if self.table.idle_us > 0 else 1 << 30
 
     def _base(self, rows: int) -> float:
         row_ms = self.table.row_ms
@@ -73,8 +88,9 @@ class StepTime:
 
     def observe(self, rows: int, cells: int, milliseconds: float) -> None:
         """Corrects the knots around `rows`. One outlier (a busy moment of the machine) moves them little."""
-        base = self._base(rows)
-        seen_base = max(0.05 * milliseconds, milliseconds - self.table.cell_us * cells / 1e3)
+        base, idle_ms = self._base(rows), self._idle_ms(rows, cells)
+        self._learn_idle(idle_ms, milliseconds / self.predict(rows, cells), base)
+        seen_base = max(0.05 * milliseconds, milliseconds - self.table.cell_us * cells / 1e3 - idle_ms)
         i = min(bisect_right(KNOTS, rows) - 1, len(KNOTS) - 1)
         near = [i] if KNOTS[i] == rows or i + 1 == len(KNOTS) else [i, i + 1]
         first = not any(self.table.seen)
@@ -89,6 +105,12 @@ class StepTime:
                 if knot not in near:
                     self.table.row_ms[knot] *= ratio
         self._keep_order()
+
+    def _learn_idle(self, idle_ms: float, ratio: float, base_ms: float) -> None:
+        """From steps in which idle cells count; the rows are corrected as well, each by its part."""
+        part = idle_ms / (idle_ms + base_ms)
+        if part > _IDLE_COUNTS:
+            self.table.idle_us *= 1 + _LEARN * part * (min(2.0, max(0.5, ratio)) - 1)
 
     def _keep_order(self) -> None:
         """More rows never take less: a knot that was not seen gives way to one that was."""

@@ -63,6 +63,14 @@ class Match:
     node: Node
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A retired branch whose tokens from `start` on no other branch holds, and no pin keeps."""
+
+    branch: int
+    start: int
+
+
 class NoRoom(Exception):
     """Neither a free sequence id nor a retired branch to forget."""
 
@@ -145,6 +153,20 @@ class ContextTree:
             node = node.parent
         return [token for tokens in reversed(path) for token in tokens]
 
+    def account(self, branch: int) -> str:
+        return self._account[branch]
+
+    def oldest_idle(self, *, keep: Match | None = None) -> Idle | None:
+        """The least recently used branch that holds something for itself alone; not the only one that holds `keep`."""
+        kept = keep.node.users if keep is not None and keep.length and len(keep.node.users) == 1 else set()
+        for branch in sorted(self._retired.keys() - kept, key=self._retired.__getitem__):
+            pinned = self._own_pin(branch)
+            shared = next((n for n in _path(self._tips[branch]) if n is pinned or len(n.users) > 1), None)
+            start = shared.end if shared is not None else 0
+            if start < self.length(branch):
+                return Idle(branch, start)
+        return None
+
     @property
     def branches(self) -> int:
         return len(self._tips)
@@ -215,6 +237,19 @@ class ContextTree:
             node = parent
         self._free.append(branch)
         return [Drop(branch)]
+
+    def cut(self, branch: int, start: int) -> list[Operation]:
+        """A retired branch forgets [start, …), which it alone holds; all of it, where others hold the rest."""
+        assert branch in self._retired, "a live branch was cut"
+        node = self._tips[branch]
+        while node.start > start:
+            assert node.parent is not None and len(node.users) == 1
+            node = node.parent
+        end = self._split(node, start - node.start) if start > node.start else node.parent
+        assert end is not None
+        if end.parent is None or len(end.users) > 1:
+            return self.drop(branch)
+        return self._shorten(branch, end)
 
     def pin(self, branch: int, length: int, now_ms: float, duration_ms: float) -> None:
         """The first `length` tokens of this branch are kept for so long, also when it ends; as far as pins may go."""

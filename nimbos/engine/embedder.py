@@ -178,6 +178,10 @@ class Embedder:
     def flush(self) -> None:
         """Nothing is held back between steps."""
 
+    def tidy(self) -> bool:
+        """Nothing is kept that could be put away."""
+        return False
+
     def counts(self) -> tuple[dict[AskClass, int], dict[AskClass, int]]:
         waiting = dict.fromkeys(AskClass, 0)
         for work in self._waiting:

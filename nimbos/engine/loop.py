@@ -20,6 +20,7 @@ from nimbos.engine.grammar import Matcher
 from nimbos.engine.intake import take_in
 from nimbos.engine.model import Floats, Model, Rows
 from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
+from nimbos.engine.residence import Residence
 from nimbos.engine.sampler import pick
 from nimbos.engine.scheduler import RANK, FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
 from nimbos.engine.tally import Tally
@@ -32,6 +33,9 @@ from nimbos.types import AskClass, Chunk, FinishReason
 SPARE_SHARE = 8  # an eighth of the cells is left to accounts that hold nothing, so that a flood cannot shut them out
 RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its prompt
 WORTH_WAITING = 16  # tokens of a prefix that must still be coming for a job to wait for it
+IDLE_SHARE, IDLE_CELLS_MIN = 0.1, 512  # idle contexts may lengthen a step of one row by this share
+RELIEVE_EVERY = 8  # steps
+PIECES_AT_ONCE = 8
 PIN_S_MAX = 3600.0  # no ask keeps cells for longer
 LOOKED_AT = 16  # waiting jobs that are tried each time something changed
 
@@ -43,10 +47,23 @@ class Loop:
     """`post` sends to the server; `hold` is the compute lease; `share` False computes every prompt by itself."""
 
     def __init__(
-        self, model: Model, costs: StepTime, rules: Rules, *, post: Post, hold: Hold, share: bool, context_limit: int
+        self,
+        model: Model,
+        costs: StepTime,
+        rules: Rules,
+        *,
+        post: Post,
+        hold: Hold,
+        share: bool,
+        context_limit: int,
+        swap_bytes: int = 0,
     ) -> None:
+        """`swap_bytes`: for contexts that are written out; 0 writes out none."""
         self.model, self.costs, self.rules = model, costs, rules
-        self.tree = ContextTree(cells=model.cells, sequences=model.options.sequences)
+        sequences = model.options.sequences - 1  # the last id is for writing contexts out
+        self.tree = ContextTree(cells=model.cells, sequences=sequences)
+        self.residence = Residence(model, self.tree, scratch=sequences, budget_bytes=swap_bytes, perform=self._perform)
+        self._relieving = False
         self.clock = FairClock()
         self.counters = Counters()
         self._expected = costs.copy()
@@ -171,7 +188,17 @@ class Loop:
             self._sample([s for s in chosen.slices if s.samples])
         self.flush()
         self.counters.overhead_seconds_sum += (planned - started) + (time.perf_counter() - ended)
+        if self._relieving or self.counters.steps % RELIEVE_EVERY == 0:
+            self._relieving = self.tidy()
         return True
+
+    def tidy(self) -> bool:
+        """Writes out one piece of an idle context, where idle ones slow every step too much.
+
+        Returns: whether there may be more.
+        """
+        most = max(IDLE_CELLS_MIN, self.costs.idle_cells(IDLE_SHARE))
+        return self.tree.evictable_cells() > most and self.residence.write_out_one()
 
     def flush(self) -> None:
         """What was counted is written before anything is told."""
@@ -259,19 +286,20 @@ class Loop:
             self._preempt(loser)
             match = self._match(job)
         try:
-            room = self.tree.make_room(len(job.tokens) - match.length, keep=match, unpin=not self._live)
-            self._perform(room)
+            kept = self.residence.known(self._root(job), job.tokens[:-1], match.length)
+            self._make_room(max(len(job.tokens) - match.length, kept), keep=match, unpin=not self._live)
             sequence, operations = self.tree.open(self._root(job), match, _now_ms())
         except NoRoom:
             return False
         self._perform(operations)
+        known = self.residence.put_back(sequence, self._root(job), job.tokens[:-1], match.length)
         self._waiting.remove(job)
         self._live.append(job)
-        job.sequence, job.computed, job.served_ms = sequence, match.length, _now_ms()
+        job.sequence, job.computed, job.served_ms = sequence, known, _now_ms()
         track = self._tracks[id(job)]
-        cached = track.admitted(match.length, job.served_ms)
+        cached = track.admitted(known, job.served_ms)
         self._counted[id(track.tally)] = track.tally
-        self.counters.admitted(prompt=track.tally.prompt_tokens, cached=match.length, track=track)
+        self.counters.admitted(prompt=track.tally.prompt_tokens, cached=known, track=track)
         if cached is not None:
             self._post(Admitted(ask_id=job.ask_id, branch=job.branch, cached=cached))
         return True
@@ -300,13 +328,12 @@ class Loop:
 
     def _plan_within_cells(self) -> Plan:
         followers = [job for job in self._waiting if job.leader is not None]
+        self.costs.used_cells = self._expected.used_cells = self.tree.used_cells
         while True:
             chosen = plan([*self._live, *followers], self.costs, self.clock, self.rules, _now_ms())
             if chosen.rows <= self.tree.free_cells:
                 return chosen
-            operations = self.tree.make_room(chosen.rows, unpin=len(self._live) == 1)
-            self.counters.evictions += len(operations)
-            self._perform(operations)
+            self._make_room(chosen.rows, unpin=len(self._live) == 1)
             if chosen.rows <= self.tree.free_cells:
                 return chosen
             loser = max(self._live, key=lambda j: (j.parked, RANK[j.ask_class], j.number))
@@ -314,6 +341,15 @@ class Loop:
                 self._finish(loser, FinishReason.LENGTH)
             else:
                 self._preempt(loser)
+
+    def _make_room(self, cells: int, *, keep: Match | None = None, unpin: bool = False) -> None:
+        """Idle contexts give way: some are written out, as many as one step may wait for; the others are forgotten."""
+        for _ in range(PIECES_AT_ONCE):
+            if self.tree.free_cells >= cells or not self.residence.write_out_one(keep=keep):
+                break
+        operations = self.tree.make_room(cells, keep=keep, unpin=unpin)
+        self.counters.evictions += len(operations)
+        self._perform(operations)
 
     def _preempt(self, job: Job) -> None:
         """Back to waiting; what it computed stays as cache as long as cells allow."""

@@ -24,6 +24,7 @@ from nimbos.errors import EngineFailed, ModelUnusable
 from nimbos.types import Kind
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 SEQUENCES_MAX = 256  # LLAMA_MAX_SEQ at compile time
 
 
@@ -202,6 +203,12 @@ class Model:
         value = number(f"{arch}.attention.value_length", key)
         return 2 * layers * kv_heads * (key + value)
 
+    @property
+    def attention_heads(self) -> int:
+        """Of all layers together."""
+        arch = self.metadata("general.architecture") or ""
+        return self._number(f"{arch}.block_count", 1) * self._number(f"{arch}.attention.head_count", 1)
+
     def _number(self, key: str, default: int) -> int:
         text = self.metadata(key)
         return int(text) if text is not None and text.isdecimal() else default
@@ -346,9 +353,25 @@ class Model:
             raise EngineFailed("This model gave no pooled embedding.")
         return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (size,)).copy()
 
-    def copy(self, source: int, target: int, end: int) -> None:
-        """Sequence `target` gets positions [0, end) of `source` too; no memory is copied."""
-        self.library.llama_memory_seq_cp(self._memory, source, target, 0, end)
+    def copy(self, source: int, target: int, end: int, *, start: int = 0) -> None:
+        """Sequence `target` gets positions [start, end) of `source` too; no memory is copied."""
+        self.library.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def save(self, sequence: int) -> Bytes:
+        """All that is in memory of a sequence, as bytes for `load`. Raises: EngineFailed."""
+        size = self.library.llama_state_seq_get_size(self._context, sequence)
+        state = np.empty(size, np.uint8)
+        if self.library.llama_state_seq_get_data(self._context, state.ctypes.data, size, sequence) != size:
+            raise EngineFailed(f"The state of sequence {sequence} could not be written: {self.library.last_error()}")
+        return state
+
+    def load(self, sequence: int, state: Bytes) -> bool:
+        """Puts back what `save` gave, as this sequence, in cells of its own. Returns: False when it is not taken, which
+        leaves the sequence empty."""
+        taken = self.library.llama_state_seq_set_data(self._context, state.ctypes.data, state.nbytes, sequence)
+        if taken != state.nbytes:
+            self.drop(sequence)
+        return bool(taken == state.nbytes)
 
     def drop(self, sequence: int, start: int = 0) -> None:
         """Forgets positions [start, ∞) of a sequence; a cell that no other sequence holds becomes free."""

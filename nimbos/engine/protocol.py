@@ -148,6 +148,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     cells_used: int = 0
     cells_total: int = 0
     cells_pinned: int = 0
+    swapped_bytes: int = 0
+    swapped_out_tokens: int = 0
+    swapped_in_tokens: int = 0
     sequences_used: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

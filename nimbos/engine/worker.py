@@ -42,6 +42,7 @@ from nimbos.types import AskClass, Kind, ModelCard, Tokens
 
 EMBED_STEP_TOKENS = 2048
 LEARN_EVERY_S = 30.0
+TIDY_AFTER_S = 5.0  # without work
 RECURRENT_SEQUENCES = 16
 
 
@@ -125,7 +126,17 @@ class Worker:
                 live_jobs=max(1, min(64, model.options.sequences // (2 if model.shares_prefixes else 1))),
             )
             share = settings.engine.share_prefixes and model.shares_prefixes
-            self._loop = Loop(model, costs, rules, post=pipe.send, hold=hold, share=share, context_limit=limit)
+            swap_bytes = settings.engine.swap_memory_mib * 1024 * 1024
+            self._loop = Loop(
+                model,
+                costs,
+                rules,
+                post=pipe.send,
+                hold=hold,
+                share=share,
+                context_limit=limit,
+                swap_bytes=swap_bytes if share else 0,
+            )
             self._loop.warm()
         self._costs = costs
         self._inbox: deque[_Arrival] = deque()
@@ -157,7 +168,9 @@ class Worker:
         while True:
             if not self._loop.step(self._look):
                 self._learn(force=False)
-                self._arrived.wait(timeout=LEARN_EVERY_S)
+                if not self._arrived.wait(timeout=TIDY_AFTER_S):
+                    while not self._arrived.is_set() and self._loop.tidy():
+                        pass
             elif time.monotonic() - self._learned_at > LEARN_EVERY_S:
                 self._learn(force=False)
 
@@ -273,6 +286,9 @@ class Worker:
             cells_used=tree.used_cells if tree else 0,
             cells_total=self._model.cells,
             cells_pinned=tree.pinned_cells if tree else 0,
+            swapped_bytes=self._loop.residence.stored_bytes if isinstance(self._loop, Loop) else 0,
+            swapped_out_tokens=self._loop.residence.written_tokens if isinstance(self._loop, Loop) else 0,
+            swapped_in_tokens=self._loop.residence.restored_tokens if isinstance(self._loop, Loop) else 0,
             sequences_used=tree.branches if tree else 0,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
@@ -312,12 +328,19 @@ def _sequences(model: Model, wanted: int) -> int:
 
 
 def _costs(table: bytes, model: Model) -> StepTime:
+    prior = StepTime.prior(
+        weight_bytes=model.weight_bytes,
+        kv_bytes_per_token=model.kv_bytes_per_token,
+        heads=model.attention_heads,
+        threads=model.options.threads,
+    )
     if table:
         with contextlib.suppress(msgspec.DecodeError):
             known = msgspec.json.decode(table, type=StepTimeTable)
             if known.usable:
+                known.idle_us = known.idle_us or prior.table.idle_us
                 return StepTime(known)
-    return StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
+    return prior
 
 
 def _card(start: protocol.Start, model: Model, limit: int) -> ModelCard:

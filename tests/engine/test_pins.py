@@ -15,7 +15,7 @@ CELLS = 1024
 
 @pytest_asyncio.fixture
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    running = await started("qwen2", tmp_path, cells=CELLS)
+    running = await started("qwen2", tmp_path, cells=CELLS, swap_memory_mib=0)
     yield running
     await running.close()
 
