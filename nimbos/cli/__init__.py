@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nimbos import __version__
-from nimbos.cli import budget, key, models, native, organisation, usage
+from nimbos.cli import batch, budget, key, models, native, organisation, usage
 from nimbos.cli.backup import backup
 from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
@@ -40,6 +40,7 @@ key.register(app)
 usage.register(app)
 budget.register(app)
 organisation.register(app)
+batch.register(app)
 
 
 def main() -> None:
