@@ -50,11 +50,12 @@ class Service:
     async def models(self) -> list[Listed]:
         return await self._sources.list()
 
-    async def card(self, model: str) -> ModelCard:
-        """The card of a model, which is loaded if it was not.
+    async def card(self, model: str, account: Account | None = None) -> ModelCard:
+        """The card of a model, which is loaded if it was not; but not for an account that may not ask it.
 
-        Raises: ModelNotFound, ModelUnusable, Overloaded, EngineFailed.
+        Raises: ModelNotFound, ModelUnusable, Overloaded, EngineFailed, Forbidden.
         """
+        await self._check_model(account, model)
         async with self._sources.hold(model) as held:
             return held.card
 
@@ -84,8 +85,8 @@ class Service:
         """
         if self._closing:
             raise NotReady("This server is shutting down. Try again in a moment.")
+        await self._check_model(account, ask.model)
         async with self._sources.hold(ask.model) as held:
-            _check_model(account, held.card.id)
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
             running = await self._desk.admit(account, prepared, origin=origin, card=held.card, journal=journal)
             if admission is not None:
@@ -112,8 +113,8 @@ class Service:
 
         Raises: what `card` raises; Forbidden, PromptTooLong, InvalidRequest.
         """
+        await self._check_model(account, ask.model)
         async with self._sources.hold(ask.model) as held:
-            _check_model(account, held.card.id)
             prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
             return prepared.prompt_tokens
 
@@ -131,6 +132,13 @@ class Service:
         """Of the process that runs the model now, if one does."""
         engine = self._sources.engines().get(model)
         return engine.pid if engine is not None else None
+
+    async def _check_model(self, account: Account | None, name: str) -> None:
+        """Before anything is loaded. Raises: Forbidden, ModelNotFound."""
+        if account is not None and (account.models is not None or account.denied_models):
+            model = await self._sources.id_of(name)
+            if not allowed_model(account, model):
+                raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 
     async def close(self) -> None:
         """Asks that still run end, and every settlement that can be made durable is."""
@@ -176,12 +184,6 @@ async def _answering(source: TokenSource, running: Running) -> AsyncGenerator[Ch
         async for chunk in chunks:
             running.note(chunk)
             yield chunk
-
-
-def _check_model(account: Account, model: str) -> None:
-    """Raises: Forbidden."""
-    if not allowed_model(account, model):
-        raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 
 
 async def _stats_or_none(engine: EngineSource) -> EngineStats | None:

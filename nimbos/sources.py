@@ -168,6 +168,13 @@ class Sources:
         self._loaded.clear()
         await asyncio.gather(*(one.source.close() for one in held))
 
+    async def id_of(self, name: str) -> str:
+        """The id of the model that this name means, without loading it. Raises: ModelNotFound."""
+        name = self._aliases.get(name, name)
+        if name in self._scripted or name in self._hidden or name in self._loaded:
+            return name
+        return (await self._find(name)).id
+
     async def _get(self, name: str) -> Loaded:
         name = self._aliases.get(name, name)
         if name in self._scripted:

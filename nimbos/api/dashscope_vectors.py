@@ -88,7 +88,7 @@ class Embeddings:
         if parameters.output_type not in (None, "dense"):
             raise UnsupportedField("parameters.output_type", why=f"{parameters.output_type!r:.60}; there is 'dense'")
         ask_class = _class_of(request, account)
-        card = await or_gone(request, self._service.card(model))
+        card = await or_gone(request, self._service.card(model, account))
         check_dimensions(card, parameters.dimension, param="parameters.dimension")
         texts = [given.texts] if isinstance(given.texts, str) else given.texts
         ask = embedding_ask(card, account, texts, param="input.texts", ask_class=ask_class)
@@ -122,7 +122,7 @@ class Rerank:
         if parameters.top_n is not None and parameters.top_n < 1:
             raise InvalidRequest("`parameters.top_n` must be 1 or more.", param="parameters.top_n")
         ask_class = _class_of(request, account)
-        card = await or_gone(request, self._service.card(model))
+        card = await or_gone(request, self._service.card(model, account))
         if card.kind is not Kind.RERANK:
             raise InvalidRequest(f"The model {card.id!r} cannot rank; it is of the kind {card.kind.value!r}.")
         ask = Ask(

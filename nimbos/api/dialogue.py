@@ -104,7 +104,7 @@ async def understand(
     service: Service, account: Account, asked: Asked, *, journal: AnswerJournal | None = None
 ) -> Question:
     """Raises: ModelNotFound, ModelUnusable, Overloaded; InvalidRequest, UnsupportedField for what cannot be asked."""
-    card = await service.card(asked.model)
+    card = await service.card(asked.model, account)
     chat = await service.chat(asked.model)
     plan = await chat.plan(asked.request(card))
     ask = Ask(

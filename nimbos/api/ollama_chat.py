@@ -77,7 +77,7 @@ class Conversations:
     async def _understood(self, request: Request, wanted: Wanted, clock: told.Clock) -> Question:
         account = account_of(request)
         question_asked = self._asked(request, wanted, account)
-        await self._service.card(wanted.body.model)
+        await self._service.card(wanted.body.model, account)
         clock.load()
         question = await understand(self._service, account, question_asked)
         sampling = wanted.penalised(question.ask.sampling, question.card)
@@ -87,7 +87,7 @@ class Conversations:
         """A prompt without a template: as it stands, or with what shall follow it."""
         account = account_of(request)
         plain = self._asked(request, wanted, account)
-        card = await self._service.card(wanted.body.model)
+        card = await self._service.card(wanted.body.model, account)
         clock.load()
         wanted.check_window(card)
         parts = _parts(call, card)
@@ -124,7 +124,7 @@ class Conversations:
         """Loads the model. One that may go stays until its memory is needed, as every model here."""
         leaves = wanted.keep_alive in (0, "0")
         if not leaves:
-            card = await or_gone(request, self._service.card(wanted.body.model))
+            card = await or_gone(request, self._service.card(wanted.body.model, account_of(request)))
             check_model(account_of(request), card.id)
         line = told.Line(
             model=wanted.model, created_at=told.now(), done=True, done_reason="unload" if leaves else "load"

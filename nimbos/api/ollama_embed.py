@@ -52,7 +52,7 @@ class Embedding:
             ignored.add("truncate")
         texts = [call.input] if isinstance(call.input, str) and call.input else call.input or []
         if not texts:
-            await or_gone(request, self._service.card(plain_name(call.model)))
+            await or_gone(request, self._service.card(plain_name(call.model), account_of(request)))
             return json_reply(_reply(call.model, clock, None), headers=ignored.header())
         made, headers = await self._vectors(
             request, call.model, list(texts), param="input", dimensions=call.dimensions, clock=clock
@@ -63,7 +63,7 @@ class Embedding:
         clock, ignored = told.Clock(), Ignored()
         call = read_known(await self._table(request, ignored), EmbeddingsCall, ignored)
         if not call.prompt:
-            await or_gone(request, self._service.card(plain_name(call.model)))
+            await or_gone(request, self._service.card(plain_name(call.model), account_of(request)))
             return json_reply(told.EmbeddingsReply([]), headers=ignored.header())
         made, headers = await self._vectors(
             request, call.model, [call.prompt], param="prompt", dimensions=None, clock=clock
@@ -84,7 +84,7 @@ class Embedding:
     ) -> tuple[Vectors, dict[str, str]]:
         account, admission = account_of(request), Admission()
         ask_class = class_of(None, None, request.headers.get("x-nimbos-class"), account)
-        card = await or_gone(request, self._service.card(plain_name(model)))
+        card = await or_gone(request, self._service.card(plain_name(model), account))
         clock.load()
         check_dimensions(card, dimensions, param="dimensions")
         ask = embedding_ask(card, account, texts, param=param, ask_class=ask_class)

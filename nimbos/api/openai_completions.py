@@ -125,7 +125,7 @@ class Completions:
         prompts = prompts_of(body.prompt, param="prompt", most=PROMPTS_MAX, special=True)
         echoes = [_echo(prompt, body) for prompt in prompts]
         stops, least, grammar = shared.stops_of(body), shared.min_tokens_of(body, limit), shared.grammar_of(body)
-        card = await self._service.card(body.model)
+        card = await self._service.card(body.model, account)
         asks = [
             Ask(
                 id=new_id("ask"),

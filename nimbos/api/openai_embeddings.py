@@ -58,7 +58,7 @@ class Embeddings:
     async def understand(self, account: Account, body: EmbeddingsBody, *, header_class: str | None) -> Ask:
         parts = prompts_of(body.input, param="input", most=INPUTS_MAX, special=False)
         ask_class = class_of(body.service_tier, None, header_class, account)
-        card = await self._service.card(body.model)
+        card = await self._service.card(body.model, account)
         if card.kind is not Kind.EMBED:
             raise InvalidRequest(
                 f"The model {card.id!r} makes text, not embeddings; `nimbos models` shows which do.", param="model"

@@ -128,7 +128,7 @@ class Rerank:
         if body.top_n is not None and body.top_n < 1:
             raise InvalidRequest("`top_n` must be 1 or more.", param="top_n")
         ask_class = class_of(body.service_tier, None, header_class, account)
-        card = await self._service.card(body.model)
+        card = await self._service.card(body.model, account)
         if card.kind is not Kind.RERANK:
             raise InvalidRequest(
                 f"The model {card.id!r} is no reranker; `nimbos models` shows which are, and "

@@ -19,7 +19,8 @@ from nimbos.api.dialogue import Asked, Said, Told, answer, understand
 from nimbos.api.exchange import ask_headers
 from nimbos.api.fields import SamplingFields, Tier, class_of, sampling_of
 from nimbos.api.responses_answer import Responder, items_of
-from nimbos.api.responses_items import Item, check_context, item_id, messages_of, seal
+from nimbos.api.responses_items import Item, check_context, item_id, seal
+from nimbos.api.responses_messages import messages_of
 from nimbos.api.responses_wire import Compacted, Extension, UsageBody
 from nimbos.chat import ChatRequest, ContentDelta, Dial
 from nimbos.errors import AnswerFailed
@@ -67,7 +68,7 @@ class Compactor:
         past = await self._responder.past(account, context)
         items = [*items_of(past.pieces), *await self._responder.own_items(account, context)]
         check_context(items)
-        card = await self._service.card(body.model)
+        card = await self._service.card(body.model, account)
         limit = min(_SUMMARY_TOKENS, max(1, card.context_tokens // _SUMMARY_SHARE))
         asked = Asked(
             model=body.model,

@@ -217,7 +217,7 @@ def test_every_field_that_is_honoured_reaches_the_engine(live: Live) -> None:
     assert (ask.ignore_eos, ask.min_tokens, ask.limit_tokens) == (True, 1, 9)
     assert ask.stop[:2] == ("x", "y")
     assert ask.ask_class == "batch"
-    assert ask.account == "owner"
+    assert ask.account == "proj_default"
 
 
 def test_without_a_seed_each_ask_has_its_own(live: Live) -> None:

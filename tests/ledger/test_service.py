@@ -16,6 +16,7 @@ from nimbos.db import Database, Transaction
 from nimbos.errors import BudgetExhausted, Conflict, Forbidden, Overloaded, StorageUnavailable
 from nimbos.ledger import Extended, Progress, Settled, Settlement, Span, set_limit, usage
 from nimbos.types import Account, Admission, Ask, FinishReason, Usage
+from tests import tiny_gguf
 from tests.databases import Postgres
 from tests.ledger.books import ACCOUNT
 from tests.ledger.shop import Shop, Told, an_ask, ledger_of, script, shop
@@ -58,6 +59,20 @@ async def test_a_key_may_ask_its_own_models_alone(open_shop: Shop) -> None:
     with pytest.raises(Forbidden, match="demo"):
         await open_shop.ask(account=other)
     assert await open_shop.rows() == {}
+
+
+async def test_a_model_that_a_key_may_not_ask_is_not_loaded_for_it(database: Database, tmp_path: Path) -> None:
+    model = tiny_gguf.write("qwen2", tmp_path)
+    for other in (Account(id="proj_a", name="A", models=frozenset({"demo"})), _DENIED):
+        async with shop(database, tmp_path, models=(model,)) as opened:
+            with pytest.raises(Forbidden):
+                await opened.service.card(model.stem, other)
+            with pytest.raises(Forbidden):
+                await opened.ask(account=other, model=model.stem)
+            assert opened.service.engine_pid(model.stem) is None
+
+
+_DENIED = Account(id="proj_a", name="A", denied_models=frozenset({"tiny-qwen2-1"}))
 
 
 async def test_headers_tell_the_limits(open_shop: Shop) -> None:
