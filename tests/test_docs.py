@@ -38,7 +38,7 @@ from nimbos.api.rerank import RerankBody
 from nimbos.chat.dial import DIAL_FIELDS, LEVEL_TOKENS
 from nimbos.chat.isolation import _INHERITED
 from nimbos.cli import app
-from nimbos.config import EngineSettings, ServerSettings, Settings, StorageSettings
+from nimbos.config import BatchSettings, EngineSettings, ServerSettings, Settings, StorageSettings
 from nimbos.engine.engine import KEPT_ENVIRONMENT
 from nimbos.engine.script import Reply
 from nimbos.errors import NimbosError
@@ -231,8 +231,15 @@ def test_every_command_and_option_is_described_and_no_other() -> None:
 
 def test_every_setting_is_described_with_its_default_and_no_other() -> None:
     told = rows(page("docs/settings.md"))
-    described = {name: cells[0] for name, cells in told.items() if re.match(r"(engine|server|storage)\.", name)}
-    built = msgspec.to_builtins({"engine": EngineSettings(), "server": ServerSettings(), "storage": StorageSettings()})
+    described = {name: cells[0] for name, cells in told.items() if re.match(r"(engine|server|storage|batches)\.", name)}
+    built = msgspec.to_builtins(
+        {
+            "engine": EngineSettings(),
+            "server": ServerSettings(),
+            "storage": StorageSettings(),
+            "batches": BatchSettings(),
+        }
+    )
     settings = {
         f"{part}.{key}": f"`{json.dumps(value)}`" for part, table in built.items() for key, value in table.items()
     }
