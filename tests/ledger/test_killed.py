@@ -232,7 +232,7 @@ async def _check_killed(settings: Settings, heards: list[Heard]) -> None:
         assert budget.used == sum(ledger_of(row).input + ledger_of(row).output for row in rows.values())
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [pytest.param(2), pytest.param(4, marks=pytest.mark.long)])
 async def test_an_engine_killed_at_any_moment_bills_nothing_twice(
     database: Database, tmp_path: Path, kills: int
 ) -> None:
