@@ -8,8 +8,8 @@ from decimal import Decimal
 
 from nimbos.errors import InvalidRequest
 
-_MONEY = re.compile(r"(\d{1,12})(?:\.(\d{1,6}))?\s*(?:usd)?", re.IGNORECASE)
-_SPAN = re.compile(r"(\d{1,6})([mhdwy])")
+_MONEY = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))? ?(?:usd)?", re.IGNORECASE | re.ASCII)
+_SPAN = re.compile(r"([0-9]{1,6})([mhdwy])")
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
 _MICROS = 1_000_000
 

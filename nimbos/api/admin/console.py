@@ -12,8 +12,7 @@ from nimbos.accounts.login import SESSION_S
 from nimbos.accounts.roles import may
 from nimbos.api import body as bodies
 from nimbos.api.access import LOGIN, cookie_name, session_token
-from nimbos.api.admin.desk import BODY_STALL_S, AdminRoute, Call, get, post
-from nimbos.api.exchange import json_reply
+from nimbos.api.admin.desk import BODY_STALL_S, AdminRoute, Call, answer, get, post
 from nimbos.errors import Conflict
 
 ME = "/v1/console/me"
@@ -62,7 +61,7 @@ def login_routes(accounts: Accounts) -> list[Route]:
         address = request.client.host if request.client is not None else ""
         session = await accounts.log_in(wanted.name, wanted.password, address=address)
         user = session.user
-        reply = json_reply({"object": "console.login", "id": user.id, "email": user.email, "role": user.role.value})
+        reply = answer({"object": "console.login", "id": user.id, "email": user.email, "role": user.role.value})
         _set_cookie(reply, request, session.token, max_age=SESSION_S)
         return reply
 
@@ -75,7 +74,7 @@ async def log_out(call: Call) -> Response:
     if token is None or call.actor.kind != "session":
         raise Conflict("This request does not come from a log-in; a key is revoked instead.")
     await call.accounts.log_out(token, call.actor)
-    reply = json_reply(LoggedOut())
+    reply = answer(LoggedOut())
     _set_cookie(reply, call.request, "", max_age=0)
     return reply
 

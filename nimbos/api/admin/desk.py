@@ -22,7 +22,6 @@ from nimbos.accounts.roles import check, may
 from nimbos.accounts.words import Changed
 from nimbos.api import body as bodies
 from nimbos.api.access import identity_of
-from nimbos.api.exchange import json_reply
 from nimbos.db import Transaction
 from nimbos.errors import InvalidRequest
 
@@ -169,9 +168,13 @@ def served(route: AdminRoute, accounts: Accounts) -> Route:
         if route.method != "POST":
             call.check_no_body()
         reply = await route.handle(call)
-        return reply if isinstance(reply, Response) else json_reply(reply)
+        return reply if isinstance(reply, Response) else answer(reply)
 
     return Route(route.path, endpoint, methods=[route.method])
+
+
+def answer(body: Any) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
 
 
 async def _in_project(accounts: Accounts, identity: Identity, project_id: str | None) -> ProjectRole | None:

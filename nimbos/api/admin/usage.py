@@ -18,7 +18,6 @@ from starlette.responses import Response, StreamingResponse
 
 from nimbos.accounts import Action
 from nimbos.accounts.words import OWNER_KEY, OWNER_USER
-from nimbos.api import openai_wire as wire
 from nimbos.api.admin.desk import AdminRoute, Call, Query, get
 from nimbos.api.admin.names import names_of
 from nimbos.db import Database, Statement
@@ -48,6 +47,7 @@ _EMPTY: dict[str, tuple[str, ...]] = {
     "web_search_calls": ("project_id", "user_id", "api_key_id", "model", "context_level", "api_source"),
     "decisions": ("project_id", "user_id", "api_key_id", "model", "batch", "service_tier"),
 }
+_TIERS = {AskClass.INTERACTIVE: "priority", AskClass.AGENT: "default", AskClass.BATCH: "flex"}
 _ONE_ASK = Statement(
     select(asks.c.kind, asks.c.route)
     .where(
@@ -226,7 +226,7 @@ def _value(name: str, values: dict[str, str], user: str | None) -> Any:
     if name == "batch":
         return values["class"] == AskClass.BATCH
     if name == "service_tier":
-        return wire.tier_of(AskClass(values["class"]))
+        return _TIERS[AskClass(values["class"])]
     return values[_GROUPS[name]]
 
 
