@@ -19,12 +19,13 @@ from nimbos.api import responses_request as requests
 from nimbos.api.access import account_of
 from nimbos.api.errors import body_of
 from nimbos.api.exchange import ask_headers, event_stream, json_reply
-from nimbos.api.responses_answer import ROUTE, Call, Responder, Turn, items_of, reply_of
+from nimbos.api.responses_answer import ROUTE, Call, Responder, Turn, reply_of
 from nimbos.api.responses_background import BackgroundResponses
 from nimbos.api.responses_compact import Compactor
 from nimbos.api.responses_conversations import ConversationRoutes
 from nimbos.api.responses_items import check_context
 from nimbos.api.responses_query import check_query, page_of, paging, retrieval
+from nimbos.api.responses_record import items_of
 from nimbos.api.responses_wire import Deleted, Event, TokenCount, event, failure
 from nimbos.api.sse import Framing, or_gone
 from nimbos.batches import AnswerJournal, Endpoint, Reply

@@ -12,19 +12,9 @@ from contextlib import aclosing
 import msgspec
 
 from nimbos.api import responses_request as requests
-from nimbos.api.responses_answer import (
-    ENDS,
-    Call,
-    Responder,
-    Turn,
-    items_of,
-    joined,
-    pieces_of,
-    split,
-    status_of,
-    teller_of,
-)
+from nimbos.api.responses_answer import ENDS, Call, Responder, Turn, teller_of
 from nimbos.api.responses_events import Teller
+from nimbos.api.responses_record import items_of, joined, pieces_of, split, status_of
 from nimbos.api.responses_wire import Event, Response, event
 from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotFound, NotReady, Overloaded, StorageUnavailable
 from nimbos.responses import Background, Ending, Kept, Live, Store

@@ -18,9 +18,10 @@ from nimbos.api import responses_request as requests
 from nimbos.api.dialogue import Asked, Said, Told, answer, understand
 from nimbos.api.exchange import ask_headers
 from nimbos.api.fields import SamplingFields, Tier, class_of, sampling_of
-from nimbos.api.responses_answer import Responder, items_of
+from nimbos.api.responses_answer import Responder
 from nimbos.api.responses_items import Item, check_context, item_id, seal
 from nimbos.api.responses_messages import messages_of
+from nimbos.api.responses_record import items_of
 from nimbos.api.responses_wire import Compacted, Extension, UsageBody
 from nimbos.chat import ChatRequest, ContentDelta, Dial
 from nimbos.errors import AnswerFailed

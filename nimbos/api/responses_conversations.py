@@ -12,9 +12,9 @@ from starlette.routing import Route
 from nimbos.api import body as bodies
 from nimbos.api.access import account_of
 from nimbos.api.exchange import json_reply
-from nimbos.api.responses_answer import pieces_of
 from nimbos.api.responses_items import Item, check_context, read_items, restored
 from nimbos.api.responses_query import check_query, listed, page_of, paging
+from nimbos.api.responses_record import pieces_of
 from nimbos.api.responses_request import metadata_of
 from nimbos.api.responses_wire import Conversation as ConversationBody
 from nimbos.api.responses_wire import Deleted

@@ -14,7 +14,8 @@ import msgspec
 
 from nimbos.api import fields as shared
 from nimbos.api.dialogue import Asked
-from nimbos.api.responses_items import Item, messages_of
+from nimbos.api.responses_items import Item
+from nimbos.api.responses_messages import messages_of
 from nimbos.api.responses_tools import chat_choice, chat_tools
 from nimbos.chat import ChatRequest, Dial
 from nimbos.errors import InvalidRequest, UnsupportedField
