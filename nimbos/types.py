@@ -18,8 +18,12 @@ import msgspec
 
 def new_id(prefix: str) -> str:
     """A sortable id: `prefix_` and a UUIDv7 (RFC 9562) in 32 hexadecimal digits."""
-    milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(os.urandom(10), "big")
+    return id_at(prefix, time.time_ns() // 1_000_000, os.urandom(10))
+
+
+def id_at(prefix: str, milliseconds: int, seed: bytes) -> str:
+    """The id of a moment; the same for the same ten bytes of seed."""
+    random = int.from_bytes(seed[:10], "big")
     value = (milliseconds << 80) | (0x7 << 76) | ((random >> 68) << 64) | (0b10 << 62) | (random & ((1 << 62) - 1))
     return f"{prefix}_{value:032x}"
 

@@ -12,72 +12,40 @@ from collections.abc import AsyncIterator
 from sqlalchemy import BigInteger, Integer, Text, and_, bindparam, delete, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
+from nimbos.batches.contents import Contents, Received
 from nimbos.batches.words import OVER, File, State, file_of
-from nimbos.blobs import Blobs, Stored
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Statement, Transaction, insert, upsert
 from nimbos.db.tables.batches import batches, file_totals, files
-from nimbos.errors import Conflict, NotFound, PayloadTooLarge, StorageUnavailable
+from nimbos.errors import Conflict, NotFound, PayloadTooLarge
 from nimbos.types import Account, new_id
 
 _SWEPT_AT_ONCE = 100
 
 
 class Files:
-    def __init__(self, database: Database, blobs: Blobs, settings: BatchSettings) -> None:
+    def __init__(self, database: Database, contents: Contents, settings: BatchSettings) -> None:
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._settings = settings
 
-    async def receive(self, pieces: AsyncIterator[bytes], *, limit_bytes: int | None = None) -> Stored:
+    async def receive(self, pieces: AsyncIterator[bytes], *, limit_bytes: int | None = None) -> Received:
         """Stores what comes, without holding it in memory; `keep` it or `forget` it. `limit_bytes`: the setting's
         where None. Raises: PayloadTooLarge, and nothing is stored then."""
         limit = self._settings.file_bytes if limit_bytes is None else limit_bytes
-        return await self._blobs.put_stream(pieces, limit_bytes=limit)
+        return await self._contents.store(new_id("file"), pieces, limit_bytes=limit)
 
     async def keep(
-        self, account: Account, stored: Stored, *, filename: str, purpose: str, expires_s: int | None = None
+        self, account: Account, received: Received, *, filename: str, purpose: str, expires_s: int | None = None
     ) -> File:
-        """Raises: PayloadTooLarge where the project's files together are too large."""
-        file = self.made(
-            account,
-            blob=stored.hash,
-            size_bytes=stored.size_bytes,
-            filename=filename,
-            purpose=purpose,
-            expires_s=expires_s,
-        )
+        """Raises: PayloadTooLarge where the project's files together are too large; forget it then."""
+        file = made(account, received, filename=filename, purpose=purpose, expires_s=expires_s)
         await self._database.run(lambda: self.record(account, file, within_quota=True), durable=True)
-        if not await self._blobs.has(stored.hash):  # a file of the same bytes was deleted in this very moment
-            await self.delete(account.id, file.id)
-            raise StorageUnavailable("of files", reason="the same file was being deleted meanwhile. Send it again.")
         return file
 
-    async def forget(self, stored: Stored) -> None:
-        """What was received and not kept; the content goes when no file has it."""
-        await self._forget(stored.hash)
-
-    def made(
-        self,
-        account: Account,
-        *,
-        blob: str,
-        size_bytes: int,
-        filename: str,
-        purpose: str,
-        expires_s: int | None,
-    ) -> File:
-        now_ms = _now_ms()
-        return File(
-            id=new_id("file"),
-            project=account.id,
-            purpose=purpose,
-            filename=filename,
-            size_bytes=size_bytes,
-            blob=blob,
-            created_ms=now_ms,
-            expires_ms=now_ms + expires_s * 1000 if expires_s is not None else None,
-        )
+    async def forget(self, received: Received) -> None:
+        """What was received and not kept."""
+        await self._contents.remove(received.blob)
 
     def record(self, account: Account, file: File, *, within_quota: bool) -> Transaction[None]:
         """A file's row. What a batch brought about is kept also beyond the quota: it was paid for."""
@@ -113,12 +81,12 @@ class Files:
         return [file_of(row) for row in rows]
 
     def read(self, file: File, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        return self._blobs.read(file.blob, start=start, end=end)
+        return self._contents.read(file.id, file.blob, start=start, end=end)
 
     async def delete(self, project: str, file_id: str) -> None:
         """Raises: NotFound; Conflict while a batch reads it."""
-        row = await self._database.run(lambda: self._delete(project, file_id), durable=True)
-        await self._forget(row)
+        blob = await self._database.run(lambda: self._delete(project, file_id), durable=True)
+        await self._contents.remove(blob)
 
     async def sweep(self) -> int:
         """Deletes files whose time is over; how many."""
@@ -154,10 +122,20 @@ class Files:
         yield _COUNT(project=project, size_bytes=-rows[0]["size_bytes"], files=-1)
         return str(rows[0]["blob"])
 
-    async def _forget(self, blob: str) -> None:
-        """The content goes when nothing has it any more."""
-        if not await self._database.read(_HAS_BLOB(blob=blob)):
-            await self._blobs.remove(blob)
+
+def made(account: Account, received: Received, *, filename: str, purpose: str, expires_s: int | None) -> File:
+    """A file that is not recorded yet."""
+    now_ms = _now_ms()
+    return File(
+        id=received.file_id,
+        project=account.id,
+        purpose=purpose,
+        filename=filename,
+        size_bytes=received.size_bytes,
+        blob=received.blob,
+        created_ms=now_ms,
+        expires_ms=now_ms + expires_s * 1000 if expires_s is not None else None,
+    )
 
 
 def missing(file_id: str) -> NotFound:
@@ -207,4 +185,3 @@ _LAPSED = Statement(
     )
     .limit(bindparam("limit", type_=Integer))
 )
-_HAS_BLOB = Statement(select(files.c.id).where(_is("blob")).limit(1))

@@ -6,6 +6,7 @@ were never answered are rows of the error file, which say why.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -14,11 +15,12 @@ from typing import cast
 import msgspec
 
 from nimbos.batches import rows
+from nimbos.batches.contents import Contents, Received
 from nimbos.batches.desk import lines_of
-from nimbos.batches.files import Files
-from nimbos.batches.words import Batch, File, State
-from nimbos.blobs import Blobs, Stored
+from nimbos.batches.files import Files, made
+from nimbos.batches.words import Batch, State
 from nimbos.db import Database, Row, Statement, Transaction
+from nimbos.types import id_at
 from nimbos.work import Claim, Work
 
 OUTPUT_PURPOSE = "batch_output"
@@ -55,9 +57,9 @@ class OutputLine(msgspec.Struct, kw_only=True):
 
 
 class Finishing:
-    def __init__(self, database: Database, blobs: Blobs, work: Work, files: Files) -> None:
+    def __init__(self, database: Database, contents: Contents, work: Work, files: Files) -> None:
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._work = work
         self._files = files
 
@@ -69,8 +71,8 @@ class Finishing:
         if held and time.time_ns() // 1_000_000 - since_ms < CANCEL_PATIENCE_MS:
             return False
         await self._database.run(lambda: self._work.drop_all(kind))  # from here on no line is settled any more
-        output = await self._written(batch, rows.ANSWERED)
-        errors = await self._written(batch, rows.NOT_ANSWERED)
+        output = await self._written(batch, rows.ANSWERED, "output")
+        errors = await self._written(batch, rows.NOT_ANSWERED, "error")
         await self._database.run(lambda: self._end(batch, claim, output, errors), durable=True)
         return True
 
@@ -81,7 +83,7 @@ class Finishing:
             await self._database.run(lambda below=below: self._remove(batch, below))  # type: ignore[misc]
         await self._database.run(lambda: self._work.finish(claim))
 
-    async def _written(self, batch: Batch, query: Statement) -> Stored | None:
+    async def _written(self, batch: Batch, query: Statement, what: str) -> Received | None:
         """None where there is no line."""
         lines = self._lines(batch, query)
         first = await anext(lines, None)
@@ -94,7 +96,8 @@ class Finishing:
                 async for line in lines:
                     yield line
 
-        return await self._blobs.put_stream(pieces(), limit_bytes=_OUTPUT_BYTES_MAX)
+        file_id = _file_id(batch, what)
+        return await self._contents.store(file_id, pieces(), limit_bytes=_OUTPUT_BYTES_MAX)
 
     async def _lines(self, batch: Batch, query: Statement) -> AsyncGenerator[bytes, None]:
         found = self._database.stream(query(batch=batch.id), batch=_ROWS_AT_ONCE)
@@ -102,7 +105,7 @@ class Finishing:
             async for row in lines:
                 yield msgspec.json.encode(_line(batch, row)) + b"\n"
 
-    def _end(self, batch: Batch, claim: Claim, output: Stored | None, errors: Stored | None) -> Transaction[None]:
+    def _end(self, batch: Batch, claim: Claim, output: Received | None, errors: Received | None) -> Transaction[None]:
         yield from self._work.check(claim)
         output_id = yield from self._keep(batch, output, "output")
         errors_id = yield from self._keep(batch, errors, "error")
@@ -110,13 +113,12 @@ class Finishing:
         yield rows.GIVE(id=batch.id, output=output_id, error=errors_id, left=row["left"])
         yield rows.MOVE[State(batch.ending)](id=batch.id, now_ms=time.time_ns() // 1_000_000)
 
-    def _keep(self, batch: Batch, stored: Stored | None, what: str) -> Transaction[str | None]:
-        if stored is None:
+    def _keep(self, batch: Batch, received: Received | None, what: str) -> Transaction[str | None]:
+        if received is None:
             return None
-        file: File = self._files.made(
+        file = made(
             batch.account,
-            blob=stored.hash,
-            size_bytes=stored.size_bytes,
+            received,
             filename=f"{batch.id}_{what}.jsonl",
             purpose=OUTPUT_PURPOSE,
             expires_s=batch.output_expires_s,
@@ -126,6 +128,12 @@ class Finishing:
 
     def _remove(self, batch: Batch, below: int) -> Transaction[None]:
         yield rows.DELETE_BELOW(batch=batch.id, number=below)
+
+
+def _file_id(batch: Batch, what: str) -> str:
+    """The same at every try, so that the same content is stored; sorted by the time at which the batch ended."""
+    seed = hashlib.sha256(f"{batch.id} {what}".encode()).digest()
+    return id_at("file", batch.at_ms[batch.state], seed)
 
 
 def _line(batch: Batch, row: Row) -> OutputLine:

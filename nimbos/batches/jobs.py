@@ -17,6 +17,7 @@ import structlog
 
 from nimbos.batches import rows
 from nimbos.batches.authority import Authority
+from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, Desk, lines_of
 from nimbos.batches.endpoint import Endpoint
 from nimbos.batches.fairness import shares_of
@@ -55,13 +56,14 @@ class Batches:
         self._work = work or Work(database)
         self._endpoints: dict[str, Endpoint] = {}
         self.settings = settings
-        self.files = Files(database, blobs, settings)
+        contents = Contents(blobs)
+        self.files = Files(database, contents, settings)
         self.desk = Desk(database, self.files, self._work)
-        self._validating = Validating(database, blobs, self._work, settings)
-        self._finishing = Finishing(database, blobs, self._work, self.files)
+        self._validating = Validating(database, contents, self._work, settings)
+        self._finishing = Finishing(database, contents, self._work, self.files)
         self._running = Running(
             database,
-            blobs,
+            contents,
             self._work,
             endpoints=self._endpoints,
             resolve=resolve or Authority(database).check,

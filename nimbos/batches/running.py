@@ -13,12 +13,12 @@ from functools import partial
 import msgspec
 
 from nimbos.batches import rows
+from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, batch_of_lines
 from nimbos.batches.endpoint import Endpoint, Reply
 from nimbos.batches.journal import LineJournal
 from nimbos.batches.lines import request_of
 from nimbos.batches.words import Batch, State, batch_of
-from nimbos.blobs import Blobs
 from nimbos.db import Database, Row, Transaction
 from nimbos.errors import (
     AnswerFailed,
@@ -45,7 +45,7 @@ class Running:
     def __init__(
         self,
         database: Database,
-        blobs: Blobs,
+        contents: Contents,
         work: Work,
         *,
         endpoints: Mapping[str, Endpoint],
@@ -54,7 +54,7 @@ class Running:
     ) -> None:
         """`resolve`: what the submitting key may do now. `on_over`: a batch has no line left to answer."""
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._work = work
         self._endpoints = endpoints
         self._resolve = resolve
@@ -96,9 +96,8 @@ class Running:
     async def _reply(self, batch: Batch, line: Row, journal: LineJournal) -> Reply:
         """Raises: what is worth another try; everything else is an answer, in the route's shape."""
         endpoint = self._endpoints[batch.endpoint]
-        pieces = self._blobs.read(
-            batch.input_blob, start=line["start_byte"], end=line["start_byte"] + line["size_bytes"]
-        )
+        start, end = line["start_byte"], line["start_byte"] + line["size_bytes"]
+        pieces = self._contents.read(batch.input_file, batch.input_blob, start=start, end=end)
         request = request_of(b"".join([piece async for piece in pieces]))
         origin = Origin(route=endpoint.path, batch=batch.id)
         try:

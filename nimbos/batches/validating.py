@@ -9,15 +9,14 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from typing import cast
 
 import msgspec
 
 from nimbos.batches import rows
+from nimbos.batches.contents import Contents
 from nimbos.batches.desk import lines_of
 from nimbos.batches.lines import Bad, Checker, Good, Piece, Splitter, duplicate
 from nimbos.batches.words import Batch, Fault, State
-from nimbos.blobs import Blobs
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Transaction
 from nimbos.errors import NotFound
@@ -29,9 +28,9 @@ _FAULTS_TOLD = 100
 
 
 class Validating:
-    def __init__(self, database: Database, blobs: Blobs, work: Work, settings: BatchSettings) -> None:
+    def __init__(self, database: Database, contents: Contents, work: Work, settings: BatchSettings) -> None:
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._work = work
         self._settings = settings
 
@@ -60,8 +59,8 @@ class Validating:
             next_number=batch.validated_lines + 1,
         )
         block = Block(splitter)
-        contents = self._blobs.read(batch.input_blob, start=batch.validated_bytes)
-        async with aclosing(cast("AsyncGenerator[bytes, None]", contents)) as pieces:
+        contents = self._contents.read(batch.input_file, batch.input_blob, start=batch.validated_bytes)
+        async with aclosing(contents) as pieces:
             async for content in pieces:
                 for piece in splitter.feed(content):
                     block.add(piece, checker)
