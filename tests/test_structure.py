@@ -174,6 +174,7 @@ COMMAND_TREE = {
     "app.callback",
     "app.command",
     "app.command()",
+    "batch.register",
     "budget.register",
     "key.register",
     "models.register",

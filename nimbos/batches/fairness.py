@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+_KEPT_S = 60.0  # a limit may be raised meanwhile
 
-def shares_of(free: int, holding: dict[str, int]) -> dict[str, int]:
-    """How many of `free` places each batch gets, given how many it has; batches that get none are left out."""
-    levels = dict(holding)
+
+class Caps:
+    """How many lines of a batch may run at once, where a limit on concurrent asks has been met."""
+
+    def __init__(self) -> None:
+        self._caps: dict[str, tuple[int, float]] = {}
+
+    def put(self, name: str, cap: int, now_s: float) -> None:
+        self._caps[name] = max(1, cap), now_s + _KEPT_S
+
+    def among(self, names: dict[str, int], now_s: float) -> dict[str, int]:
+        """The caps that still count, of these."""
+        self._caps = {name: (cap, until_s) for name, (cap, until_s) in self._caps.items() if until_s > now_s}
+        return {name: self._caps[name][0] for name in names if name in self._caps}
+
+
+def shares_of(free: int, holding: dict[str, int], caps: dict[str, int] | None = None) -> dict[str, int]:
+    """How many of `free` places each batch gets, given how many it has and may have; batches that get none are left
+    out."""
+    most = caps or {}
+    levels = {name: held for name, held in holding.items() if held < most.get(name, held + 1)}
     shares: dict[str, int] = {}
     for _ in range(free):
         if not levels:
@@ -13,4 +32,6 @@ def shares_of(free: int, holding: dict[str, int]) -> dict[str, int]:
         poorest = min(levels, key=lambda name: (levels[name], name))
         levels[poorest] += 1
         shares[poorest] = shares.get(poorest, 0) + 1
+        if levels[poorest] >= most.get(poorest, levels[poorest] + 1):
+            del levels[poorest]
     return shares

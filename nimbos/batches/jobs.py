@@ -20,7 +20,7 @@ from nimbos.batches.authority import Authority
 from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, Desk, lines_of
 from nimbos.batches.endpoint import Endpoint
-from nimbos.batches.fairness import shares_of
+from nimbos.batches.fairness import Caps, shares_of
 from nimbos.batches.files import Files
 from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
 from nimbos.batches.running import Resolve, Running
@@ -59,6 +59,7 @@ class Batches:
         contents = Contents(blobs)
         self.files = Files(database, contents, settings)
         self.desk = Desk(database, self.files, self._work)
+        self._caps = Caps()
         self._validating = Validating(database, contents, self._work, settings)
         self._finishing = Finishing(database, contents, self._work, self.files)
         self._running = Running(
@@ -66,6 +67,7 @@ class Batches:
             contents,
             self._work,
             endpoints=self._endpoints,
+            caps=self._caps,
             resolve=resolve or Authority(database).check,
             on_over=self.wake,
         )
@@ -135,8 +137,9 @@ class Batches:
             return claims
         found = yield rows.READY(now_ms=time.time_ns() // 1_000_000, limit=_OPEN_MAX)
         holding = {row["id"]: self._lines.holding(lines_of(row["id"])) for row in found}
-        while holding and len(claims) < n:
-            for batch_id, count in shares_of(n - len(claims), holding).items():
+        caps = self._caps.among(holding, time.monotonic())
+        while shares := shares_of(n - len(claims), holding, caps):
+            for batch_id, count in shares.items():
                 got = yield from self._work.claim(lines_of(batch_id), self._lines_owner, count)
                 claims += got
                 holding[batch_id] += len(got)

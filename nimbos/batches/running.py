@@ -16,6 +16,7 @@ from nimbos.batches import rows
 from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, batch_of_lines
 from nimbos.batches.endpoint import Endpoint, Reply
+from nimbos.batches.fairness import Caps
 from nimbos.batches.journal import LineJournal
 from nimbos.batches.lines import request_of
 from nimbos.batches.words import Batch, State, batch_of
@@ -34,6 +35,7 @@ from nimbos.work import Claim, Work
 
 LAPSES_MAX = 5  # so many servers may die over one line
 FAILURES_MAX = 5  # so often an engine may
+CONCURRENT = "concurrent asks"  # the ledger's word for that limit
 WAIT_MOST_S = 60.0  # a limit is looked at again, as it may have been raised
 _WAIT_LEAST_S = 0.1
 _RETRY_S = 5.0
@@ -49,6 +51,7 @@ class Running:
         work: Work,
         *,
         endpoints: Mapping[str, Endpoint],
+        caps: Caps,
         resolve: Resolve,
         on_over: Callable[[], None],
     ) -> None:
@@ -57,6 +60,7 @@ class Running:
         self._contents = contents
         self._work = work
         self._endpoints = endpoints
+        self._caps = caps
         self._resolve = resolve
         self._on_over = on_over
 
@@ -110,9 +114,14 @@ class Running:
             return Reply(error.status, endpoint.refuse(error))
 
     def _wait(self, batch: Batch, claim: Claim, error: Overloaded | BudgetExhausted) -> Transaction[None]:
-        """The whole batch waits: its other lines would meet the same limit."""
+        """The whole batch waits, as its other lines would meet the same limit; where it is how many may run at once,
+        only those wait that are too many."""
         seconds = WAIT_MOST_S if error.retry_after_s is None else error.retry_after_s
         seconds = min(WAIT_MOST_S, max(_WAIT_LEAST_S, seconds))
+        if isinstance(error, Overloaded) and error.limit == CONCURRENT:
+            self._caps.put(batch.id, error.value, time.monotonic())
+            yield from self._work.release(claim, delay_s=seconds)
+            return
         until_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
         yield from self._work.release(claim)
         yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)

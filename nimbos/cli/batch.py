@@ -17,8 +17,8 @@ _LISTED = 100
 _OVER = ("completed", "failed", "expired", "cancelled")
 _GOOD = "completed"
 
-_Id = Annotated[str, typer.Argument(metavar="ID", help="As `nimbos batch submit` printed it.")]
-_Json = Annotated[bool, typer.Option("--json", help="Machine-readable, one document.")]
+_ID = "As `nimbos batch submit` printed it."
+_JSON = "Machine-readable, one document."
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +60,7 @@ def submit(
             raise typer.Exit(0 if _wait(client, batch) == _GOOD else 1)
 
 
-def list_batches(json: _Json = False) -> None:
+def list_batches(json: Annotated[bool, typer.Option("--json", help=_JSON)] = False) -> None:
     """List the newest batches."""
     from nimbos import config
     from nimbos.cli.running import admin_client
@@ -85,7 +85,10 @@ def list_batches(json: _Json = False) -> None:
     show_table(names, rows, right=names[2:5])
 
 
-def show(batch_id: _Id, json: _Json = False) -> None:
+def show(
+    batch_id: Annotated[str, typer.Argument(metavar="ID", help=_ID)],
+    json: Annotated[bool, typer.Option("--json", help=_JSON)] = False,
+) -> None:
     """Show how far a batch is, and what holds it up."""
     from nimbos import config
     from nimbos.cli.running import admin_client
@@ -99,7 +102,7 @@ def show(batch_id: _Id, json: _Json = False) -> None:
         typer.echo("\n".join(_told(batch)))
 
 
-def cancel(batch_id: _Id) -> None:
+def cancel(batch_id: Annotated[str, typer.Argument(metavar="ID", help=_ID)]) -> None:
     """Cancel a batch; what is done stays."""
     from nimbos import config
     from nimbos.cli.running import admin_client
@@ -110,7 +113,7 @@ def cancel(batch_id: _Id) -> None:
 
 
 def output(
-    batch_id: _Id,
+    batch_id: Annotated[str, typer.Argument(metavar="ID", help=_ID)],
     to: Annotated[Path | None, typer.Option("--output", "-o", help="A file; else it is printed.")] = None,
     errors: Annotated[bool, typer.Option("--errors", help="The error file instead.")] = False,
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import bindparam, select, update
 
 from nimbos.batches import Batch, Batches, Endpoint, Reply, State
+from nimbos.batches.running import CONCURRENT
 from nimbos.batches.words import OVER
 from nimbos.blobs import open_blobs
 from nimbos.config import BatchSettings, Settings
@@ -28,7 +29,6 @@ PATIENCE_S = 60
 ENDPOINT = "/v1/echo"
 ALICE = Account(id="proj_alice", name="Alice", key="key_alice")
 _WINDOW_OVER = Statement(update(batch_table).where(batch_table.c.id == bindparam("of")).values(expires_ms=1))
-_WAIT_OVER = Statement(update(batch_table).where(batch_table.c.id == bindparam("of")).values(waiting_until_ms=0))
 _LINES = Statement(select(batch_lines.c.number).where(batch_lines.c.batch == bindparam("of")))
 _WORK = Statement(select(work_table.c.ref))
 
@@ -145,16 +145,36 @@ async def test_a_limit_makes_the_batch_wait_and_no_line_fail(shop: Shop) -> None
     assert (batch.completed, batch.failed, batch.waiting_for) == (10, 0, None)
 
 
-async def test_a_spent_budget_pauses_the_batch_says_so_and_a_raised_one_lets_it_go_on(shop: Shop) -> None:
+async def test_a_limit_on_concurrent_asks_is_kept_to_without_a_pause(shop: Shop) -> None:
+    busy, most = 0, 0
+
+    async def limited(account: Account, body: bytes, *, origin: Origin, journal: Any = None) -> Reply:
+        nonlocal busy, most
+        if busy >= 2:
+            raise Overloaded(limit=CONCURRENT, value=2, used=2, retry_after_s=0.1)
+        busy += 1
+        most = max(most, busy)
+        await asyncio.sleep(0)
+        busy -= 1
+        return Reply(200, body, "ask")
+
+    shop.batches.serve([Endpoint(path=ENDPOINT, perform=limited, refuse=lambda error: b"{}")])
+    batch = await shop.over(await shop.submit([line(f"{n}") for n in range(40)]))
+    assert (batch.completed, batch.failed, most) == (40, 0, 2)
+
+
+async def test_a_spent_budget_pauses_the_batch_says_so_and_a_raised_one_lets_it_go_on(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimbos.batches.running.WAIT_MOST_S", 0.3)
     spent = BudgetExhausted(owner="key a", meter="tokens", period="total", limit=5, used=5, retry_after_s=None)
-    shop.echo.failures = [spent] * 8
+    shop.echo.failures = [spent] * 1000
     made = await shop.submit([line(f"{n}") for n in range(10)])
     waiting = await shop.until(made, lambda found: found.waiting_for is not None)
     assert waiting.state is State.IN_PROGRESS
     assert waiting.waiting_for == spent.message
     assert waiting.failed == 0
-    shop.echo.failures = []
-    await shop.set(_WAIT_OVER, made)  # what a minute does
+    shop.echo.failures = []  # somebody has raised it
     batch = await shop.over(made)
     assert (batch.completed, batch.failed, batch.waiting_for) == (10, 0, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nimbos.batches.fairness import shares_of
+from nimbos.batches.fairness import Caps, shares_of
 from nimbos.batches.lines import Piece, Splitter
 from nimbos.batches.words import LEGAL, OVER, State
 
@@ -68,14 +68,27 @@ def test_a_long_line_is_never_held() -> None:
     assert (piece.size_bytes, piece.content) == (100_000, None)
 
 
-@given(st.integers(0, 40), st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 20), min_size=1))
-def test_places_go_to_those_that_have_fewest(free: int, holding: dict[str, int]) -> None:
-    shares = shares_of(free, holding)
-    assert sum(shares.values()) == free
-    assert all(count > 0 for count in shares.values())
+HOLDING = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 20), min_size=1)
+
+
+@given(st.integers(0, 40), HOLDING, st.dictionaries(st.sampled_from("abc"), st.integers(1, 9)))
+def test_places_go_to_those_that_have_fewest(free: int, holding: dict[str, int], caps: dict[str, int]) -> None:
+    shares = shares_of(free, holding, caps)
     after = {name: count + shares.get(name, 0) for name, count in holding.items()}
-    for name in shares:
-        assert after[name] <= min(after.values()) + 1
+    open_to_more = {name for name, count in after.items() if count < caps.get(name, 10**9)}
+    assert sum(shares.values()) == free or not open_to_more
+    assert sum(shares.values()) <= free
+    for name, count in shares.items():
+        assert count > 0
+        assert after[name] <= caps.get(name, 10**9)
+        assert after[name] <= min((after[other] for other in open_to_more), default=10**9) + 1
+
+
+def test_a_cap_is_forgotten_after_a_minute() -> None:
+    caps = Caps()
+    caps.put("a", 0, now_s=100.0)
+    assert caps.among({"a": 5, "b": 5}, now_s=159.0) == {"a": 1}
+    assert caps.among({"a": 5, "b": 5}, now_s=160.0) == {}
 
 
 def test_every_state_is_reached_and_every_end_is_an_end() -> None:
