@@ -32,18 +32,19 @@ _IDLE_COUNTS = 0.2  # of a step
 
 class StepTimeTable(msgspec.Struct, kw_only=True):
     """What is kept between runs. `row_ms[i]`: milliseconds of a step of KNOTS[i] rows before any context;
-    `seen[i]`: how many steps taught it; `cell_us`: microseconds for each cell that each row attends to; `idle_us`: for
-    each that is in use and that a row does not attend to (0: not known)."""
+    `seen[i]`: how many steps taught it; `cell_us`: microseconds for each cell that each row attends to; `idle_part`:
+    of a step of one row, for each cell in use that a row does not attend to (0: not known); no time, so that on a busy
+    machine it grows with the steps."""
 
     row_ms: list[float]
     seen: list[int]
     cell_us: float
-    idle_us: float = 0.0
+    idle_part: float = 0.0
 
     @property
     def usable(self) -> bool:
         """Whether it fits this release's knots and holds sane numbers."""
-        numbers = [*self.row_ms, self.cell_us + 1e-9, self.idle_us + 1e-9]
+        numbers = [*self.row_ms, self.cell_us + 1e-9, self.idle_part + 1e-9]
         return len(self.row_ms) == len(self.seen) == len(KNOTS) and all(0 < n < 1e6 for n in numbers)
 
 
@@ -60,9 +61,9 @@ class StepTime:
         """`heads`: of attention, in all layers together."""
         one = max(0.2, weight_bytes / _PRIOR_BYTES_PER_MS)
         cell_us = kv_bytes_per_token / _PRIOR_BYTES_PER_MS * 1e3
-        idle_us = _PRIOR_IDLE_NS * heads / max(1, threads) / 1e3
-        table = StepTimeTable(row_ms=[one * f for f in _PRIOR], seen=[0] * len(KNOTS), cell_us=cell_us, idle_us=idle_us)
-        return cls(table)
+        idle_part = _PRIOR_IDLE_NS * heads / max(1, threads) / 1e6 / one
+        row_ms = [one * f for f in _PRIOR]
+        return cls(StepTimeTable(row_ms=row_ms, seen=[0] * len(KNOTS), cell_us=cell_us, idle_part=idle_part))
 
     def copy(self) -> StepTime:
         """One that does not learn with this one."""
@@ -72,11 +73,11 @@ class StepTime:
         return self._base(rows) + self.table.cell_us * cells / 1e3 + self._idle_ms(rows, cells)
 
     def _idle_ms(self, rows: int, cells: int) -> float:
-        return self.table.idle_us * max(0, rows * self.used_cells - cells) / 1e3
+        return self.table.idle_part * self._base(1) * max(0, rows * self.used_cells - cells)
 
     def idle_cells(self, share: float) -> int:
         """How many of them make a step of one row longer by this share."""
-        return int(share * self._base(1) * 1e3 / self.table.idle_us) if self.table.idle_us > 0 else 1 << 30
+        return int(share / self.table.idle_part) if self.table.idle_part > 0 else 1 << 30
 
     def _base(self, rows: int) -> float:
         row_ms = self.table.row_ms
@@ -110,7 +111,7 @@ class StepTime:
         """From steps in which idle cells count; the rows are corrected as well, each by its part."""
         part = idle_ms / (idle_ms + base_ms)
         if part > _IDLE_COUNTS:
-            self.table.idle_us *= 1 + _LEARN * part * (min(2.0, max(0.5, ratio)) - 1)
+            self.table.idle_part *= 1 + _LEARN * part * (min(2.0, max(0.5, ratio)) - 1)
 
     def _keep_order(self) -> None:
         """More rows never take less: a knot that was not seen gives way to one that was."""

@@ -338,7 +338,7 @@ def _costs(table: bytes, model: Model) -> StepTime:
         with contextlib.suppress(msgspec.DecodeError):
             known = msgspec.json.decode(table, type=StepTimeTable)
             if known.usable:
-                known.idle_us = known.idle_us or prior.table.idle_us
+                known.idle_part = known.idle_part or prior.table.idle_part
                 return StepTime(known)
     return prior
 
