@@ -32,7 +32,8 @@ async def read(request: Request, *, limit_bytes: int, stall_s: float) -> bytes:
     chunks = request.stream()
     while True:
         try:
-            piece = await asyncio.wait_for(anext(chunks, None), stall_s)
+            async with asyncio.timeout(stall_s):
+                piece = await anext(chunks, None)
         except TimeoutError as error:
             raise InvalidRequest(f"The body stopped after {have} bytes for {stall_s:.0f} s.") from error
         if piece is None:

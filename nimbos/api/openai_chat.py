@@ -19,7 +19,7 @@ from nimbos.api import body as bodies
 from nimbos.api import chat_request as asked
 from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
-from nimbos.api.dialogue import Ended, Event, Opened, Question, Said, answer, understand
+from nimbos.api.dialogue import Asked, Ended, Event, Opened, Question, Said, answer, understand
 from nimbos.api.exchange import ask_headers, json_reply, stream_reply
 from nimbos.api.fields import check_unstreamed
 from nimbos.api.sse import DONE, or_gone
@@ -43,13 +43,19 @@ class ChatCompletions:
         body = bodies.decode(content, asked.ChatBody, refused=asked.REFUSED)
         account = account_of(request)
         wanted = asked.asked(body, account, header_class=request.headers.get("x-nimbos-class"))
-        question = await or_gone(request, understand(self._service, account, wanted))
         if body.stream:
+            question = await or_gone(request, understand(self._service, account, wanted))
             include = body.stream_options is not None and body.stream_options.include_usage
             chunks = chunks_of(question, answer(self._service, question), tier=tier_of(body, question), usage=include)
             return await stream_reply(request, _events(chunks), question=question, settings=self._settings)
-        completion = await or_gone(request, complete(self._service, question, tier=tier_of(body, question)))
+        question, completion = await or_gone(request, self._whole(account, body, wanted))
         return json_reply(completion, headers=ask_headers(question))
+
+    async def _whole(
+        self, account: Account, body: asked.ChatBody, wanted: Asked
+    ) -> tuple[Question, wire.ChatCompletion]:
+        question = await understand(self._service, account, wanted)
+        return question, await complete(self._service, question, tier=tier_of(body, question))
 
 
 async def perform(

@@ -46,16 +46,27 @@ async def or_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Raises: ClientDisconnect.
     """
-    task = asyncio.ensure_future(work)
+    ours = asyncio.current_task()
+    assert ours is not None
+    over = left = False
+
+    def leave(_: asyncio.Future[None]) -> None:
+        nonlocal left
+        if not over:
+            left = True
+            ours.cancel()
+
     watch = asyncio.ensure_future(_gone(request.receive))
+    watch.add_done_callback(leave)
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if left and ours.uncancel() == 0:  # else somebody else wants this task to end as well
+            raise ClientDisconnect from None
+        raise
     finally:
-        await _end(task)
-        await _end(watch)
+        over = True
+        watch.cancel()
 
 
 class Stream:
