@@ -22,7 +22,7 @@ from nimbos.cli.conversation import ServerRefused
 from nimbos.cli.running import admin_client
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.errors import NotReady
+from nimbos.errors import NotReady, Unauthorized
 from nimbos.server import find_running
 from nimbos.types import Account
 
@@ -136,14 +136,22 @@ def pages(server: Admin, path: str, **query: str | int | list[str]) -> Iterator[
 
 
 def _answers(settings: Settings) -> bool:
-    """Whether the server that says it runs here is alive; its file may have outlived it."""
+    """Whether the server that says it runs here is alive; its file may have outlived it.
+
+    Raises: Unauthorized when it takes another key.
+    """
     if find_running(settings) is None:
         return False
     try:
         with admin_client(settings) as client:
-            client.get("/health")
+            status = client.get("/v1/console/me").status_code
     except httpx2.HTTPError:
         return False
+    if status in (401, 403):
+        raise Unauthorized(
+            "The server that runs here does not take this key for administration. Set NIMBOS_API_KEY to the key it was "
+            "started with, or to one with the scope `admin`."
+        )
     return True
 
 

@@ -3,6 +3,8 @@ says, and no secret is anywhere but in the answer that makes it."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -217,6 +219,43 @@ def test_a_change_that_is_refused_leaves_none(server: Live, method: str, path: s
     whole = path.replace(":path", "")
     response = server.http.request(method, whole, json={"no_such_field": 1})
     assert response.status_code in (400, 404), response.text
+    assert rows(server) == before
+
+
+HOSTILE = ["%00", "%ff%fe", "..%2f..", "%F0%9F%92%A9", "'%20OR%201=1--", "a" * 3000, "%7B%7D", "-1"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_paths_and_parameters_are_refused_and_change_nothing(server: Live, text: str) -> None:
+    before = rows(server)
+    for method, path in sorted(ROUTES.keys() - {LOGOUT}):
+        whole = re.sub(r"{[^}]+}", text, path)
+        body = {"no_such_field": 1} if method == "POST" else None
+        for target in (whole, f"{whole}?after={text}&limit={text}", f"{whole}?effective_at[gt]={text}&by={text}"):
+            if method == "GET" or target != path:
+                response = server.http.request(method, target, json=body)
+                assert response.status_code in (200, 400, 404), (method, target[:100], response.text)
+    assert rows(server) == before
+
+
+@pytest.mark.parametrize("value", ["a\x00b", "\u202e", "x" * 400, "", " ", "\ud800", 1e300, -1, [], {"a": 1}, True])
+def test_hostile_values_in_bodies_are_refused(server: Live, value: Any) -> None:
+    world = World(server)
+    before = rows(server)
+    text = json.dumps(value)
+    for place, field in (
+        ("/projects", "name"),
+        ("/users", "email"),
+        ("/admin_api_keys", "name"),
+        ("/projects/proj_default/api_keys", "name"),
+        ("/projects/proj_default/users", "user_id"),
+        ("/projects/proj_default/service_accounts", "name"),
+    ):
+        content = f'{{"{field}": {text}, "role": "member"}}' if "users" in place else f'{{"{field}": {text}}}'
+        response = world.server.http.post(
+            f"/v1/organization{place}", content=content, headers={"content-type": "application/json"}
+        )
+        assert response.status_code in (400, 404), (place, response.text)
     assert rows(server) == before
 
 

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from nimbos.accounts import Accounts, Identity, Role
+from nimbos.accounts import people as persons
+from nimbos.accounts.words import LOCAL
+from nimbos.api import admin
 from nimbos.config import ServerSettings
+from nimbos.db import Database
+from nimbos.types import Account
 from tests.conftest import DEMO
 from tests.live import Live, error_of, serving, user
 
@@ -47,6 +53,21 @@ def test_a_log_in_sets_a_cookie_that_no_script_reads_and_no_other_site_sends(bro
         assert word in cookie
     assert response.json()["email"] == "ann@example.org"
     assert "ns-" not in response.text
+
+
+async def test_over_tls_the_browser_itself_holds_the_cookie_to_this_host(database: Database) -> None:
+    accounts = await Accounts.open(database)
+    hashed = await accounts.passwords.hashed(PASSWORD)
+    await accounts.change(LOCAL, lambda: persons.create_user("ann@example.org", role=Role.READER, password_hash=hashed))
+    identity = Identity(account=Account(id="", name=""), actor=LOCAL, role=None)
+    transport = httpx2.ASGITransport(app=admin.app(accounts, identity))
+    async with httpx2.AsyncClient(transport=transport, base_url="https://nimbos.example") as browser:
+        response = await browser.post("/v1/console/login", json=CREDENTIALS)
+    cookie = response.headers["set-cookie"].lower()
+    assert cookie.startswith("__host-nimbos_session=ns-")
+    assert "secure" in cookie
+    assert "domain" not in cookie
+    await accounts.close()
 
 
 def test_who_am_i(browser: httpx2.Client, server: Live) -> None:

@@ -257,7 +257,7 @@ def test_a_servers_trace_that_outlived_it_is_no_server(home: Path) -> None:
 
 def test_another_key_than_the_owners_is_told_so(home: Path) -> None:
     with running(home):
-        assert "not known" in refusal(home, "key", "list", NIMBOS_API_KEY="nb-somebody-elses")
+        assert "Set NIMBOS_API_KEY" in refusal(home, "key", "list", NIMBOS_API_KEY="nb-somebody-elses")
 
 
 # --- both ways answer the same

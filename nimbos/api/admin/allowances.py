@@ -169,7 +169,6 @@ def allow(kind: OwnerKind, owner_id: str, name: str, allowance: Allowance) -> Tr
 
 async def list_budgets(call: Call) -> Page:
     """From the root. All of them: whoever sets budgets sets few."""
-    call.query.check_all_asked()
 
     def read() -> Transaction[list[BudgetBody]]:
         found = yield from all_budgets()
@@ -222,7 +221,6 @@ async def remove_one_budget(call: Call) -> Deleted:
 
 
 async def list_limits(call: Call) -> Page:
-    call.query.check_all_asked()
     return whole([LimitBody.of(limit) for limit in await call.read(all_limits)])
 
 

@@ -41,7 +41,6 @@ class LoggedOut(msgspec.Struct, kw_only=True):
 
 
 async def me(call: Call) -> MeBody:
-    call.query.check_all_asked()
     identity = call.identity
     return MeBody(
         id=identity.actor.user or identity.actor.service_account,

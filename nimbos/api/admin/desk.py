@@ -7,6 +7,7 @@ Query parameters and fields that are not known are refused by name. What a route
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ BODY_BYTES_MAX = 1024 * 1024
 BODY_STALL_S = 30.0
 LIST_MAX = 100
 _QUERY_VALUES_MAX = 1000
+
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -67,7 +70,7 @@ class Query:
         value = self.text(name)
         if value is None:
             return None
-        if not value.lstrip("-").isdigit() or not value.isascii() or len(value) > 20:
+        if not _INTEGER.fullmatch(value):
             raise InvalidRequest(f"`{name}` is a whole number, not {value[:60]!r}.", param=name)
         if not low <= int(value) <= high:
             raise InvalidRequest(f"`{name}` is {value}; it must be from {low} to {high}.", param=name)
@@ -167,7 +170,10 @@ def served(route: AdminRoute, accounts: Accounts) -> Route:
         )
         if route.method != "POST":
             call.check_no_body()
+        if route.method != "GET":
+            query.check_all_asked()  # before anything is changed
         reply = await route.handle(call)
+        query.check_all_asked()
         return reply if isinstance(reply, Response) else answer(reply)
 
     return Route(route.path, endpoint, methods=[route.method])

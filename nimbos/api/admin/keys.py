@@ -235,7 +235,6 @@ async def _page(call: Call, *, project: str | None, anyones: bool) -> Page:
     window = Window.of(call.query)
     access = call.query.one_of("owner_project_access", ("active", "inactive", "any"), absent="any")
     revoked = bool(call.query.flag("include_revoked")) if project is None else False
-    call.query.check_all_asked()
     found: list[KeyBody] = []
     after = window.after
     while len(found) <= window.limit:
@@ -375,7 +374,6 @@ async def _body_of(call: Call, key_id: str) -> KeyBody:
 
 async def list_service_accounts(call: Call) -> Page:
     window = Window.of(call.query)
-    call.query.check_all_asked()
     found = await call.accounts.database.read(
         rows.ACCOUNTS_PAGE(project=call.path["project_id"], after=window.after, most=window.limit + 1)
     )
@@ -472,7 +470,6 @@ async def create_service_account_key(call: Call) -> NewKeyBody:
 async def list_admin_keys(call: Call) -> Page:
     window = Window.of(call.query)
     order = call.query.one_of("order", ("asc", "desc"), absent="asc")
-    call.query.check_all_asked()
     if order == "desc":
         raise InvalidRequest("Keys are listed in ascending order alone.", param="order")
     found = await call.accounts.database.read(

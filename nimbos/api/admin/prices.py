@@ -58,7 +58,6 @@ class PricesUpdate(msgspec.Struct, kw_only=True):
 
 
 async def show_prices(call: Call) -> PricesBody:
-    call.query.check_all_asked()
     return PricesBody.of(await call.read(current_table))
 
 

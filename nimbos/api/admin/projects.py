@@ -115,7 +115,6 @@ class ModelsDeleted(msgspec.Struct, kw_only=True):
 async def list_projects(call: Call) -> Page:
     window = Window.of(call.query)
     archived = bool(call.query.flag("include_archived"))
-    call.query.check_all_asked()
     found = await call.accounts.database.read(
         rows.PAGE(after=window.after, archived=int(archived), most=window.limit + 1)
     )
@@ -144,7 +143,6 @@ async def archive_project(call: Call) -> ProjectBody:
 
 async def list_members(call: Call) -> Page:
     window = Window.of(call.query)
-    call.query.check_all_asked()
     await call.read(lambda: rows.any_project(call.path["project_id"]))
     found = await call.accounts.database.read(
         persons.MEMBERS_PAGE(project=call.path["project_id"], after=window.after, most=window.limit + 1)

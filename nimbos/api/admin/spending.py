@@ -140,7 +140,6 @@ async def list_rate_limits(call: Call) -> Page:
     """Those that are set, and `*`."""
     window = Window.of(call.query, default=100)
     call.query.text("before")
-    call.query.check_all_asked()
 
     def read() -> Transaction[list[Limit]]:
         owner = yield from find_owner("project", call.path["project_id"])
@@ -259,7 +258,6 @@ async def list_spend_alerts(call: Call) -> Page:
     window = Window.of(call.query)
     order = call.query.one_of("order", ("asc", "desc"), absent="desc")
     before = call.query.text("before")
-    call.query.check_all_asked()
 
     def read() -> Transaction[list[SpendAlertBody]]:
         owner = yield from _owner(call)

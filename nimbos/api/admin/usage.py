@@ -119,7 +119,6 @@ async def tokens(kind: Kind, call: Call) -> Buckets:
     groups = _groups(call.query, known)
     span = await _span(call, frame, batch=call.query.flag("batch") if kind == "completions" else None)
     users = set(call.query.texts("user_ids"))
-    call.query.check_all_asked()
     results: dict[int, list[dict[str, Any]]] = {}
     for group, used in (await _rows(call, frame, span, groups, kind, users)).items():
         start_s, *values = group
@@ -131,7 +130,6 @@ async def costs(call: Call) -> Buckets:
     frame = Frame.of(call.query, ("1d",), {"1d": _COST_BUCKETS})
     groups = _groups(call.query, ("project_id", "user_id", "line_item", "api_key_id", "api_source"))
     span = await _span(call, frame, batch=None, models=call.query.texts("line_items"))
-    call.query.check_all_asked()
     results: dict[int, list[dict[str, Any]]] = {}
     for group, used in (await _rows(call, frame, span, groups, None, set())).items():
         start_s, *values = group
@@ -150,7 +148,6 @@ async def nothing(name: str, call: Call) -> Buckets:
         call.query.texts(filters)
     for filters in ("vector_store_ids", "context_levels"):
         call.query.texts(filters)
-    call.query.check_all_asked()
     return frame.buckets({})
 
 
@@ -161,7 +158,6 @@ async def report(call: Call) -> dict[str, Any]:
     filters = {
         name: values for name in ("project", "key", "model", "class", "process") if (values := call.query.texts(name))
     }
-    call.query.check_all_asked()
     span = Span(since_ms=since, until_ms=until, filters=dict(filters))
     body = (await usage(call.accounts.database, by=by, span=span)).body()
     if by in ("key", "project"):
@@ -174,7 +170,6 @@ async def export(call: Call) -> Response:
     """Every settled ask, streamed."""
     form: Any = call.query.one_of("format", ("csv", "json"), absent="csv")
     since, until = call.query.integer("since_ms", 0, 2**62), call.query.integer("until_ms", 0, 2**62)
-    call.query.check_all_asked()
     lines = export_asks(call.accounts.database, form, since_ms=since, until_ms=until)
     media_type = "text/csv; charset=utf-8" if form == "csv" else "application/jsonl"
     return StreamingResponse(lines, media_type=media_type)
