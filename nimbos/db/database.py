@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nimbos.config import Settings
-from nimbos.db.postgresql import PostgresqlStore, no_copy
 from nimbos.db.sqlite import SqliteStore
 from nimbos.db.sqlite_file import SqliteFile
 from nimbos.db.sqlite_schema import copy
@@ -56,6 +55,8 @@ class Database:
         if url:
             if not url.startswith(_SCHEMES):
                 raise ConfigError("The database's URL must begin with postgresql://, or be empty for SQLite.")
+            from nimbos.db.postgresql import PostgresqlStore  # its driver is not loaded where it is not used
+
             return cls(await PostgresqlStore.open(url), dialect="postgresql")
         return cls(await SqliteStore.open(SqliteFile(Path(settings.home) / FILE_NAME)), dialect="sqlite")
 
@@ -66,6 +67,8 @@ class Database:
         Raises: NotFound, Conflict where `target` exists, ConfigError for PostgreSQL, StorageUnavailable.
         """
         if settings.storage.database_url:
+            from nimbos.db.postgresql import no_copy
+
             raise no_copy(settings.storage.database_url, target)
         path = Path(settings.home) / FILE_NAME
         if not path.exists():
