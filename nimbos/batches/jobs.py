@@ -68,8 +68,9 @@ class Batches:
             self._work,
             endpoints=self._endpoints,
             caps=self._caps,
+            holding=lambda batch_id: self._lines.holding(lines_of(batch_id)),
             resolve=resolve or Authority(database).check,
-            on_over=self.wake,
+            wake=self.wake,
         )
         jobs_owner, self._lines_owner = f"{server_id}/jobs", f"{server_id}/lines"
         self._jobs = Crew(

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Integer,
     Text,
     bindparam,
+    case,
     delete,
     func,
     not_,
@@ -97,8 +98,7 @@ COUNT = Statement(
     .values(
         completed=batches.c.completed + _at("good"),
         failed=batches.c.failed + _at("bad"),
-        waiting_for=null(),
-        waiting_until_ms=0,
+        waiting_for=case((batches.c.waiting_until_ms <= _at("now_ms"), null()), else_=batches.c.waiting_for),
     )
     .returning(*batches.c)
 )

@@ -6,6 +6,7 @@ answer, whatever died meanwhile. A limit that is hit makes the batch wait, never
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -52,17 +53,20 @@ class Running:
         *,
         endpoints: Mapping[str, Endpoint],
         caps: Caps,
+        holding: Callable[[str], int],
         resolve: Resolve,
-        on_over: Callable[[], None],
+        wake: Callable[[], None],
     ) -> None:
-        """`resolve`: what the submitting key may do now. `on_over`: a batch has no line left to answer."""
+        """`holding`: how many lines of a batch run here. `resolve`: what the submitting key may do now. `wake`: there
+        is something to claim."""
         self._database = database
         self._contents = contents
         self._work = work
         self._endpoints = endpoints
         self._caps = caps
+        self._holding = holding
         self._resolve = resolve
-        self._on_over = on_over
+        self._wake = wake
 
     async def run(self, claim: Claim) -> None:
         """Ends the claim. Raises: ClaimLost, StorageUnavailable."""
@@ -73,7 +77,7 @@ class Running:
             await self._database.run(lambda: self._work.finish(claim))
             return
         batch = batch_of(found[0])
-        settling = Settling(self._work, claim, batch.id, number, on_over=self._on_over)
+        settling = Settling(self._work, claim, batch.id, number, on_over=self._wake)
         if claim.lapses >= LAPSES_MAX:
             told = f"{claim.lapses} servers ended while this line was being answered; it is not tried again."
             await settling.write(self._database, partial(settling.fail, "line_abandoned", told))
@@ -82,7 +86,8 @@ class Running:
         try:
             reply = await self._reply(batch, lines[0], journal)
         except (Overloaded, BudgetExhausted) as error:
-            await self._database.run(partial(self._wait, batch, claim, error))
+            seconds = await self._database.run(partial(self._wait, batch, claim, error))
+            asyncio.get_running_loop().call_later(seconds, self._wake)
         except NotReady:  # shutting down, or still loading
             await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
         except EngineFailed as error:
@@ -92,10 +97,11 @@ class Running:
             refusal = Reply(error.status, self._endpoints[batch.endpoint].refuse(error))
             await settling.write(self._database, partial(settling.answer, refusal))
         else:
+            self._caps.grow(batch.id)
             if not journal.written:
                 await settling.write(self._database, partial(settling.answer, reply))
             elif journal.over:
-                self._on_over()
+                self._wake()
 
     async def _reply(self, batch: Batch, line: Row, journal: LineJournal) -> Reply:
         """Raises: what is worth another try; everything else is an answer, in the route's shape."""
@@ -113,18 +119,20 @@ class Running:
         except NimbosError as error:
             return Reply(error.status, endpoint.refuse(error))
 
-    def _wait(self, batch: Batch, claim: Claim, error: Overloaded | BudgetExhausted) -> Transaction[None]:
+    def _wait(self, batch: Batch, claim: Claim, error: Overloaded | BudgetExhausted) -> Transaction[float]:
         """The whole batch waits, as its other lines would meet the same limit; where it is how many may run at once,
-        only those wait that are too many."""
+        only those wait that are too many. For how long."""
         seconds = WAIT_MOST_S if error.retry_after_s is None else error.retry_after_s
         seconds = min(WAIT_MOST_S, max(_WAIT_LEAST_S, seconds))
-        if isinstance(error, Overloaded) and error.limit == CONCURRENT:
-            self._caps.put(batch.id, error.value, time.monotonic())
+        concurrent = isinstance(error, Overloaded) and error.limit == CONCURRENT
+        self._caps.put(batch.id, error.used if concurrent else self._holding(batch.id) // 2, time.monotonic())
+        if concurrent:
             yield from self._work.release(claim, delay_s=seconds)
-            return
+            return seconds
         until_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
         yield from self._work.release(claim)
         yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)
+        return seconds
 
 
 class Settling:
@@ -187,7 +195,9 @@ class Settling:
         )
         if not settled:
             return False
-        (row,) = yield rows.COUNT(id=self._batch_id, good=int(good), bad=int(not good))
+        (row,) = yield rows.COUNT(
+            id=self._batch_id, good=int(good), bad=int(not good), now_ms=time.time_ns() // 1_000_000
+        )
         if row["completed"] + row["failed"] < row["total"] or row["state"] != State.IN_PROGRESS:
             return False
         yield rows.MOVE[State.FINALIZING](id=self._batch_id, now_ms=time.time_ns() // 1_000_000)

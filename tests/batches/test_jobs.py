@@ -145,6 +145,24 @@ async def test_a_limit_makes_the_batch_wait_and_no_line_fail(shop: Shop) -> None
     assert (batch.completed, batch.failed, batch.waiting_for) == (10, 0, None)
 
 
+async def test_a_limit_on_requests_is_met_about_once_a_line_not_once_a_place(shop: Shop) -> None:
+    refused, allowed = 0, 0
+
+    async def limited(account: Account, body: bytes, *, origin: Origin, journal: Any = None) -> Reply:
+        nonlocal refused, allowed
+        if allowed <= 0:
+            refused += 1
+            allowed = 1
+            raise Overloaded(limit="requests", value=1, used=1, retry_after_s=0.01)
+        allowed -= 1
+        return Reply(200, body, "ask")
+
+    shop.batches.serve([Endpoint(path=ENDPOINT, perform=limited, refuse=lambda error: b"{}")])
+    batch = await shop.over(await shop.submit([line(f"{n}") for n in range(30)]))
+    assert (batch.completed, batch.failed) == (30, 0)
+    assert refused <= 60
+
+
 async def test_a_limit_on_concurrent_asks_is_kept_to_without_a_pause(shop: Shop) -> None:
     busy, most = 0, 0
 
