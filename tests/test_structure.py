@@ -177,6 +177,7 @@ COMMAND_TREE = {
     "batch.register",
     "budget.register",
     "key.register",
+    "limit.register",
     "models.register",
     "native.register",
     "organisation.register",

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nimbos import __version__
-from nimbos.cli import batch, budget, key, models, native, organisation, usage
+from nimbos.cli import batch, budget, key, limit, models, native, organisation, usage
 from nimbos.cli.backup import backup
 from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
@@ -39,6 +39,7 @@ native.register(app)
 key.register(app)
 usage.register(app)
 budget.register(app)
+limit.register(app)
 organisation.register(app)
 batch.register(app)
 

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from nimbos.cli.key import Per
 
-_OWNER = "organisation, project:NAME, key:NAME, model:ID or process:ID."
+OWNER = "organisation, project:NAME, key:NAME, model:ID or process:ID."
 _PERIOD = "day, month or total."
 _KINDS = ("organisation", "project", "key", "model", "process")
 _PRICED = ("input", "cached", "output", "thinking")
@@ -74,7 +74,7 @@ def show(
 
 
 def set_budget(
-    owner: Annotated[str, typer.Argument(help=_OWNER)],
+    owner: Annotated[str, typer.Argument(help=OWNER)],
     tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens.")] = None,
     money: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money, like 12.50.")] = None,
     per: Annotated[Per, typer.Option(help="How often it is renewed; total: never.")] = Per.TOTAL,
@@ -87,7 +87,7 @@ def set_budget(
 
 
 def raise_budget(
-    owner: Annotated[str, typer.Argument(help=_OWNER)],
+    owner: Annotated[str, typer.Argument(help=OWNER)],
     tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens more.")] = None,
     money: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money more.")] = None,
     per: Annotated[Per, typer.Option(help="Which budget: " + _PERIOD)] = Per.TOTAL,
@@ -97,7 +97,7 @@ def raise_budget(
 
 
 def remove(
-    owner: Annotated[str, typer.Argument(help=_OWNER)],
+    owner: Annotated[str, typer.Argument(help=OWNER)],
     money: Annotated[bool, typer.Option("--money", help="The budget of money, not that of tokens.")] = False,
     per: Annotated[Per, typer.Option(help="Which budget: " + _PERIOD)] = Per.TOTAL,
 ) -> None:
@@ -106,7 +106,7 @@ def remove(
     from nimbos.cli.admin import connect
     from nimbos.errors import NotFound
 
-    kind, name = _owner(owner)
+    kind, name = owner_of(owner)
     meter = "cost_micros" if money else "tokens"
     with connect(config.load()) as server:
         for budget in server.get("/v1/organization/budgets")["data"]:
@@ -210,7 +210,7 @@ def _post_budget(
 
     if (tokens is None) == (money is None):
         raise InvalidRequest("Give one of --tokens and --money.")
-    kind, name = _owner(owner)
+    kind, name = owner_of(owner)
     body: dict[str, Any] = {"owner_kind": kind, "owner_id": name, "period": per.value}
     if money is not None:
         body |= {"meter": "cost_micros", key: micros_of(money)}
@@ -235,12 +235,12 @@ def _alert(text: str, *, in_money: bool) -> int:
     return int(text)
 
 
-def _owner(text: str) -> tuple[str, str]:
+def owner_of(text: str) -> tuple[str, str]:
     from nimbos.errors import InvalidRequest
 
     kind, _, name = text.partition(":")
     if kind not in _KINDS or (kind != "organisation") != bool(name):
-        raise InvalidRequest(f"{text[:60]!r} is nobody with a budget; there are {_OWNER}")
+        raise InvalidRequest(f"{text[:60]!r} is nobody with a budget; there are {OWNER}")
     return kind, name
 
 

@@ -188,6 +188,16 @@ def test_budgets_are_set_raised_shown_and_removed(home: Path) -> None:
     assert json.loads(run(home, "budget", "show", "--json").stdout) == []
 
 
+def test_limits_are_set_shown_and_taken_away(home: Path) -> None:
+    made_key(home, "laptop")
+    assert run(home, "limit", "set", "key:laptop", "--model", "demo", "--rpm", "5", "--rpm-burst", "2").returncode == 0
+    (limit,) = json.loads(run(home, "limit", "show", "--json").stdout)
+    assert (limit["owner"]["name"], limit["model"], limit["requests_per_min"]) == ("laptop", "demo", 5)
+    assert (limit["requests_burst"], limit["tokens_per_min"]) == (2, None)
+    assert run(home, "limit", "set", "key:laptop", "--model", "demo").returncode == 0
+    assert "No limits" in run(home, "limit").stdout
+
+
 def test_prices_come_from_a_file_exactly(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "prices.toml"
     file.write_text('["*"]\ninput = 0.1\noutput = "0.40"\n[demo]\ninput = 1\n[demo.batch]\ninput = 0.000001\n')
