@@ -36,7 +36,20 @@ from nimbos.api import (
     responses_request,
     responses_wire,
 )
-from nimbos.api.admin import admin_routes, allowances, console, keys, prices, projects, spending, users
+from nimbos.api.admin import (
+    admin_keys,
+    admin_routes,
+    allowances,
+    console,
+    keys,
+    prices,
+    programs,
+    projects,
+    rates,
+    spend_alerts,
+    spending,
+    users,
+)
 from nimbos.api.anthropic_body import MessagesBody
 from nimbos.api.chat_request import ChatBody
 
@@ -156,19 +169,19 @@ ADMIN_TAKES: Mapping[str, type[msgspec.Struct]] = {
     "/v1/organization/users/{user_id}/password": users.PasswordUpdate,
     f"{_PROJECT}/api_keys": keys.KeyCreate,
     f"{_PROJECT}/api_keys/{{key_id}}": keys.KeyUpdate,
-    f"{_PROJECT}/service_accounts": keys.ServiceAccountCreate,
-    f"{_PROJECT}/service_accounts/{{account_id}}": keys.ServiceAccountUpdate,
-    f"{_PROJECT}/service_accounts/{{account_id}}/api_keys": keys.ServiceAccountKeyCreate,
-    "/v1/organization/admin_api_keys": keys.AdminKeyCreate,
+    f"{_PROJECT}/service_accounts": programs.ServiceAccountCreate,
+    f"{_PROJECT}/service_accounts/{{account_id}}": programs.ServiceAccountUpdate,
+    f"{_PROJECT}/service_accounts/{{account_id}}/api_keys": programs.ServiceAccountKeyCreate,
+    "/v1/organization/admin_api_keys": admin_keys.AdminKeyCreate,
     "/v1/organization/budgets": allowances.BudgetSet,
     "/v1/organization/limits": allowances.LimitSet,
-    f"{_PROJECT}/rate_limits/{{rate_limit_id}}": spending.RateLimitUpdate,
+    f"{_PROJECT}/rate_limits/{{rate_limit_id}}": rates.RateLimitUpdate,
     f"{_PROJECT}/spend_limit": spending.SpendLimitUpdate,
-    f"{_PROJECT}/spend_alerts": spending.SpendAlertUpdate,
-    f"{_PROJECT}/spend_alerts/{{alert_id}}": spending.SpendAlertUpdate,
+    f"{_PROJECT}/spend_alerts": spend_alerts.SpendAlertUpdate,
+    f"{_PROJECT}/spend_alerts/{{alert_id}}": spend_alerts.SpendAlertUpdate,
     "/v1/organization/spend_limit": spending.SpendLimitUpdate,
-    "/v1/organization/spend_alerts": spending.SpendAlertUpdate,
-    "/v1/organization/spend_alerts/{alert_id}": spending.SpendAlertUpdate,
+    "/v1/organization/spend_alerts": spend_alerts.SpendAlertUpdate,
+    "/v1/organization/spend_alerts/{alert_id}": spend_alerts.SpendAlertUpdate,
     "/v1/organization/prices": prices.PricesUpdate,
 }
 

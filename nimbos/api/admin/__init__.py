@@ -12,13 +12,28 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nimbos.accounts import Accounts, Identity
 from nimbos.api import errors
-from nimbos.api.admin import allowances, audit, console, keys, prices, projects, spending, usage, users
+from nimbos.api.admin import (
+    admin_keys,
+    allowances,
+    audit,
+    console,
+    keys,
+    prices,
+    programs,
+    projects,
+    rates,
+    spend_alerts,
+    spending,
+    usage,
+    users,
+)
 from nimbos.api.admin.desk import AdminRoute, served
 
 
 def admin_routes() -> list[AdminRoute]:
-    parts = (projects, users, keys, allowances, spending, prices, usage, audit, console)
-    return [route for part in parts for route in part.routes()]
+    who = (projects, users, keys, programs, admin_keys)
+    what = (allowances, rates, spending, spend_alerts, prices, usage, audit, console)
+    return [route for part in (*who, *what) for route in part.routes()]
 
 
 def routes(accounts: Accounts) -> list[Route]:

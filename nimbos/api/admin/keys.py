@@ -1,4 +1,4 @@
-"""Keys: of projects, of service accounts, and those that administer. A secret is in the one answer that makes it."""
+"""Keys of projects. A secret is in the one answer that makes it. Keys of service accounts are made in `programs.py`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import replace
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from nimbos.accounts import Action, ProjectRole
+from nimbos.accounts import Action, Role
 from nimbos.accounts import keys as rows
 from nimbos.accounts.keys import expires_at, grant_of, owner_has_access, words_of
-from nimbos.accounts.people import live_user
-from nimbos.accounts.secret import Secret, new_secret
-from nimbos.accounts.words import ADMIN_SCOPE, DEFAULT_PROJECT, Changed, Grant, Key, OwnerKind, ServiceAccount
+from nimbos.accounts.secret import new_secret
+from nimbos.accounts.words import ADMIN_SCOPE, Changed, Grant, Key, OwnerKind
 from nimbos.api.admin.allowances import Allowance, allow
 from nimbos.api.admin.desk import AdminRoute, Call, Page, Window, get, post, remove, seconds
 from nimbos.api.admin.projects import PROJECTS, Deleted
 from nimbos.db import Row, Transaction
-from nimbos.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from nimbos.errors import InvalidRequest, NotFound
 
-ADMIN_KEYS = "/v1/organization/admin_api_keys"
 ALL_KEYS = "/v1/organization/api_keys"
 
 
@@ -107,99 +105,6 @@ class KeyUpdate(msgspec.Struct, kw_only=True):
     expires_in_seconds: int | None = None
 
 
-class NewKeyBody(msgspec.Struct, kw_only=True):
-    id: str
-    object: str = "organization.project.service_account.api_key"
-    name: str
-    value: str
-    created_at: int
-    expires_at: int | None
-
-    @classmethod
-    def of(cls, key: Key, secret: Secret) -> NewKeyBody:
-        return cls(
-            id=key.id,
-            name=key.name,
-            value=secret.value,
-            created_at=key.created_ms // 1000,
-            expires_at=seconds(key.expires_ms),
-        )
-
-
-class ServiceAccountBody(msgspec.Struct, kw_only=True):
-    id: str
-    object: str = "organization.project.service_account"
-    name: str
-    role: str
-    created_at: int
-    api_key: NewKeyBody | UnsetType | None = UNSET
-
-    @classmethod
-    def of(cls, account: ServiceAccount) -> ServiceAccountBody:
-        return cls(id=account.id, name=account.name, role=account.role.value, created_at=account.created_ms // 1000)
-
-
-class ServiceAccountCreate(msgspec.Struct, kw_only=True):
-    name: str
-    create_service_account_only: bool | None = None
-    expires_in_seconds: int | None = None
-
-
-class ServiceAccountUpdate(msgspec.Struct, kw_only=True):
-    name: str | None = None
-    role: ProjectRole | None = None
-
-
-class ServiceAccountKeyCreate(msgspec.Struct, kw_only=True):
-    name: str | None = None
-    scopes: tuple[str, ...] = ()
-    expires_in_seconds: int | None = None
-
-
-class AdminKeyOwner(msgspec.Struct, kw_only=True):
-    type: str = "user"
-    object: str = "organization.user"
-    id: str
-    name: str
-    created_at: int
-    role: str
-
-
-class AdminKeyBody(msgspec.Struct, kw_only=True):
-    id: str
-    object: str = "organization.admin_api_key"
-    name: str
-    redacted_value: str
-    value: str | UnsetType = UNSET
-    created_at: int
-    expires_at: int | None
-    last_used_at: int | None
-    owner: AdminKeyOwner
-
-    @classmethod
-    def of(cls, row: Row) -> AdminKeyBody:
-        key = Key.of(row)
-        return cls(
-            id=key.id,
-            name=key.name,
-            redacted_value=key.redacted,
-            created_at=key.created_ms // 1000,
-            expires_at=seconds(key.expires_ms),
-            last_used_at=seconds(key.last_used_ms),
-            owner=AdminKeyOwner(
-                id=key.owner_id,
-                name=row["user_name"],
-                created_at=row["user_created"] // 1000,
-                role=row["user_role"],
-            ),
-        )
-
-
-class AdminKeyCreate(msgspec.Struct, kw_only=True):
-    name: str
-    expires_in_seconds: int | None = None
-
-
 def owner_of(key: Key, row: Row) -> OwnerBody:
     if key.owner_kind == "service_account":
         program = OwnerServiceAccount(
@@ -217,9 +122,6 @@ def owner_of(key: Key, row: Row) -> OwnerBody:
         role=row["member_role"] or row["user_role"],
     )
     return OwnerBody(type="user", user=person)
-
-
-# --- keys of a project
 
 
 async def list_keys(call: Call) -> Page:
@@ -265,13 +167,14 @@ async def create_key(call: Call) -> KeyBody:
     if not (owner_kind == "user" and owner_id == call.identity.actor.user):
         call.check(Action.PROJECT_KEYS)
     grant = replace(grant_of(wanted.scopes), weight=wanted.weight)
-    _check_grant(call, grant)
+    check_grant(call, grant)
     if wanted.allowance is not None or wanted.weight != 1.0:
         call.check(Action.LIMITS)
     secret = new_secret()
     expires_ms = expires_at(wanted.expires_in_seconds)
 
     def change() -> Transaction[Changed[Key]]:
+        yield from _check_not_above(call, grant, owner_kind, owner_id)
         made = yield from rows.create_key(
             name=wanted.name,
             secret=secret,
@@ -303,12 +206,18 @@ async def update_key(call: Call) -> KeyBody:
     grant = key.grant
     if wanted.scopes is not None:
         grant = replace(grant_of(wanted.scopes), weight=grant.weight)
-        _check_grant(call, grant, before=key.grant)
+        check_grant(call, grant, before=key.grant)
     if wanted.weight is not None:
         call.check(Action.LIMITS)
         grant = replace(grant, weight=wanted.weight)
     expires_ms = expires_at(wanted.expires_in_seconds)
-    await call.change(lambda: rows.update_key(call.path["project_id"], key.id, grant=grant, expires_ms=expires_ms))
+
+    def change() -> Transaction[Changed[Key]]:
+        if grant != key.grant:
+            yield from _check_not_above(call, grant, key.owner_kind, key.owner_id)
+        return (yield from rows.update_key(call.path["project_id"], key.id, grant=grant, expires_ms=expires_ms))
+
+    await call.change(change)
     return await _body_of(call, key.id)
 
 
@@ -336,13 +245,21 @@ def _owner_wanted(call: Call, wanted: KeyCreate) -> tuple[OwnerKind, str]:
     raise InvalidRequest("Whose key? Give `user_id` or `service_account_id`.", param="user_id")
 
 
-def _check_grant(call: Call, grant: Grant, *, before: Grant | None = None) -> None:
+def check_grant(call: Call, grant: Grant, *, before: Grant | None = None) -> None:
     """Who may not make keys that administer may not give one that scope; nobody widens a key by changing it without
     the right to make such a key for anyone."""
     if ADMIN_SCOPE in grant.scopes and (before is None or ADMIN_SCOPE not in before.scopes):
         call.check(Action.ADMIN_KEYS)
     if before is not None and grant != before:
         call.check(Action.PROJECT_KEYS)
+
+
+def _check_not_above(call: Call, grant: Grant, owner_kind: OwnerKind, owner_id: str) -> Transaction[None]:
+    """A key that administers has its owner's role, whoever holds it: only owners give one to an owner."""
+    if ADMIN_SCOPE in grant.scopes and owner_kind == "user":
+        user = yield from live_user(owner_id)
+        if user.role is Role.OWNER:
+            call.check(Action.OWNERS)
 
 
 async def _visible(call: Call) -> Key:
@@ -369,186 +286,9 @@ async def _body_of(call: Call, key_id: str) -> KeyBody:
     return KeyBody.of(row)
 
 
-# --- service accounts
-
-
-async def list_service_accounts(call: Call) -> Page:
-    window = Window.of(call.query)
-    found = await call.accounts.database.read(
-        rows.ACCOUNTS_PAGE(project=call.path["project_id"], after=window.after, most=window.limit + 1)
-    )
-    return window.page([ServiceAccountBody.of(ServiceAccount.of(row)) for row in found])
-
-
-async def create_service_account(call: Call) -> ServiceAccountBody:
-    wanted = call.body(ServiceAccountCreate)
-    project_id = call.path["project_id"]
-    if wanted.create_service_account_only:
-        if wanted.expires_in_seconds is not None:
-            raise InvalidRequest("Without a key nothing expires.", param="expires_in_seconds")
-        alone = await call.change(lambda: rows.create_service_account(project_id, wanted.name, role=ProjectRole.NONE))
-        body = ServiceAccountBody.of(alone)
-        body.api_key = None
-        return body
-    secret = new_secret()
-    expires_ms = expires_at(wanted.expires_in_seconds)
-
-    def change() -> Transaction[Changed[tuple[ServiceAccount, Key]]]:
-        made = yield from rows.create_service_account(project_id, wanted.name)
-        key = yield from rows.create_key(
-            name=wanted.name,
-            secret=secret,
-            project_id=project_id,
-            owner_kind="service_account",
-            owner_id=made.value.id,
-            grant=Grant(),
-            expires_ms=expires_ms,
-        )
-        both = {"service_account": made.value, "key": key.value}
-        return Changed(
-            value=(made.value, key.value),
-            action=made.action,
-            target=made.target,
-            project=project_id,
-            after=both,
-        )
-
-    account, key = await call.change(change)
-    body = ServiceAccountBody.of(account)
-    body.api_key = NewKeyBody.of(key, secret)
-    return body
-
-
-async def retrieve_service_account(call: Call) -> ServiceAccountBody:
-    return ServiceAccountBody.of(
-        await call.read(lambda: rows.service_account_of(call.path["project_id"], call.path["account_id"]))
-    )
-
-
-async def update_service_account(call: Call) -> ServiceAccountBody:
-    wanted = call.body(ServiceAccountUpdate)
-    account = await call.change(
-        lambda: rows.update_service_account(
-            call.path["project_id"], call.path["account_id"], name=wanted.name, role=wanted.role
-        )
-    )
-    return ServiceAccountBody.of(account)
-
-
-async def remove_service_account(call: Call) -> Deleted:
-    account = await call.change(lambda: rows.remove_service_account(call.path["project_id"], call.path["account_id"]))
-    return Deleted(id=account.id, object="organization.project.service_account.deleted")
-
-
-async def create_service_account_key(call: Call) -> NewKeyBody:
-    wanted = call.body(ServiceAccountKeyCreate)
-    grant = grant_of(wanted.scopes)
-    _check_grant(call, grant)
-    secret = new_secret()
-    expires_ms = expires_at(wanted.expires_in_seconds)
-
-    def change() -> Transaction[Changed[Key]]:
-        account = yield from rows.service_account_of(call.path["project_id"], call.path["account_id"])
-        return (
-            yield from rows.create_key(
-                name=wanted.name or f"{account.name} {secret.redacted}",
-                secret=secret,
-                project_id=call.path["project_id"],
-                owner_kind="service_account",
-                owner_id=account.id,
-                grant=grant,
-                expires_ms=expires_ms,
-            )
-        )
-
-    return NewKeyBody.of(await call.change(change), secret)
-
-
-# --- keys that administer
-
-
-async def list_admin_keys(call: Call) -> Page:
-    window = Window.of(call.query)
-    order = call.query.one_of("order", ("asc", "desc"), absent="asc")
-    if order == "desc":
-        raise InvalidRequest("Keys are listed in ascending order alone.", param="order")
-    found = await call.accounts.database.read(
-        rows.PAGE(
-            after=window.after,
-            kind="admin",
-            project="",
-            everywhere=1,
-            owner="",
-            anyones=1,
-            revoked=0,
-            most=window.limit + 1,
-        )
-    )
-    return window.page([AdminKeyBody.of(row) for row in found])
-
-
-async def create_admin_key(call: Call) -> AdminKeyBody:
-    wanted = call.body(AdminKeyCreate)
-    user_id = call.identity.actor.user
-    if not user_id:
-        raise Forbidden("A service account's key may not make keys that administer; a person's may.")
-    secret = new_secret()
-    expires_ms = expires_at(wanted.expires_in_seconds)
-
-    def change() -> Transaction[Changed[Key]]:
-        yield from live_user(user_id)
-        return (
-            yield from rows.create_key(
-                name=wanted.name,
-                secret=secret,
-                project_id=DEFAULT_PROJECT,
-                owner_kind="user",
-                owner_id=user_id,
-                grant=Grant(scopes=(ADMIN_SCOPE,)),
-                kind="admin",
-                expires_ms=expires_ms,
-            )
-        )
-
-    key = await call.change(change)
-    body = await _admin_body(call, key.id)
-    body.value = secret.value
-    return body
-
-
-async def retrieve_admin_key(call: Call) -> AdminKeyBody:
-    return await _admin_body(call, call.path["key_id"])
-
-
-async def remove_admin_key(call: Call) -> Deleted:
-    await _admin_body(call, call.path["key_id"])
-
-    def change() -> Transaction[Changed[Key]]:
-        key = yield from rows.key_of(None, call.path["key_id"])
-        if key.owner_id != call.identity.actor.user:
-            owner = yield from live_user(key.owner_id)
-            if owner.role.value == "owner":
-                call.check(Action.OWNERS)
-        return (yield from rows.revoke_key(key))
-
-    key = await call.change(change)
-    return Deleted(id=key.id, object="organization.admin_api_key.deleted")
-
-
-async def _admin_body(call: Call, key_id: str) -> AdminKeyBody:
-    found = await call.accounts.database.read(rows.OWNED_BY_ID(wanted=key_id))
-    if not found or found[0]["kind"] != "admin":
-        raise NotFound(f"There is no admin key {key_id[:100]!r} here.")
-    if found[0]["revoked_ms"] is not None:
-        raise Conflict("This key is revoked.")
-    return AdminKeyBody.of(found[0])
-
-
 def routes() -> list[AdminRoute]:
     keys = f"{PROJECTS}/{{project_id}}/api_keys"
     key = f"{keys}/{{key_id}}"
-    programs = f"{PROJECTS}/{{project_id}}/service_accounts"
-    program = f"{programs}/{{account_id}}"
     return [
         get(keys, Action.SEE_KEYS, list_keys),
         post(keys, Action.OWN_KEYS, create_key),
@@ -556,14 +296,4 @@ def routes() -> list[AdminRoute]:
         post(key, Action.OWN_KEYS, update_key),
         remove(key, Action.OWN_KEYS, remove_key),
         get(ALL_KEYS, Action.SEE, list_all_keys),
-        get(programs, Action.SEE, list_service_accounts),
-        post(programs, Action.PROJECT_KEYS, create_service_account),
-        get(program, Action.SEE, retrieve_service_account),
-        post(program, Action.PROJECT_KEYS, update_service_account),
-        remove(program, Action.PROJECT_KEYS, remove_service_account),
-        post(f"{program}/api_keys", Action.PROJECT_KEYS, create_service_account_key),
-        get(ADMIN_KEYS, Action.SEE, list_admin_keys),
-        post(ADMIN_KEYS, Action.ADMIN_KEYS, create_admin_key),
-        get(f"{ADMIN_KEYS}/{{key_id}}", Action.SEE, retrieve_admin_key),
-        remove(f"{ADMIN_KEYS}/{{key_id}}", Action.ADMIN_KEYS, remove_admin_key),
     ]
