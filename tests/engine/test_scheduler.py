@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nimbos.engine.calibrate import KNOTS, StepTime
+from nimbos.engine.intake import weight_of
 from nimbos.engine.scheduler import (
     WIDE_ROWS,
     FairClock,
@@ -22,7 +23,7 @@ from nimbos.engine.scheduler import (
     rank,
     victim,
 )
-from nimbos.types import AskClass
+from nimbos.types import Ask, AskClass
 
 COSTS = StepTime.prior(weight_bytes=400_000_000, kv_bytes_per_token=12_288)
 RULES = Rules()
@@ -289,3 +290,21 @@ def test_among_equals_the_account_that_holds_nothing_is_first() -> None:
     jobs = [job(account="flood"), job(account="polite")]
     order = admission_order(jobs, FairClock(), RULES, 0.0, [running(account="flood")])
     assert order[0].account == "polite"
+
+
+def test_twice_the_weight_is_twice_the_computing_while_both_have_work() -> None:
+    clock = FairClock()
+    weights = {"light": 1.0, "heavy": 2.0}
+    served = dict.fromkeys(weights, 0)
+    for account in weights:
+        clock.arrive(account, [])
+    for _ in range(300):
+        account = min(weights, key=clock.virtual)
+        clock.charge(account, 10.0, weight=weights[account])
+        served[account] += 1
+    assert served == {"light": 100, "heavy": 200}
+
+
+def test_a_weight_cannot_switch_fairness_off() -> None:
+    for weight, bounded in ((0.0, 0.01), (-3.0, 0.01), (1e9, 100.0), (2.5, 2.5)):
+        assert weight_of(Ask(id="ask_1", account="a", model="m", weight=weight)) == bounded
