@@ -308,6 +308,29 @@ def test_only_owners_touch_owners(server: Live) -> None:
     boss.http.close()
 
 
+def test_only_owners_give_an_owners_rights_to_a_key(server: Live) -> None:
+    world = World(server)
+    boss, keys = Person(server, Role.ADMIN), "/v1/organization/projects/proj_default/api_keys"
+    chief = world.user(role="owner")
+    for owner in (chief, "user_owner"):
+        wanted = {"name": f"up {next(NUMBERS)}", "user_id": owner}
+        assert boss.http.post(keys, json={**wanted, "scopes": ["admin"]}).status_code == 403
+        plain = boss.http.post(keys, json=wanted).json()
+        assert boss.http.post(f"{keys}/{plain['id']}", json={"scopes": ["admin"]}).status_code == 403
+        assert server.post(f"{keys}/{plain['id']}", {"scopes": ["admin"]}).status_code == 200
+    own = {"name": f"own {next(NUMBERS)}", "scopes": ["admin"]}
+    assert boss.http.post(keys, json=own).status_code == 200
+    boss.http.close()
+
+
+def test_what_runs_now_and_the_metrics_are_for_those_who_may_see_everything(server: Live) -> None:
+    for role in Role:
+        person = Person(server, role)
+        for path in ("/v1/organization/live", "/metrics"):
+            assert (person.http.get(path).status_code == 200) == may(role, Action.SEE), (role, path)
+        person.http.close()
+
+
 def test_a_member_makes_lists_and_revokes_keys_of_its_own_and_no_others(server: Live) -> None:
     world = World(server)
     ann = Person(server, Role.MEMBER)  # a member of the default project from the start

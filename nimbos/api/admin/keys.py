@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from nimbos.accounts import Action, Role
 from nimbos.accounts import keys as rows
 from nimbos.accounts.keys import expires_at, grant_of, owner_has_access, words_of
+from nimbos.accounts.people import live_user
 from nimbos.accounts.secret import new_secret
 from nimbos.accounts.words import ADMIN_SCOPE, Changed, Grant, Key, OwnerKind
 from nimbos.api.admin.allowances import Allowance, allow
