@@ -25,6 +25,7 @@ LIST_MAX = 10_000
 EXPIRES_S = (3_600, 2_592_000)
 _DRAINED_BYTES = 1 << 30
 _FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+_SECONDS = re.compile(r"[0-9]{1,12}")
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -175,7 +176,7 @@ def _fields(fields: dict[str, str]) -> tuple[str, int | None]:
 
 def checked_expiry(seconds: str | int, param: str) -> int:
     least, most = EXPIRES_S
-    count = int(seconds) if isinstance(seconds, int) or (seconds.isascii() and seconds[:12].isdigit()) else 0
+    count = int(seconds) if isinstance(seconds, int) or _SECONDS.fullmatch(seconds) else 0
     if not least <= count <= most:
         raise InvalidRequest(f"`{param}.seconds` must be from {least} to {most}.", param=param)
     return count

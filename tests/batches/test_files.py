@@ -103,6 +103,13 @@ def test_an_expiry_is_told_and_must_be_in_its_range(served: Live) -> None:
     assert error.value.param == "expires_after"
 
 
+@pytest.mark.parametrize("seconds", ["123456789012x", "9" * 5000, "-3600", "\u0663600", ""])
+def test_an_expiry_that_is_no_number_is_refused(served: Live, seconds: str) -> None:
+    form = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": seconds}
+    response = served.http.post("/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
+    assert error_of(response, 400)["param"] == "expires_after"
+
+
 def test_forms_that_are_wrong_are_refused_with_the_reason(served: Live) -> None:
     def form(*parts: tuple[str, tuple[str | None, bytes]]) -> httpx2.Response:
         return served.http.post("/v1/files", files=list(parts))
