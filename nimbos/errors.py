@@ -164,15 +164,17 @@ class BudgetExhausted(NimbosError):
 
 
 class StorageUnavailable(NimbosError):
-    """Nothing of the transaction was written; the service resumes when the database is back."""
+    """Nothing of the transaction was written, unless it is `in_doubt`: then it may have been, whole. The service
+    resumes when the database is back."""
 
     code = "storage_unavailable"
     status = 503
 
-    def __init__(self, where: str, *, reason: str) -> None:
+    def __init__(self, where: str, *, reason: str, in_doubt: bool = False) -> None:
         super().__init__(f"The storage cannot be used: {reason}")  # where it is, is for the operator alone
         self.where = where
         self.reason = reason
+        self.in_doubt = in_doubt
 
 
 class ModelUnusable(NimbosError):

@@ -33,7 +33,7 @@ _REASONS_BY_CLASS = {
     "58": "the server cannot read or write its disk.",
     "XX": "the server reports damaged data or an error of its own.",
 }
-_UNKNOWN_OUTCOME = " It was lost while committing, so the change may have been made."
+_IN_DOUBT = " It was lost while committing, so the change may have been made."
 
 
 def is_collision(error: BaseException) -> bool:
@@ -71,23 +71,25 @@ class Meaning:
 
     def __call__(self, error: BaseException, *, committing: bool = False) -> Exception:
         """What to raise for `error`; `error` itself, when it is a bug of ours."""
-        suffix = _UNKNOWN_OUTCOME if committing else ""
         if isinstance(error, asyncpg.PostgresError):
-            return self._of_server(error, suffix)
+            return self._of_server(error, in_doubt=committing)
         if isinstance(error, (ValueError, UnicodeEncodeError)):  # asyncpg's own DataError is one
             return InvalidRequest("A value cannot be stored: too large, or a text with half a character.")
         if isinstance(error, NimbosError):
             return error
         if isinstance(error, TimeoutError):
-            return StorageUnavailable(self.where, reason=f"the server did not answer in time.{suffix}")
+            return self._away("the server did not answer in time.", in_doubt=committing)
         if isinstance(error, OSError):
-            return StorageUnavailable(self.where, reason=f"the server cannot be reached.{suffix}")
+            return self._away("the server cannot be reached.", in_doubt=committing)
         assert isinstance(error, Exception)
         if isinstance(error, asyncpg.InternalClientError) or _is_ended(error):
-            return StorageUnavailable(self.where, reason=f"the connection was lost.{suffix}")
+            return self._away("the connection was lost.", in_doubt=committing)
         return error
 
-    def _of_server(self, error: asyncpg.PostgresError, suffix: str) -> Exception:
+    def _away(self, reason: str, *, in_doubt: bool) -> StorageUnavailable:
+        return StorageUnavailable(self.where, reason=reason + (_IN_DOUBT if in_doubt else ""), in_doubt=in_doubt)
+
+    def _of_server(self, error: asyncpg.PostgresError, *, in_doubt: bool) -> Exception:
         code = error.sqlstate or ""
         if code[:2] == "23":
             return Conflict("There is a row already that does not allow this one.")
@@ -96,7 +98,7 @@ class Meaning:
         if code[:2] == "40":
             return StorageUnavailable(self.where, reason="others keep changing the same rows. Try again.")
         reason = _REASONS.get(code) or _REASONS_BY_CLASS.get(code[:2])
-        return StorageUnavailable(self.where, reason=reason + suffix) if reason else error
+        return self._away(reason, in_doubt=in_doubt) if reason else error
 
 
 def _is_ended(error: BaseException) -> bool:

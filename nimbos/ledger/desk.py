@@ -107,8 +107,8 @@ class Desk:
         except asyncio.CancelledError:
             self._keep(self._undo(reserving, Due(settlement=_nothing(ask), row=row, journal=journal)))
             raise
-        except BaseException:
-            self.meters.free(row)
+        except BaseException as error:
+            self._refused(error, Due(settlement=_nothing(ask), row=row, journal=journal))
             raise
         counted = msgspec.structs.replace(
             ask, meter_row=row, allowance_tokens=reserved.allowance_tokens, weight=account.weight
@@ -212,10 +212,17 @@ class Desk:
         """The caller went while the reservation was on its way."""
         try:
             await reserving
-        except NimbosError:
-            self.meters.free(due.row)
+        except NimbosError as error:
+            self._refused(error, due)
             return
         await self._settle(due)
+
+    def _refused(self, error: BaseException, due: Due) -> None:
+        """Nothing was reserved; where that is in doubt, it is given back as soon as the database answers."""
+        if isinstance(error, StorageUnavailable) and error.in_doubt:
+            self.settle(due)
+        else:
+            self.meters.free(due.row)
 
     async def _extend(self, begin: Callable[[], Transaction[Extended]]) -> Extended:
         extended = await self.database.run(begin)
