@@ -273,8 +273,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     """Who pays, and whose prefixes are shared: a project, with what the key that proved it may do.
 
     `key`, `organisation`, `user`: ids, "" where there is none. `scopes`: `admin`, `class:NAME`, `programs:code`.
-    `models`, `routes`: those allowed, None for all; `denied_models` are not, whatever `models` says. `weight`: its share
-    of the scheduler, 1.0 is everybody's.
+    `models`, `routes`: those allowed, None for all; `denied_models` are not, whatever `models` says. `weight`: its
+    share of the scheduler, 1.0 is everybody's.
     """
 
     id: str
