@@ -1,7 +1,8 @@
 """Files that clients keep here, and batches of requests that are answered from them.
 
 A line of a batch is waiting until its answer, or the reason why there is none, is written; then its place in the
-output or error file is settled. `unique_id` is the custom id while it is the first of its batch, so that each is answered once.
+output or error file is settled. `unique_id` is the custom id while it is the first of its batch, so that each is
+answered once.
 """
 
 from __future__ import annotations
