@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -109,8 +110,9 @@ class Running:
         clock = asyncio.get_running_loop().time
         deadline = clock() + EXTEND_PATIENCE_S
         while self._due():
+            begin = partial(self._extension, self._progress())  # which is read here: a transaction has its own thread
             try:
-                extended = await asyncio.shield(self._desk.extend(self._extension))
+                extended = await asyncio.shield(self._desk.extend(begin))
             except StorageUnavailable:
                 extended = Extended(allowance_tokens=self._allowance_tokens, wait=True)
             except NimbosError as error:  # of a journal
@@ -125,8 +127,7 @@ class Running:
                 await self._desk.bell.wait(_TICK_S)
         self._extending = None
 
-    def _extension(self) -> Transaction[Extended]:
-        progress = self._progress()
+    def _extension(self, progress: Progress) -> Transaction[Extended]:
         extended = yield from self._desk.ledger.extend(self.ask.id, progress)
         if self._journal is not None:
             yield from self._journal.extended(self.ask.id, progress, extended)

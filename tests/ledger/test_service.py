@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Transaction
 from nimbos.errors import BudgetExhausted, Conflict, Forbidden, Overloaded, StorageUnavailable
 from nimbos.ledger import Extended, Progress, Settled, Settlement, Span, set_limit, usage
+from nimbos.meterfile import Counts
 from nimbos.types import Account, Admission, Ask, FinishReason, Usage
 from tests import tiny_gguf
 from tests.databases import Postgres
@@ -90,6 +92,21 @@ async def test_an_answer_longer_than_a_slice_is_paid_for_slice_by_slice(open_sho
     assert told.usage.output == 600
     after = await open_shop.books.look(budget)
     assert (after.used, after.reserved) == (600 + SAY_TOKENS, 0)
+
+
+async def test_the_meter_is_read_on_the_servers_own_thread(open_shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is for one thread, and what was told of an answer changes while a transaction runs in another."""
+    readers = set()
+    read = open_shop.meters.read
+
+    def noted(row: int) -> Counts:
+        readers.add(threading.get_ident())
+        return read(row)
+
+    monkeypatch.setattr(open_shop.meters, "read", noted)
+    await open_shop.books.budget("key", ACCOUNT.key, limit=10_000)
+    assert (await open_shop.ask()).output == 200
+    assert readers == {threading.get_ident()}
 
 
 async def test_a_budget_that_ends_in_an_answer_ends_it_there(open_shop: Shop) -> None:
