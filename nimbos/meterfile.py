@@ -28,7 +28,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nimbos.errors import Overloaded
+from nimbos.errors import Overloaded, StorageUnavailable
 from nimbos.types import Usage, new_id
 
 ROWS = 16_384
@@ -166,21 +166,24 @@ class MeterFile:
 
     @classmethod
     def create(cls, run_dir: Path, *, rows: int = ROWS) -> MeterFile:
-        """A new file that nobody else can read, locked before it has its name."""
+        """A new file that nobody else can read, locked before it has its name.
+
+        Raises: StorageUnavailable where there is no room for it.
+        """
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = run_dir / f"{new_id('meter').replace('_', '-')}.bin"
         draft = path.with_suffix(".new")
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, _HEADER.size + rows * _ROW_BYTES)
-            os.pwrite(descriptor, _HEADER.pack(_MAGIC, _ROW_BYTES, rows), 0)
+            content = _HEADER.pack(_MAGIC, _ROW_BYTES, rows) + bytes(rows * _ROW_BYTES)
+            _write(descriptor, content)  # whole: counting into a hole ends both processes once the disk is full
             draft.rename(path)
             return cls(path, descriptor, rows)
-        except BaseException:
+        except OSError as error:
             os.close(descriptor)
             draft.unlink(missing_ok=True)
-            raise
+            raise StorageUnavailable(str(run_dir), reason=f"{error.strerror}.") from error
 
     def allot(self, ask_id: str) -> int:
         """A row of zeros for this ask. Raises: Overloaded when all are in use; ValueError for an id that is none."""
@@ -270,6 +273,12 @@ def _used_rows(descriptor: int) -> Iterator[tuple[str, Counts]]:
         at = _first_word(row)
         if words[at + _STATE] == _IN_USE:
             yield f"ask_{content[at * 8 : at * 8 + _ID_BYTES].hex()}", _counts(words, at)
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    at = 0
+    while at < len(content):
+        at += os.pwrite(descriptor, content[at:], at)
 
 
 def _check_header(content: bytes | mmap.mmap) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nimbos.errors import Overloaded
+from nimbos.errors import Overloaded, StorageUnavailable
 from nimbos.meterfile import Counts, MeterFile, Rows, leftovers
 from nimbos.types import Usage, new_id
 
@@ -116,6 +117,25 @@ def test_an_engine_adds_through_a_descriptor_of_its_own_and_keeps_none(tmp_path:
         rows.row(10**6, ask_id)
     with pytest.raises(IndexError):
         rows.row(-1, ask_id)
+
+
+def test_a_disk_that_fills_up_later_ends_nobody_who_counts(tmp_path: Path) -> None:
+    """Writing to a part of a mapped file that has no place on the disk is the end of the process."""
+    meters = MeterFile.create(tmp_path)
+    found = meters.path.stat()
+    assert found.st_blocks * 512 >= found.st_size
+    meters.close()
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(StorageUnavailable):
+            MeterFile.create(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_a_killed_server_are_found_once_and_only_when_settled(tmp_path: Path) -> None:
