@@ -95,8 +95,8 @@ class Files:
             project, file_id = row["project"], row["id"]
             try:
                 await self.delete(project, file_id)
-            except NotFound:
-                continue  # another server was faster
+            except (Conflict, NotFound):
+                continue  # a batch, or another server, was faster
         return len(rows)
 
     async def size_bytes(self, file_id: str) -> int:

@@ -14,12 +14,15 @@ from sqlalchemy import bindparam, update
 from nimbos.batches import Batches
 from nimbos.blobs import open_blobs
 from nimbos.config import BatchSettings, Settings
-from nimbos.db import Database, Statement, Transaction
+from nimbos.db import Database, Row, Statement, Transaction
+from nimbos.db.statements import Bound
+from nimbos.db.tables.batches import batches as batch_table
 from nimbos.db.tables.batches import files as file_table
 from nimbos.errors import Conflict, NotFound, PayloadTooLarge
 from nimbos.types import Account
 from tests.live import Live, error_of, serving
 
+_CHANGE = Statement(update(batch_table).where(batch_table.c.id == bindparam("of")).values(state=bindparam("how")))
 _LAPSE = Statement(update(file_table).where(file_table.c.id == bindparam("of")).values(expires_ms=1))
 ALICE, BOB = Account(id="proj_alice", name="Alice"), Account(id="proj_bob", name="Bob")
 
@@ -184,6 +187,34 @@ async def test_a_file_whose_time_is_over_is_gone_and_swept(database: Database, t
     assert await files.sweep() == 1
     assert await files.sweep() == 0
     assert not list(tmp_path.rglob(file.blob))
+
+
+async def test_a_file_that_lapses_as_a_batch_begins_with_it_does_not_end_the_sweeping(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = batches_on(database, tmp_path)
+    file = await batches.files.keep(
+        ALICE, await batches.files.receive(once(b"{}")), filename="a", purpose="batch", expires_s=3600
+    )
+    batch = await batches.desk.create(
+        ALICE, dialect="openai", endpoint="/v1/x", input_file=file.id, completion_window="24h", window_s=9
+    )
+    read = database.read
+
+    def change(state: str) -> Transaction[None]:
+        yield _CHANGE(of=batch.id, how=state)
+        yield _LAPSE(of=file.id)
+
+    async def read_and_begin(query: Bound) -> list[Row]:
+        """The batch comes between the look at what has lapsed and its deletion."""
+        rows = await read(query)
+        await database.run(lambda: change("validating"))
+        return rows
+
+    await database.run(lambda: change("completed"))
+    monkeypatch.setattr(database, "read", read_and_begin)
+    assert await batches.files.sweep() == 1
+    assert await batches.files.size_bytes(file.id) == 2
 
 
 async def test_a_file_that_a_batch_reads_cannot_be_deleted(database: Database, tmp_path: Path) -> None:
