@@ -40,6 +40,7 @@ CONCURRENT = "concurrent asks"  # the ledger's word for that limit
 WAIT_MOST_S = 60.0  # a limit is looked at again, as it may have been raised
 _WAIT_LEAST_S = 0.1
 _RETRY_S = 5.0
+_FAILURES_KEPT = 10_000
 
 Resolve = Callable[[Account], Awaitable[Account]]
 
@@ -67,6 +68,9 @@ class Running:
         self._holding = holding
         self._resolve = resolve
         self._wake = wake
+        self._failures: dict[
+            tuple[str, str], int
+        ] = {}  # of engines, by line: an epoch counts limits that were met, too
 
     async def run(self, claim: Claim) -> None:
         """Ends the claim. Raises: ClaimLost, StorageUnavailable."""
@@ -91,13 +95,14 @@ class Running:
         except NotReady:  # shutting down, or still loading
             await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
         except EngineFailed as error:
-            if claim.epoch < FAILURES_MAX and not isinstance(error, AnswerFailed):
+            if not isinstance(error, AnswerFailed) and self._may_fail_again(claim):
                 await self._database.run(lambda: self._work.release(claim, delay_s=_RETRY_S))
                 return
             refusal = Reply(error.status, self._endpoints[batch.endpoint].refuse(error))
             await settling.write(self._database, partial(settling.answer, refusal))
         else:
             self._caps.grow(batch.id)
+            self._failures.pop((claim.kind, claim.ref), None)
             if not journal.written:
                 await settling.write(self._database, partial(settling.answer, reply))
             elif journal.over:
@@ -118,6 +123,15 @@ class Running:
             raise
         except NimbosError as error:
             return Reply(error.status, endpoint.refuse(error))
+
+    def _may_fail_again(self, claim: Claim) -> bool:
+        line = claim.kind, claim.ref
+        failures = self._failures.pop(line, 0) + 1
+        if failures < FAILURES_MAX:
+            while len(self._failures) >= _FAILURES_KEPT:  # of lines that ended elsewhere
+                del self._failures[next(iter(self._failures))]
+            self._failures[line] = failures
+        return failures < FAILURES_MAX
 
     def _wait(self, batch: Batch, claim: Claim, error: Overloaded | BudgetExhausted) -> Transaction[float]:
         """The whole batch waits, as its other lines would meet the same limit; where it is how many may run at once,

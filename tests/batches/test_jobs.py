@@ -230,6 +230,16 @@ async def test_an_engine_that_fails_is_tried_again(shop: Shop, monkeypatch: pyte
     assert (batch.completed, batch.failed) == (0, 1)
 
 
+async def test_a_line_that_met_limits_may_see_as_many_engines_fail_as_any_other(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nimbos.batches.running._RETRY_S", 0.01)
+    met = Overloaded(limit="requests", value=1, used=1, retry_after_s=0.01)
+    shop.echo.failures = [EngineFailed("It died.")] * 4 + [met] * 5  # from the end
+    batch = await shop.over(await shop.submit([line("a")]))
+    assert (batch.completed, batch.failed) == (1, 0)
+
+
 async def test_two_servers_share_a_batch_and_none_of_its_lines(database: Database, tmp_path: Path) -> None:
     one, two = Shop(database, tmp_path, lines_at_once=3), Shop(database, tmp_path, lines_at_once=3)
     await one.open()
