@@ -140,17 +140,27 @@ class Conflict(NimbosError):
 
 class BudgetExhausted(NimbosError):
     """`owner` is whose budget it is ("key laptop"), `meter` "tokens" or "cost_micros". `retry_after_s`: until its
-    period ends; None where it has none, and then asking again cannot help."""
+    period ends; None where it has none, or where even a new one is `too_small`: then asking again cannot help."""
 
     code = "insufficient_quota"
     status = 429
     kind = "insufficient_quota"
 
     def __init__(
-        self, *, owner: str, meter: str, period: str, limit: int, used: int, retry_after_s: float | None
+        self,
+        *,
+        owner: str,
+        meter: str,
+        period: str,
+        limit: int,
+        used: int,
+        retry_after_s: float | None,
+        too_small: bool = False,
     ) -> None:
         unit = "tokens" if meter == "tokens" else "millionths"
         again = f"It is renewed in {retry_after_s:.0f} s." if retry_after_s is not None else "It is not renewed."
+        if too_small:
+            again = "This ask alone needs more than the whole of it."
         super().__init__(
             f"The budget of the {owner} is spent: {used} of {limit} {unit} ({period}). {again} "
             "`nimbos budget` shows and raises it."

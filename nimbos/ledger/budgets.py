@@ -11,6 +11,7 @@ A budget whose rest is held by running asks is not exhausted: they may give some
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,9 +71,9 @@ class Budget:
         start_ms = periods.start_ms(self.period, now_ms)
         return self if start_ms <= self.period_start_ms else replace(self, period_start_ms=start_ms, used=0)
 
-    def exhausted(self, now_ms: int) -> BudgetExhausted:
+    def exhausted(self, now_ms: int, *, too_small: bool = False) -> BudgetExhausted:
         assert self.limit is not None
-        end_ms = periods.end_ms(self.period, now_ms)
+        end_ms = None if too_small else periods.end_ms(self.period, now_ms)
         return BudgetExhausted(
             owner=self.owner,
             meter=self.meter,
@@ -80,6 +81,7 @@ class Budget:
             limit=self.limit,
             used=self.used,
             retry_after_s=None if end_ms is None else max(0.0, (end_ms - now_ms) / 1000),
+            too_small=too_small,
         )
 
 
@@ -134,11 +136,12 @@ class Need:
 def grant(chain: Sequence[Budget], need: Need, *, now_ms: int) -> int:
     """The slice that every budget of the chain pays for; at least one token in each branch. Pure.
 
-    Raises: BudgetExhausted; Held when it would fit if no running ask held anything.
+    Raises: BudgetExhausted, of the one that is renewed last; Held when it would fit if no running ask held anything.
     """
     granted = need.slice_tokens
     least = min(1, need.slice_tokens)
     held: Budget | None = None
+    exhausted: list[BudgetExhausted] = []
     for budget in chain:
         if budget.limit is None:
             continue
@@ -148,8 +151,11 @@ def grant(chain: Sequence[Budget], need: Need, *, now_ms: int) -> int:
             continue
         alone = need.fits(budget.limit - budget.used, budget.meter)
         if alone is None or alone < least:
-            raise budget.exhausted(now_ms)
+            whole = need.fits(budget.limit, budget.meter)
+            exhausted.append(budget.exhausted(now_ms, too_small=whole is None or whole < least))
         held = held or budget
+    if exhausted:
+        raise max(exhausted, key=lambda one: math.inf if one.retry_after_s is None else one.retry_after_s)
     if held is not None:
         raise Held(held)
     return granted

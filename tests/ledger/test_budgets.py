@@ -183,8 +183,11 @@ async def test_a_period_that_ends_gives_the_budget_back(
     running = await books.reserve(prompt=4, ask=an_ask(limit_tokens=6))
     assert (await books.ask_and_settle(Usage(input=4, output=6), prompt=4)).new
     with pytest.raises(BudgetExhausted) as refused:
-        await books.reserve(prompt=20)
+        await books.reserve(prompt=15)
     assert refused.value.retry_after_s == waits_s
+    with pytest.raises(BudgetExhausted, match="more than the whole") as refused:
+        await books.reserve(prompt=20)  # and a token of answer
+    assert refused.value.retry_after_s is None
     clock.to(*after)
     rolled = await books.look(budget)
     assert (rolled.used, rolled.reserved) == (0, 10)  # what runs keeps what it holds
@@ -200,6 +203,16 @@ async def test_a_total_is_never_renewed(books: Books, clock: Clock) -> None:
     with pytest.raises(BudgetExhausted) as refused:
         await books.reserve(prompt=1)
     assert refused.value.retry_after_s is None
+
+
+async def test_of_two_spent_budgets_the_one_that_is_renewed_last_says_when(books: Books, clock: Clock) -> None:
+    clock.to(2026, 1, 30)
+    for kind, owner, period in (("project", ACCOUNT.id, "day"), ("key", ACCOUNT.key, "month")):
+        await books.budget(kind, owner, limit=20, period=period)
+    await books.ask_and_settle(Usage(input=4, output=16))
+    with pytest.raises(BudgetExhausted) as refused:
+        await books.reserve(prompt=1)
+    assert refused.value.retry_after_s == 2 * 86_400
 
 
 async def test_a_threshold_tells_once_in_each_period(books: Books, clock: Clock) -> None:
