@@ -18,7 +18,7 @@ from nimbos.db import Row, Statement, Transaction, upsert
 from nimbos.db.tables.ledger import asks, limits
 from nimbos.errors import InvalidRequest, Overloaded
 from nimbos.ledger.owners import OWNER_KINDS, Owners, named
-from nimbos.ledger.rate import Take, span_ns, take
+from nimbos.ledger.rate import DUE_NS_MAX, Take, at_new_rate, span_ns, take
 
 ALL_MODELS = "*"
 LIMIT_MAX = 10**12
@@ -100,7 +100,7 @@ _SELECT_ALL = Statement(select(limits).order_by(*_IN_ORDER))
 _SET_DUE = Statement(
     update(limits).where(_ONE).values(requests_due_ns=bindparam("requests_due"), tokens_due_ns=bindparam("tokens_due"))
 )
-_ADD_TOKENS = Statement(update(limits).where(_ONE).values(tokens_due_ns=limits.c.tokens_due_ns + bindparam("more_ns")))
+_SET_TOKENS_DUE = Statement(update(limits).where(_ONE).values(tokens_due_ns=bindparam("tokens_due")))
 _REMOVE = Statement(limits.delete().where(_ONE))
 _UPSERT = upsert(
     limits,
@@ -159,7 +159,8 @@ def correct_tokens(charged: tuple[tuple[str, str, str], ...], *, more: int) -> T
     for kind, owner, model in charged:
         rows = yield _SELECT_ONE(kind=kind, owner=owner, for_model=model)
         if rows and rows[0]["tokens_per_min"]:
-            yield _ADD_TOKENS(kind=kind, owner=owner, for_model=model, more_ns=span_ns(more, rows[0]["tokens_per_min"]))
+            due_ns = rows[0]["tokens_due_ns"] + span_ns(more, rows[0]["tokens_per_min"])
+            yield _SET_TOKENS_DUE(kind=kind, owner=owner, for_model=model, tokens_due=min(due_ns, DUE_NS_MAX))
 
 
 def set_limit(
@@ -194,6 +195,7 @@ def set_limit(
     if requests_per_min is None and tokens_per_min is None and concurrent is None:
         yield _REMOVE(**_key(limit))
         return limit
+    before = yield _SELECT_ONE(**_key(limit))
     yield _UPSERT(
         owner_kind=owner_kind,
         owner_id=owner_id,
@@ -207,6 +209,9 @@ def set_limit(
         tokens_due_ns=0,
         concurrent=concurrent,
     )
+    for row in before:
+        requests_due, tokens_due = (_due_after(limit, meter, row) for meter in ("requests", "tokens"))
+        yield _SET_DUE(**_key(limit), requests_due=requests_due, tokens_due=tokens_due)
     return limit
 
 
@@ -272,6 +277,16 @@ def _take(limit: Limit, meter: str, row: Row, now_ns: int, *, amount: int) -> tu
             limit=meter, value=per_min, used=taken.used, retry_after_s=taken.retry_after_s, owner=limit.owner
         )
     return taken.due_ns, Standing(meter=meter, limit=per_min, remaining=taken.remaining, reset_s=taken.full_in_s)
+
+
+def _due_after(limit: Limit, meter: str, row: Row) -> int:
+    return at_new_rate(
+        int(row[f"{meter}_due_ns"]),
+        _now_ns(),
+        before_per_min=row[f"{meter}_per_min"],
+        per_min=getattr(limit, f"{meter}_per_min"),
+        burst=getattr(limit, f"{meter}_burst"),
+    )
 
 
 def _key(limit: Limit) -> dict[str, str]:

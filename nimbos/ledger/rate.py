@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MINUTE_NS = 60_000_000_000
+DUE_NS_MAX = 2**62  # in the year 2116; a bucket that takes longer fills no later
 _SLACK_NS_MAX = 10_000
 
 
@@ -37,8 +38,20 @@ def take(due_ns: int, now_ns: int, *, per_min: int, burst: int, amount: int) -> 
     window_ns = span_ns(burst, per_min)
     wait_ns = begun - now_ns + min(cost_ns, window_ns) - window_ns
     if wait_ns <= _slack_ns(burst):
-        return _standing(begun + cost_ns, now_ns, per_min=per_min, burst=burst, due_ns=begun + cost_ns)
+        full_at_ns = min(begun + cost_ns, DUE_NS_MAX)
+        return _standing(full_at_ns, now_ns, per_min=per_min, burst=burst, due_ns=full_at_ns)
     return _standing(begun, now_ns, per_min=per_min, burst=burst, due_ns=None, retry_after_s=wait_ns / 1e9)
+
+
+def at_new_rate(due_ns: int, now_ns: int, *, before_per_min: int | None, per_min: int | None, burst: int | None) -> int:
+    """The same units in use, where they come back faster or slower than before. Nobody waits longer for a lower rate
+    than an empty bucket takes, nor for one that is new."""
+    if not before_per_min or not per_min:
+        return 0
+    in_use_ns = max(0, due_ns - now_ns)
+    scaled_ns = -(-in_use_ns * before_per_min // per_min)
+    window_ns = span_ns(per_min if burst is None else burst, per_min)
+    return now_ns + min(scaled_ns, max(in_use_ns, window_ns), DUE_NS_MAX - now_ns)
 
 
 def span_ns(amount: int, per_min: int) -> int:

@@ -164,6 +164,34 @@ async def test_two_servers_on_one_database_share_limits(database_settings: Setti
         await second.close()
 
 
+async def test_a_higher_rate_lets_in_sooner_and_a_lower_one_keeps_nobody_out_for_long(
+    books: Books, clock: Clock
+) -> None:
+    await limit(books, tokens_per_min=10)
+    await books.reserve(prompt=4_000)  # from a full bucket, which then needs hours
+    with pytest.raises(Overloaded) as refused:
+        await books.reserve(prompt=1)
+    assert refused.value.retry_after_s is not None
+    assert refused.value.retry_after_s > 3600
+    await limit(books, tokens_per_min=100_000)
+    await books.reserve(prompt=60_000)
+    await limit(books, tokens_per_min=100)
+    with pytest.raises(Overloaded) as refused:
+        await books.reserve(prompt=1)
+    assert refused.value.retry_after_s is not None
+    assert refused.value.retry_after_s <= 60
+
+
+async def test_a_bucket_of_centuries_stays_a_number_that_databases_hold(books: Books, clock: Clock) -> None:
+    await limit(books, tokens_per_min=1, tokens_burst=10**12)
+    first = await books.reserve(prompt=10**9)
+    with pytest.raises(Overloaded):
+        await books.reserve(prompt=10**12)
+    await books.settle(first.ask_id, Usage(input=10**9, output=10**9))
+    with pytest.raises(Overloaded):
+        await books.reserve(prompt=10**12)
+
+
 async def test_limits_are_set_shown_and_removed(books: Books) -> None:
     await limit(books, requests_per_min=5)
     await limit(books, requests_per_min=6, tokens_per_min=70)
