@@ -68,7 +68,19 @@ DOORS = {
         "ToolCallDelta",
         "fold",
     },
-    "db": {"Bound", "Database", "Dialect", "Row", "Statement", "Transaction", "insert", "insert_ignored", "upsert"},
+    "db": {
+        "Bound",
+        "Database",
+        "Dialect",
+        "ManyRows",
+        "Row",
+        "Statement",
+        "Transaction",
+        "Value",
+        "insert",
+        "insert_ignored",
+        "upsert",
+    },
     "engine": {"STEP_BUCKETS_S", "Engine", "EngineStats"},
     "hub": {"Gguf", "Hub", "LocalModel", "ModelFacts", "NativeLibrary", "Progress", "read_gguf"},
     "ledger": {
@@ -144,6 +156,8 @@ PAST_DOORS = {
 
 # What may be called while a module is imported: it builds a value, and reads, starts or registers nothing.
 PURE = {
+    "ContextVar",
+    "ManyRows",
     "Path",
     "TypeVar",
     "auto",

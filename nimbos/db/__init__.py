@@ -5,6 +5,29 @@ them. Read `statements.py`, then `database.py`.
 """
 
 from nimbos.db.database import Database
-from nimbos.db.statements import Bound, Dialect, Row, Statement, Transaction, insert, insert_ignored, upsert
+from nimbos.db.statements import (
+    Bound,
+    Dialect,
+    ManyRows,
+    Row,
+    Statement,
+    Transaction,
+    Value,
+    insert,
+    insert_ignored,
+    upsert,
+)
 
-__all__ = ["Bound", "Database", "Dialect", "Row", "Statement", "Transaction", "insert", "insert_ignored", "upsert"]
+__all__ = [
+    "Bound",
+    "Database",
+    "Dialect",
+    "ManyRows",
+    "Row",
+    "Statement",
+    "Transaction",
+    "Value",
+    "insert",
+    "insert_ignored",
+    "upsert",
+]

@@ -6,8 +6,9 @@ level and gives values at run time. Knows no connection; `database.py` runs what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -129,8 +130,38 @@ def upsert(table: Table, *, key: tuple[str, ...], add: tuple[str, ...] = (), set
     return Statement(build)
 
 
-def _own_parameters(table: Table) -> dict[str, Any]:
-    return {column.name: bindparam(column.name, type_=column.type) for column in table.columns}
+class ManyRows:
+    """Several rows in one statement, which costs a round trip or a walk of the library once. Called with the rows, all
+    columns by name; compiled once for each number of rows, so use it where that number is small."""
+
+    __slots__ = ("_add", "_key", "_made", "_table")
+
+    def __init__(self, table: Table, *, key: tuple[str, ...] = (), add: tuple[str, ...] = ()) -> None:
+        """With `key`, the columns of `add` grow by their values where there is a row with this key already; no two
+        rows of one call have the same."""
+        self._table = table
+        self._key = key
+        self._add = add
+        self._made: dict[int, Statement] = {}
+
+    def __call__(self, rows: Sequence[dict[str, Value]]) -> Bound:
+        statement = self._made.get(len(rows))
+        if statement is None:
+            statement = self._made[len(rows)] = Statement(partial(self._build, len(rows)))
+        return Bound(statement, {f"{name}_{at}": value for at, row in enumerate(rows) for name, value in row.items()})
+
+    def _build(self, count: int, dialect: Dialect) -> Executable:
+        table = self._table
+        made = sqlite_insert(table) if dialect == "sqlite" else postgresql_insert(table)
+        statement = made.values([_own_parameters(table, suffix=f"_{at}") for at in range(count)])
+        if not self._key:
+            return statement
+        changes = {name: table.c[name] + statement.excluded[name] for name in self._add}
+        return statement.on_conflict_do_update(index_elements=self._key, set_=changes)
+
+
+def _own_parameters(table: Table, *, suffix: str = "") -> dict[str, Any]:
+    return {column.name: bindparam(f"{column.name}{suffix}", type_=column.type) for column in table.columns}
 
 
 def _compile(build: Executable | Callable[[Dialect], Executable], dialect: Dialect) -> Compiled:

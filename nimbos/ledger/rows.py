@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import bindparam, select, update
 
-from nimbos.db import Row, Statement, Transaction, insert
+from nimbos.db import ManyRows, Row, Statement, Transaction, Value, insert
 from nimbos.db.tables.ledger import asks, meters
 from nimbos.ledger import budgets, limits
 from nimbos.ledger.budgets import Budget, Hold
@@ -20,7 +20,7 @@ from nimbos.types import Account, Ask, ModelCard, Origin, Usage
 OPEN, ABANDONED, SETTLED = "open", "abandoned", "settled"
 
 _INSERT = insert(asks)
-_INSERT_METER = insert(meters)
+_INSERT_METERS = ManyRows(meters)
 _LOCK = Statement(select(asks).where(asks.c.id == bindparam("of")).with_for_update())
 _EXTEND = Statement(
     update(asks)
@@ -164,14 +164,18 @@ def settle_row(settlement: Settlement, *, cost_micros: int, now_ms: int) -> Tran
 
 
 def add_meters(ask_id: str, quantities: dict[str, int], rates: Rates) -> Transaction[None]:
-    for meter, quantity in quantities.items():
-        yield _INSERT_METER(
-            ask=ask_id,
-            meter=meter,
-            quantity=quantity,
-            price_version=rates.version,
-            micros_per_million=rates.of(meter),
-        )
+    rows: list[dict[str, Value]] = [
+        {
+            "ask": ask_id,
+            "meter": meter,
+            "quantity": quantity,
+            "price_version": rates.version,
+            "micros_per_million": rates.of(meter),
+        }
+        for meter, quantity in quantities.items()
+    ]
+    if rows:
+        yield _INSERT_METERS(rows)
 
 
 def line_of(row: Row) -> Line:

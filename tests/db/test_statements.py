@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import BigInteger, bindparam, literal, select, text
 
 from nimbos import config
-from nimbos.db import Database, Dialect, Statement, Transaction
+from nimbos.db import Database, Dialect, ManyRows, Statement, Transaction, Value
+from nimbos.errors import Conflict
 from tests.db import tables
 from tests.db.tables import ADD, COUNT, FIRST, count
 
@@ -75,3 +76,31 @@ def test_the_environment_names_the_database(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("NIMBOS_DATABASE_URL", "postgresql://environment/x")
     loaded = config.load(tmp_path).storage
     assert (loaded.database_url, loaded.blobs) == ("postgresql://environment/x", "database")
+
+
+async def test_many_rows_are_written_by_one_statement_and_added_to_what_is_there(things: Database) -> None:
+    count_all = ManyRows(tables.things, key=("id",), add=("n",))
+
+    def rows(*named: tuple[str, int]) -> list[dict[str, Value]]:
+        return [{"id": name, "n": n, "content": None} for name, n in named]
+
+    def write() -> Transaction[int]:
+        statements = (rows(("a", 1)), rows(("a", 2), ("b", 10), ("c", 100)), rows(("c", 5), ("b", 1), ("d", 7)))
+        for some in statements:
+            yield count_all(some)
+        return len(statements)
+
+    assert await things.run(write) == 3
+    assert [tuple(row) for row in await things.read(tables.ALL())] == [("a", 3), ("b", 11), ("c", 105), ("d", 7)]
+
+
+async def test_many_rows_without_a_key_refuse_one_that_is_there(things: Database) -> None:
+    add_all = ManyRows(tables.things)
+
+    def write(*names: str) -> Transaction[None]:
+        yield add_all([{"id": name, "n": 1, "content": b"x"} for name in names])
+
+    await things.run(lambda: write("a", "b"))
+    with pytest.raises(Conflict):
+        await things.run(lambda: write("c", "a"))
+    assert [tuple(row) for row in await things.read(tables.ALL())] == [("a", 1), ("b", 1)]
