@@ -32,10 +32,14 @@ _COUNTERS = {
     "nimbos_engine_preemptions": ("preemptions", "Prefills that gave way to interactive asks."),
     "nimbos_engine_stalls": ("stalls", "Steps with an interactive row that took longer than the stall target."),
     "nimbos_engine_evictions": ("evictions", "Cached branches that were forgotten to make room."),
+    "nimbos_engine_swapped_out_tokens": ("swapped_out_tokens", "Tokens of idle contexts that were written out."),
+    "nimbos_engine_swapped_in_tokens": ("swapped_in_tokens", "Tokens that were put back instead of computed again."),
     "nimbos_engine_overhead_seconds": ("overhead_seconds_sum", "Time in steps outside the forward pass."),
 }
 _GAUGES = {
     "nimbos_engine_cells_used": ("cells_used", "Cells of KV memory in use."),
+    "nimbos_engine_cells_pinned": ("cells_pinned", "Cells of prefixes that an ask has pinned."),
+    "nimbos_engine_swapped_bytes": ("swapped_bytes", "Memory of contexts that were written out."),
     "nimbos_engine_cells": ("cells_total", "Cells of KV memory there are."),
     "nimbos_engine_sequences_used": ("sequences_used", "Sequence ids in use."),
     "nimbos_engine_resident_bytes": ("resident_bytes", "Memory of the engine process."),
