@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import platformdirs
 
 from nimbos.errors import ConfigError
+
+UnknownFieldsPolicy = Literal["", "strict", "warn"]
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +47,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """`memory_mib`: budget for all loaded models, 0 is 80 % of what the machine has free at start.
     `stall_write_s`: a client that takes no bytes for so long is cut off.
     `moderation_model`: a chat model that judges texts for `/v1/moderations`, "" for none.
+    `unknown_fields`: what is done with fields that a dialect does not know, "" is what each does by itself.
     `ollama`: a second listener on loopback, at `ollama_port`, that speaks Ollama and asks for no key."""
 
     host: str = "127.0.0.1"
@@ -61,6 +65,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ollama: bool = False
     ollama_port: int = 11434
     moderation_model: str = ""
+    unknown_fields: UnknownFieldsPolicy = ""
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ def test_no_file_gives_the_defaults(tmp_path: Path) -> None:
         ("[engine]\ncels = 5\n", "cels"),
         ("[engine]\ncells = 'many'\n", "engine.cells"),
         ("[motor]\n", "motor"),
+        ("[server]\nunknown_fields = 'quiet'\n", "server.unknown_fields"),
         ("home = '/elsewhere'\n", "home"),
         ("[engine\n", "config.toml"),
     ],

@@ -29,6 +29,7 @@ from nimbos.api.observing import Observing
 from nimbos.api.openai_chat import ChatCompletions
 from nimbos.api.openai_completions import Completions
 from nimbos.api.openai_embeddings import Embeddings
+from nimbos.api.unknown import UnknownFields, performing
 from nimbos.config import ServerSettings
 from nimbos.runtime import Runtime
 
@@ -36,7 +37,9 @@ from nimbos.runtime import Runtime
 def build(runtime: Runtime) -> Starlette:
     """The app of one running server, whose batches are answered from now on."""
     lines = (batches, responses, anthropic)  # the dialects whose requests a batch may hold
-    runtime.batches.serve([endpoint for dialect in lines for endpoint in dialect.endpoints(runtime)])
+    endpoints = [endpoint for dialect in lines for endpoint in dialect.endpoints(runtime)]
+    policy = runtime.settings.server.unknown_fields
+    runtime.batches.serve([performing(endpoint, policy) for endpoint in endpoints])
     routes = openapi.Description().routes(_routes(runtime))
     return _app(runtime, routes, runtime.settings.server, first=Middleware(dashscope.CompatibleMode))
 
@@ -88,6 +91,7 @@ def _app(runtime: Runtime, routes: list[Route], server: ServerSettings, *, first
             Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
             Middleware(errors.LastResort, shapes=shapes),
             Middleware(Access, settings=server, accounts=runtime.accounts),
+            Middleware(UnknownFields, policy=server.unknown_fields),
         ],
         exception_handlers=errors.handlers(),
     )

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from nimbos.api.unknown import handling
 from nimbos.errors import InvalidRequest, PayloadTooLarge, UnsupportedField
 from nimbos.integers import beyond_64_bits
 
@@ -52,18 +53,22 @@ async def read(request: Request, *, limit_bytes: int, stall_s: float) -> bytes:
 
 
 def decode(content: bytes, into: type[T], *, refused: dict[str, str] | None = None) -> T:
-    """The body as a struct. `refused`: known fields that are not supported, with the reason.
+    """The body as a struct. `refused`: known fields that are not supported, with the reason. With the setting
+    `server.unknown_fields = "warn"` unknown ones are left out, and named in the answer's header.
 
     Raises: InvalidRequest with the path; UnsupportedField for a top-level field that is unknown or refused.
     """
     table = _object(content)
     _check_depth(table)
     _check_integers(table)
-    known = into.__struct_encode_fields__
+    known, unknown = into.__struct_encode_fields__, handling()
     for name, value in table.items():
         if refused and name in refused and value is not None:
             raise UnsupportedField(name, why=f"not supported here: {refused[name]}")
         if name not in known and name not in (refused or {}):
+            if unknown.policy == "warn":
+                unknown.ignored[name] = None
+                continue
             nearest = difflib.get_close_matches(name[:_SHOWN_CHARACTERS], sorted(known), n=1)
             raise UnsupportedField(name[:_SHOWN_CHARACTERS], why="unknown", nearest=nearest[0] if nearest else None)
     given = {name: value for name, value in table.items() if name in known}

@@ -1,22 +1,20 @@
 """Bodies of the dialects whose clients send fields that their users cannot turn off: what is not known is left out and
-named in the header `x-nimbos-ignored`. What is known and not supported is refused all the same. OpenAI's is `body.py`.
+named in the header `x-nimbos-ignored`, unless the operator wants it refused. What is known and not supported is refused
+all the same. OpenAI's is `body.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from nimbos.api import body as bodies
+from nimbos.api import unknown
 from nimbos.errors import InvalidRequest, UnsupportedField
 
-IGNORED_HEADER = "x-nimbos-ignored"
-_NAMES_MAX = 32
-_NAME_CHARACTERS = 60
-_UNPRINTABLE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+_SHOWN_CHARACTERS = 100  # of what the client wrote, in an error
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -27,16 +25,18 @@ class Ignored:
     def __init__(self) -> None:
         self._names: dict[str, None] = {}
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, *, known: bool = False) -> None:
+        """`known`: it is one of the dialect's, and asks for what is never done here.
+
+        Raises: UnsupportedField for another one, where the operator wants that (`server.unknown_fields`).
+        """
+        if not known and unknown.handling().policy == "strict":
+            raise UnsupportedField(name[:_SHOWN_CHARACTERS], why="unknown")
         self._names[name] = None
 
     def header(self) -> dict[str, str]:
-        """Nothing when all fields were known. What a client wrote cannot end the header or make it long."""
-        if not self._names:
-            return {}
-        shown = [_UNPRINTABLE.sub("?", name[:_NAME_CHARACTERS]) for name in [*self._names][:_NAMES_MAX]]
-        more = len(self._names) - len(shown)
-        return {IGNORED_HEADER: ", ".join([*shown, f"and {more} more"] if more else shown)}
+        """Nothing when all fields were known."""
+        return unknown.header_of(self._names)
 
 
 def read_known(

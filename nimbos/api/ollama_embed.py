@@ -49,7 +49,7 @@ class Embedding:
         table = await self._table(request, ignored)
         call = read_known(table, EmbedCall, ignored)
         if call.truncate:
-            ignored.add("truncate")
+            ignored.add("truncate", known=True)
         texts = [call.input] if isinstance(call.input, str) and call.input else call.input or []
         if not texts:
             await or_gone(request, self._service.card(plain_name(call.model), account_of(request)))

@@ -170,7 +170,7 @@ def _without_cuts(table: Mapping[str, Any], ignored: Ignored) -> dict[str, Any]:
     """`truncate` and `shift` ask for what is never done here; false is what is."""
     for name in ("truncate", "shift"):
         if table.get(name):
-            ignored.add(name)
+            ignored.add(name, known=True)
     return {name: value for name, value in table.items() if name not in ("truncate", "shift", "options")}
 
 
