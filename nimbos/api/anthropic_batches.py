@@ -177,8 +177,8 @@ class MessageBatches:
             return await self._files.keep(
                 account, stored, filename="message_batch.jsonl", purpose="batch", expires_s=KEPT_S
             )
-        except NimbosError:
-            await self._files.forget(stored)
+        except NimbosError as error:
+            await self._files.forget(stored, after=error)
             raise
 
     async def _found(self, request: Request) -> Batch:

@@ -95,8 +95,8 @@ class FileRoutes:
             return await self._files.keep(
                 account, incoming, filename=form.filename, purpose=purpose, expires_s=expires_s
             )
-        except NimbosError:
-            await self._files.forget(incoming)
+        except NimbosError as error:
+            await self._files.forget(incoming, after=error)
             raise
 
     async def list(self, request: Request) -> Response:

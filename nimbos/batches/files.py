@@ -17,7 +17,7 @@ from nimbos.batches.words import OVER, File, State, file_of
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Statement, Transaction, insert, upsert
 from nimbos.db.tables.batches import batches, file_totals, files
-from nimbos.errors import Conflict, NotFound, PayloadTooLarge
+from nimbos.errors import Conflict, NimbosError, NotFound, PayloadTooLarge, StorageUnavailable
 from nimbos.types import Account, new_id
 
 _SWEPT_AT_ONCE = 100
@@ -43,9 +43,11 @@ class Files:
         await self._database.run(lambda: self.record(account, file, within_quota=True), durable=True)
         return file
 
-    async def forget(self, received: Received) -> None:
-        """What was received and not kept."""
-        await self._contents.remove(received.blob)
+    async def forget(self, received: Received, *, after: NimbosError) -> None:
+        """What was received and not kept, because of `after`. Where that leaves in doubt whether its row is there, a
+        content without a row is better than a row without its content."""
+        if not (isinstance(after, StorageUnavailable) and after.in_doubt):
+            await self._contents.remove(received.blob)
 
     def record(self, account: Account, file: File, *, within_quota: bool) -> Transaction[None]:
         """A file's row. What a batch brought about is kept also beyond the quota: it was paid for."""

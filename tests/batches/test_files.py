@@ -18,9 +18,11 @@ from nimbos.db import Database, Row, Statement, Transaction
 from nimbos.db.statements import Bound
 from nimbos.db.tables.batches import batches as batch_table
 from nimbos.db.tables.batches import files as file_table
-from nimbos.errors import Conflict, NotFound, PayloadTooLarge
+from nimbos.errors import Conflict, NotFound, PayloadTooLarge, StorageUnavailable
 from nimbos.types import Account
+from tests.databases import Postgres
 from tests.live import Live, error_of, serving
+from tests.wire import wired
 
 _CHANGE = Statement(update(batch_table).where(batch_table.c.id == bindparam("of")).values(state=bindparam("how")))
 _LAPSE = Statement(update(file_table).where(file_table.c.id == bindparam("of")).values(expires_ms=1))
@@ -187,6 +189,19 @@ async def test_a_file_whose_time_is_over_is_gone_and_swept(database: Database, t
     assert await files.sweep() == 1
     assert await files.sweep() == 0
     assert not list(tmp_path.rglob(file.blob))
+
+
+async def test_a_file_that_may_have_been_kept_has_its_content(postgres: Postgres, tmp_path: Path) -> None:
+    """As the route does it, with a connection that is lost while committing."""
+    async with wired(postgres, tmp_path) as (database, wire):
+        files = batches_on(database, tmp_path).files
+        received = await files.receive(once(b"some text"))
+        wire.cut = True
+        with pytest.raises(StorageUnavailable) as lost:
+            await files.keep(ALICE, received, filename="a", purpose="batch")
+        await files.forget(received, after=lost.value)
+        file = await files.get(ALICE.id, received.file_id)
+        assert b"".join([piece async for piece in files.read(file)]) == b"some text"
 
 
 async def test_a_file_that_lapses_as_a_batch_begins_with_it_does_not_end_the_sweeping(
