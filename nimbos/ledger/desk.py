@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -174,8 +175,15 @@ class Desk:
             _log.warning("ledger.settlement_waits", ask=due.settlement.ask_id, reason=error.reason)
             if not self._closed and (self._retrying is None or self._retrying.done()):
                 self._retrying = asyncio.create_task(self._retry(), name="late settlements")
-        except NimbosError as error:  # of a journal; the ask's row and its meter stay, for recovery
-            _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
+        except NimbosError as error:
+            await self._settle_alone(due, error)
+
+    async def _settle_alone(self, due: Due, error: NimbosError) -> None:
+        """A journal that refuses keeps nobody from what was used; without one, the row and its meter stay for
+        recovery."""
+        _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
+        if due.journal is not None:
+            await self._settle(replace(due, journal=None))
 
     async def _write(self, due: Due) -> None:
         def begin() -> Transaction[Settled]:
@@ -205,7 +213,7 @@ class Desk:
             except StorageUnavailable:
                 return
             except NimbosError as error:
-                _log.error("ledger.settlement_refused", ask=due.settlement.ask_id, code=error.code)
+                await self._settle_alone(due, error)
             self._late.pop(0)
 
     async def _undo(self, reserving: asyncio.Task[Reserved], due: Due) -> None:

@@ -12,7 +12,8 @@ from nimbos.types import Ask
 
 
 class Journal(Protocol):
-    """Each is a transaction's part, run after the ledger's own; an exception undoes both. It may be run again."""
+    """Each is a transaction's part, run after the ledger's own; an exception undoes both. It may be run again.
+    After an exception of `settled` the ask is settled alone: what was used is owed."""
 
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]: ...
 

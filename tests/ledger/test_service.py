@@ -255,6 +255,14 @@ async def test_a_journal_is_in_the_ledgers_own_transactions(open_shop: Shop) -> 
     assert len(await open_shop.rows()) == 1  # the reservation went with it
 
 
+async def test_a_journal_that_refuses_the_end_keeps_nobody_from_what_was_used(open_shop: Shop) -> None:
+    budget = await open_shop.books.budget("key", ACCOUNT.key, limit=1_000)
+    await open_shop.ask(limit_tokens=5, journal=Diary("settled"))
+    assert open_shop.rows_in_use == 0
+    found = await open_shop.books.look(budget)
+    assert (found.used, found.reserved) == (5 + SAY_TOKENS, 0)
+
+
 async def test_an_ask_cancelled_while_it_is_being_let_in_holds_nothing(open_shop: Shop) -> None:
     budget = await open_shop.books.budget("key", ACCOUNT.key, limit=10_000)
     for patience in range(12):
