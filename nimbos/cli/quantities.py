@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 
 from nimbos.errors import InvalidRequest
@@ -53,8 +53,8 @@ def seconds_until(expiry: str, *, now: datetime) -> int:
 def since_ms(text: str, *, now: datetime) -> int:
     """A moment such as `2026-11-01` or `2026-11-01T12:00`, in UTC where it says nothing; or `7d`: so long ago."""
     span = _SPAN.fullmatch(text)
-    moment = now - timedelta(seconds=int(span[1]) * _SECONDS[span[2]]) if span else moment_of(text)
-    return max(0, round(moment.timestamp() * 1000))
+    at_s = now.timestamp() - int(span[1]) * _SECONDS[span[2]] if span else moment_of(text).timestamp()
+    return max(0, round(at_s * 1000))
 
 
 def moment_of(text: str) -> datetime:

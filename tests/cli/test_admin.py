@@ -367,4 +367,5 @@ def test_times_are_spans_or_moments_in_utc() -> None:
     assert seconds_until("90d", now=NOW) == 90 * 86_400
     assert seconds_until("2026-11-23", now=NOW) == 12 * 3600
     assert since_ms("12h", now=NOW) == since_ms("2026-11-22", now=NOW)
+    assert since_ms("999999y", now=NOW) == 0
     assert since_ms("2026-11-22T00:00+02:00", now=NOW) == since_ms("2026-11-21T22:00", now=NOW)
