@@ -171,6 +171,7 @@ class BudgetExhausted(NimbosError):
         self.limit = limit
         self.used = used
         self.retry_after_s = retry_after_s
+        self.too_small = too_small
 
 
 class StorageUnavailable(NimbosError):

@@ -119,7 +119,11 @@ class Running:
             account = await self._resolve(batch.account)
             as_batch = msgspec.structs.replace(account, scopes=frozenset({f"class:{AskClass.BATCH}"}))
             return await endpoint.perform(as_batch, bytes(request.body), origin=origin, journal=journal)
-        except (Overloaded, BudgetExhausted, NotReady, EngineFailed, StorageUnavailable):
+        except BudgetExhausted as error:
+            if error.too_small:  # this line alone is more than the whole budget: the others need not wait for it
+                return Reply(error.status, endpoint.refuse(error))
+            raise
+        except (Overloaded, NotReady, EngineFailed, StorageUnavailable):
             raise
         except NimbosError as error:
             return Reply(error.status, endpoint.refuse(error))

@@ -197,6 +197,17 @@ async def test_a_spent_budget_pauses_the_batch_says_so_and_a_raised_one_lets_it_
     assert (batch.completed, batch.failed, batch.waiting_for) == (10, 0, None)
 
 
+async def test_a_line_that_no_budget_can_ever_pay_holds_up_no_other(shop: Shop) -> None:
+    never = BudgetExhausted(
+        owner="key a", meter="tokens", period="day", limit=5, used=0, retry_after_s=None, too_small=True
+    )
+    shop.echo.failures = [never]
+    batch = await shop.over(await shop.submit([line(f"{n}") for n in range(3)]))
+    assert (batch.state, batch.completed, batch.failed) == (State.COMPLETED, 2, 1)
+    (row,) = await shop.rows(batch.error_file)
+    assert row["response"]["status_code"] == 429 and row["response"]["body"] == {"no": "insufficient_quota"}
+
+
 async def test_a_window_that_ends_keeps_what_is_done_and_says_what_is_not(shop: Shop) -> None:
     spent = BudgetExhausted(owner="key a", meter="tokens", period="total", limit=5, used=5, retry_after_s=None)
     shop.echo.failures = [spent] * 1000
