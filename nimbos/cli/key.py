@@ -47,7 +47,7 @@ def create(
     admin: Annotated[bool, typer.Option("--admin", help="It may also administer.")] = False,
     budget_tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens and no more.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money and no more, like 12.50.")] = None,
-    per: Annotated[Per, typer.Option(help="How often the budgets are renewed; total: never.")] = Per.TOTAL,
+    per: Annotated[Per | None, typer.Option(help="How often the budgets are renewed; without it, never.")] = None,
     expires: Annotated[str | None, typer.Option(help="90d, 12h, or a day such as 2027-01-31.")] = None,
 ) -> None:
     """Make a key, and print it. It is shown this once."""
@@ -56,15 +56,20 @@ def create(
     from nimbos import config
     from nimbos.cli.admin import connect
     from nimbos.cli.quantities import micros_of, seconds_until, words_of
+    from nimbos.errors import InvalidRequest
 
+    if per is not None and budget_tokens is None and budget is None:
+        raise InvalidRequest("--per says how often a budget is renewed: give --budget or --budget-tokens with it.")
+    period = (per or Per.TOTAL).value
     budgets: list[dict[str, Any]] = []
     if budget_tokens is not None:
-        budgets.append({"meter": "tokens", "limit": budget_tokens, "period": per.value})
+        budgets.append({"meter": "tokens", "limit": budget_tokens, "period": period})
     if budget is not None:
-        budgets.append({"meter": "cost_micros", "limit": micros_of(budget), "period": per.value})
+        budgets.append({"meter": "cost_micros", "limit": micros_of(budget), "period": period})
     allowance = {"requests_per_min": rpm, "tokens_per_min": tpm, "concurrent": concurrent, "budgets": budgets}
-    scopes = [f"model:{model}" for model in words_of(models)] + [f"class:{one}" for one in words_of(classes)]
-    scopes += [f"route:{route}" for route in words_of(routes)] + (["admin"] if admin else [])
+    scopes = [f"model:{model}" for model in words_of(models, "--models")]
+    scopes += [f"class:{one}" for one in words_of(classes, "--classes")]
+    scopes += [f"route:{route}" for route in words_of(routes, "--routes")] + (["admin"] if admin else [])
     body: dict[str, Any] = {"name": name, "scopes": scopes, "weight": weight}
     if any(value for value in allowance.values()) or 0 in (rpm, tpm, concurrent):
         body["allowance"] = allowance
@@ -88,7 +93,7 @@ def list_keys(
     from nimbos.cli.tables import show_document, show_table
 
     with connect(config.load()) as server:
-        names = {one["id"]: one["name"] for one in _projects(server)}
+        projects = {one["id"]: one for one in _projects(server)}
         wanted = find_project(server, project) if project is not None else None
         query = {"include_revoked": "true"} if revoked else {}
         found = [
@@ -103,7 +108,7 @@ def list_keys(
         typer.echo("No keys yet. `nimbos key create NAME` makes one.")
         return
     columns = ("NAME", "ID", "PROJECT", "KEY", "OWNER", "MAY", "EXPIRES", "LAST USE", "STATE")
-    show_table(columns, [_row(key, names) for key in found])
+    show_table(columns, [_row(key, projects) for key in found])
 
 
 def revoke(
@@ -131,7 +136,7 @@ def find_project(server: Admin, wanted: str) -> str:
     for project in _projects(server):
         if wanted in (project["id"], project["name"]) and project["status"] == "active":
             return str(project["id"])
-    raise NotFound(f"There is no project {wanted!r}. `nimbos project create {wanted}` makes it.")
+    raise NotFound(f"There is no project {wanted!r}. `nimbos project list` shows those there are.")
 
 
 def _projects(server: Admin) -> list[dict[str, Any]]:
@@ -150,6 +155,8 @@ def _find_key(server: Admin, wanted: str, project: str | None) -> dict[str, Any]
         for key in pages(server, "/v1/organization/api_keys")
         if wanted in (key["id"], key["name"]) and project_id in (None, key["x_nimbos"]["project_id"])
     ]
+    if not found and wanted in ("owner", "key_owner"):
+        raise NotFound("The owner's key is no entry of this list: remove `owner.key`, and a restart makes a new one.")
     if not found:
         raise NotFound(f"There is no key {wanted!r}. `nimbos key list` shows those there are.")
     if len(found) > 1:
@@ -158,19 +165,32 @@ def _find_key(server: Admin, wanted: str, project: str | None) -> dict[str, Any]
     return found[0]
 
 
-def _row(key: dict[str, Any], projects: dict[str, str]) -> tuple[str, ...]:
+def _state(key: dict[str, Any], project: dict[str, Any], now_s: float) -> str:
+    """Why it does not work, or `active`."""
+    if key["x_nimbos"]["revoked_at"] is not None:
+        return "revoked"
+    if key["expires_at"] is not None and key["expires_at"] <= now_s:
+        return "expired"
+    if project["status"] != "active":
+        return "project archived"
+    return "active" if key["owner_project_access"] == "active" else "owner gone"
+
+
+def _row(key: dict[str, Any], projects: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    import time
+
     from nimbos.cli.tables import moment
 
     owner = key["owner"]["user"] or key["owner"]["service_account"]
-    state = "active" if key["owner_project_access"] == "active" else "owner gone"
+    project = projects[key["x_nimbos"]["project_id"]]
     return (
         key["name"],
         key["id"],
-        projects.get(key["x_nimbos"]["project_id"], ""),
+        project["name"],
         key["redacted_value"],
         owner["name"],
         " ".join(key["x_nimbos"]["scopes"]) or "everything",
         moment(key["expires_at"]) or "never",
         moment(key["last_used_at"]) or "never",
-        "revoked" if key["x_nimbos"]["revoked_at"] is not None else state,
+        _state(key, project, time.time()),
     )

@@ -67,6 +67,15 @@ def moment_of(text: str) -> datetime:
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
-def words_of(text: str | None) -> list[str]:
-    """A list with commas."""
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
+def words_of(text: str | None, option: str) -> list[str]:
+    """A list with commas; none where the option is not given.
+
+    Raises: InvalidRequest for an option without a word: it would allow everything, and an empty variable of a script
+    must not.
+    """
+    if text is None:
+        return []
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise InvalidRequest(f"{option} names nothing. Name at least one, or leave {option} out to allow all.")
+    return words
