@@ -180,6 +180,8 @@ def prices_of(file: Path) -> list[dict[str, Any]]:
         tables = tomllib.loads(file.read_text(), parse_float=Decimal)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{file}: {error}") from error
+    except OSError as error:
+        raise InvalidRequest(f"The file {file} of prices cannot be read: {error.strerror}.") from error
     prices: list[dict[str, Any]] = []
 
     def read(model: str, ask_class: str, table: dict[str, Any]) -> None:

@@ -47,11 +47,11 @@ def usage(
     if json and csv:
         raise InvalidRequest("Give one of --json and --csv.")
     now = datetime.now(UTC)
-    query: dict[str, str | int | list[str]] = {}
-    if since is not None:
-        query["since_ms"] = since_ms(since, now=now)
-    if until is not None:
-        query["until_ms"] = since_ms(until, now=now)
+    given = (("since_ms", since), ("until_ms", until))
+    moments = {name: since_ms(text, now=now) for name, text in given if text is not None}
+    if len(moments) == 2 and moments["since_ms"] >= moments["until_ms"]:
+        raise InvalidRequest(f"--since {since} is not before --until {until}: there is no time between them.")
+    query: dict[str, str | int | list[str]] = {**moments}
     with connect(config.load()) as server:
         if by is By.ASK:
             wanted: Query = {**query, "format": "json" if json else "csv"}

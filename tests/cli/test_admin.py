@@ -25,7 +25,7 @@ from nimbos.cli.budget import prices_of
 from nimbos.cli.quantities import exact_money, micros_of, money_of, seconds_until, since_ms
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, NimbosError
-from nimbos.server import traced
+from nimbos.server import RunningServer, find_running, traced
 from tests.cli.command import NIMBOS, document, environment, refusal, run
 from tests.conftest import DEMO
 from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving
@@ -115,7 +115,14 @@ def test_a_key_may_have_everything_at_once(home: Path) -> None:
         ("key", "create", "x", "--routes", "chat"),
         ("key", "create", "x", "--project", "nowhere"),
         ("key", "create", ""),
+        ("key", "create", "x", "--models", ""),
+        ("key", "create", "x", "--classes", ","),
+        ("key", "create", "x", "--routes", " "),
+        ("key", "create", "x", "--per", "day"),
         ("key", "revoke", "nobody"),
+        ("key", "revoke", "owner"),
+        ("prices", "nowhere.toml"),
+        ("usage", "--since", "1d", "--until", "2d"),
         ("budget", "set", "everybody", "--tokens", "5"),
         ("budget", "set", "key:nobody", "--tokens", "5"),
         ("budget", "set", "organisation"),
@@ -237,7 +244,9 @@ def test_people_and_projects(home: Path) -> None:
     assert (ann["id"], ann["x_nimbos"]["has_password"]) == (printed.strip(), True)
     made = run(home, "project", "create", "research").stdout.strip()
     assert made in run(home, "project", "list").stdout
+    made_key(home, "robot", "--project", "research")
     assert run(home, "project", "archive", "research").returncode == 0
+    assert "project archived" in run(home, "key", "list").stdout
     assert made not in run(home, "project", "list").stdout
     assert made in run(home, "project", "list", "--archived").stdout
     assert run(home, "user", "remove", "ann@example.org").returncode == 0
@@ -263,6 +272,23 @@ def test_a_servers_trace_that_outlived_it_is_no_server(home: Path) -> None:
     (home / "run").mkdir()
     (home / "run" / "server.json").write_text('{"pid": 1, "url": "http://127.0.0.1:9"}')
     made_key(home, "laptop")
+
+
+def test_the_server_that_was_there_before_is_found_again(home: Path) -> None:
+    settings = Settings(home=str(home))
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (home / "run").mkdir()
+        before = RunningServer(pid=other.pid, url="http://127.0.0.1:9")
+        (home / "run" / "server.json").write_bytes(msgspec.json.encode(before))
+        with traced(settings, "http://127.0.0.1:10"):
+            found = find_running(settings)
+            assert found is not None
+            assert found.url == "http://127.0.0.1:10"
+        assert find_running(settings) == before
+        other.kill()
+    with traced(settings, "http://127.0.0.1:10"):
+        pass
+    assert find_running(settings) is None
 
 
 def test_another_key_than_the_owners_is_told_so(home: Path) -> None:
