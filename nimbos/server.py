@@ -122,19 +122,38 @@ def address_of(settings: ServerSettings, bound: socket.socket) -> str:
 
 @contextlib.contextmanager
 def traced(settings: Settings, url: str) -> Iterator[None]:
-    """While it runs, `run/server.json` says where it is."""
+    """While it runs, `run/server.json` says where it is; afterwards where the one is that it stood for, if that still
+    runs: a home may have several servers, and commands speak to the latest."""
     settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = settings.run_dir / "server.json"
-    draft = file.with_name(f".server.{os.getpid()}.json")
     certificate = str(Path(settings.server.tls_cert).absolute()) if settings.server.tls_cert else ""
-    draft.write_bytes(msgspec.json.encode(RunningServer(pid=os.getpid(), url=url, certificate=certificate)))
-    draft.replace(file)
+    ours, earlier = RunningServer(pid=os.getpid(), url=url, certificate=certificate), find_running(settings)
+    _write_trace(settings, ours)
     try:
         yield
     finally:
-        running = find_running(settings)
-        if running is not None and running.pid == os.getpid():
-            file.unlink(missing_ok=True)
+        if find_running(settings) == ours:
+            if earlier is not None and earlier.pid != ours.pid and _lives(earlier.pid):
+                _write_trace(settings, earlier)
+            else:
+                (settings.run_dir / "server.json").unlink(missing_ok=True)
+
+
+def _write_trace(settings: Settings, running: RunningServer) -> None:
+    """Whole or not at all."""
+    file = settings.run_dir / "server.json"
+    draft = file.with_name(f".server.{os.getpid()}.json")
+    draft.write_bytes(msgspec.json.encode(running))
+    draft.replace(file)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def find_running(settings: Settings) -> RunningServer | None:
