@@ -182,18 +182,22 @@ def _check_alive(key: Key, row: Row, now: int) -> None:
         raise Unauthorized(f"The owner of the key {key.name!r} does not belong to its project any more.")
 
 
-def _key_identity(key: Key, row: Row, project: Project) -> Identity:
-    by_user = key.owner_kind == "user"
-    account = _account(
+def account_of_key(key: Key, project: Project) -> Account:
+    return _account(
         project,
         key=key.id,
         key_name=key.name,
-        user=key.owner_id if by_user else "",
+        user=key.owner_id if key.owner_kind == "user" else "",
         scopes=frozenset(key.grant.scopes),
         models=key.grant.models,
         routes=key.grant.routes,
         weight=key.grant.weight,
     )
+
+
+def _key_identity(key: Key, row: Row, project: Project) -> Identity:
+    by_user = key.owner_kind == "user"
+    account = account_of_key(key, project)
     actor = Actor(
         kind="api_key",
         id=key.id,

@@ -1,20 +1,18 @@
-"""Whether the key that submitted a batch may still ask: a batch outlives requests, and keys end meanwhile."""
+"""Whether the key that submitted a batch may still ask, and what: keys change while a batch waits."""
 
 from __future__ import annotations
 
 import time
 
-from sqlalchemy import bindparam, select
+import msgspec
 
-from nimbos.db import Database, Statement
-from nimbos.db.tables.accounts import api_keys, projects
+from nimbos.accounts.authentication import account_of_key
+from nimbos.accounts.keys import OWNED_BY_ID, owner_has_access
+from nimbos.accounts.projects import BY_ID
+from nimbos.accounts.words import Key, Project
+from nimbos.db import Database
 from nimbos.errors import Unauthorized
 from nimbos.types import Account
-
-_KEY = Statement(
-    select(api_keys.c.name, api_keys.c.revoked_ms, api_keys.c.expires_ms).where(api_keys.c.id == bindparam("key"))
-)
-_PROJECT = Statement(select(projects.c.name, projects.c.archived_ms).where(projects.c.id == bindparam("project")))
 
 
 class Authority:
@@ -22,15 +20,27 @@ class Authority:
         self._database = database
 
     async def check(self, account: Account) -> Account:
-        """The account as it was when the batch was submitted; a key of a file or of the environment has no row, and
-        holds. Raises: Unauthorized."""
-        now_ms = time.time_ns() // 1_000_000
-        for row in await self._database.read(_KEY(key=account.key)):
-            if row["revoked_ms"] is not None:
-                raise Unauthorized(f"The key {row['name']!r}, which submitted this batch, was revoked.")
-            if row["expires_ms"] is not None and row["expires_ms"] <= now_ms:
-                raise Unauthorized(f"The key {row['name']!r}, which submitted this batch, has expired.")
-        for row in await self._database.read(_PROJECT(project=account.id)):
-            if row["archived_ms"] is not None:
-                raise Unauthorized(f"The project {row['name']!r} is archived.")
+        """The account as it is now. A key of a file or of the environment has no row: it holds, and may ask what its
+        project may. Raises: Unauthorized."""
+        projects = [Project.of(row) for row in await self._database.read(BY_ID(wanted=account.id))]
+        for project in projects:
+            if project.archived_ms is not None:
+                raise Unauthorized(f"The project {project.name!r} is archived.")
+        for row in await self._database.read(OWNED_BY_ID(wanted=account.key)):
+            key = Key.of(row)
+            whose = f"The key {key.name!r}, which submitted this batch,"
+            if key.revoked_ms is not None:
+                raise Unauthorized(f"{whose} was revoked.")
+            if key.expires_ms is not None and key.expires_ms <= time.time_ns() // 1_000_000:
+                raise Unauthorized(f"{whose} has expired.")
+            if not owner_has_access(key, row):
+                raise Unauthorized(f"{whose} has an owner who does not belong to its project any more.")
+            return account_of_key(key, projects[0])
+        for project in projects:
+            listed = frozenset(project.models)
+            return msgspec.structs.replace(
+                account,
+                models=listed if project.model_mode == "allow_list" else None,
+                denied_models=listed if project.model_mode == "deny_list" else frozenset(),
+            )
         return account

@@ -6,13 +6,13 @@ from types import ModuleType
 
 import pytest
 
-from nimbos.batches import authority, files, rows
+from nimbos.batches import files, rows
 from nimbos.db import Dialect, Statement
 from nimbos.work import claims
 
 
 @pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
-@pytest.mark.parametrize("module", [authority, files, rows, claims], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [files, rows, claims], ids=lambda module: module.__name__)
 def test_statements_compile(module: ModuleType, dialect: Dialect) -> None:
     values = [*vars(module).values(), *getattr(module, "MOVE", {}).values()]
     statements = [value for value in values if isinstance(value, Statement)]
