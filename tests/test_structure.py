@@ -35,7 +35,17 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 DOORS = {
-    "accounts": {"Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"},
+    "accounts": {
+        "Accounts",
+        "Action",
+        "Actor",
+        "Authority",
+        "Identity",
+        "ProjectRole",
+        "Role",
+        "allowed_model",
+        "allowed_route",
+    },
     "batches": {
         "TEST_MODEL",
         "AnswerJournal",

@@ -4,7 +4,18 @@
 """
 
 from nimbos.accounts.accounts import Accounts
+from nimbos.accounts.authority import Authority
 from nimbos.accounts.roles import Action, ProjectRole, Role
 from nimbos.accounts.words import Actor, Identity, allowed_model, allowed_route
 
-__all__ = ["Accounts", "Action", "Actor", "Identity", "ProjectRole", "Role", "allowed_model", "allowed_route"]
+__all__ = [
+    "Accounts",
+    "Action",
+    "Actor",
+    "Authority",
+    "Identity",
+    "ProjectRole",
+    "Role",
+    "allowed_model",
+    "allowed_route",
+]

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 
 import structlog
 
+from nimbos.accounts import Authority
 from nimbos.batches import rows
-from nimbos.batches.authority import Authority
 from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, Desk, lines_of
 from nimbos.batches.endpoint import Endpoint

@@ -1,4 +1,4 @@
-"""Whether the key that submitted a batch may still ask, and what: keys change while a batch waits."""
+"""What a key may do now that asked for something earlier: keys change while a batch waits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Authority:
                 raise Unauthorized(f"The project {project.name!r} is archived.")
         for row in await self._database.read(OWNED_BY_ID(wanted=account.key)):
             key = Key.of(row)
-            whose = f"The key {key.name!r}, which submitted this batch,"
+            whose = f"The key {key.name!r}, which asked for this,"
             if key.revoked_ms is not None:
                 raise Unauthorized(f"{whose} was revoked.")
             if key.expires_ms is not None and key.expires_ms <= time.time_ns() // 1_000_000:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nimbos.accounts import Accounts, ProjectRole
+from nimbos.accounts import Accounts, Authority, ProjectRole
 from nimbos.accounts.keys import create_key, create_service_account, update_key, update_service_account
 from nimbos.accounts.projects import set_models
 from nimbos.accounts.secret import new_secret
 from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, Grant
-from nimbos.batches.authority import Authority
 from nimbos.db import Database
 from nimbos.errors import Unauthorized
 from nimbos.keys import OwnerKey
