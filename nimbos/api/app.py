@@ -21,6 +21,7 @@ from nimbos.api import (
     moderations,
     ollama,
     openapi,
+    own_usage,
     rerank,
     responses,
 )
@@ -69,6 +70,7 @@ def _routes(runtime: Runtime) -> list[Route]:
         Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         *rerank.routes(runtime),
         *live.routes(runtime),
+        *own_usage.routes(runtime),
         *dashscope.routes(runtime),
         *ollama.routes(runtime),
         *anthropic.routes(runtime),

@@ -30,6 +30,7 @@ from nimbos.api import (
     openai_completions,
     openai_embeddings,
     openai_wire,
+    own_usage,
     rerank,
     responses_compact,
     responses_conversations,
@@ -152,6 +153,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /api/push": _REFUSED,
     "POST /api/blobs/{digest}": _REFUSED,
     # ours
+    "GET /v1/usage": Operation(gives=own_usage.OwnUsage),
     "GET /v1/organization/live": Operation(gives=live.LiveBody),
     "GET /v1/organization/usage/asks": Operation(media=("text/csv",)),
     "POST /v1/console/login": Operation(takes=console.LoginBody),
