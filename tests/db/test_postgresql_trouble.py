@@ -206,15 +206,16 @@ async def test_what_is_no_url_is_an_error_of_the_settings(tmp_path: Path, wrong:
         await Database.open(settings_of(wrong, tmp_path))
 
 
-async def test_no_error_names_the_password(tmp_path: Path) -> None:
+async def test_no_error_names_the_password_and_only_the_operator_is_told_the_place(tmp_path: Path) -> None:
     url = "postgresql://user:pa55word@127.0.0.1:1/nimbos"
     with pytest.raises(StorageUnavailable) as refused:
         await Database.open(settings_of(url, tmp_path))
     with pytest.raises(ConfigError) as no_copy:
         await Database.copy(settings_of(url, tmp_path), tmp_path / "copy")
-    assert "127.0.0.1" in str(refused.value)
+    assert "127.0.0.1" in refused.value.where
+    assert "127.0.0.1" not in str(refused.value)
     assert "pg_dump" in str(no_copy.value)
-    assert "pa55word" not in f"{refused.value}{no_copy.value}"
+    assert "pa55word" not in f"{refused.value}{refused.value.where}{no_copy.value}"
 
 
 async def test_a_text_with_nul_is_the_callers_error(database: Database) -> None:
