@@ -114,9 +114,13 @@ def main() -> None:
     findings = [
         Finding(name="asks missing from the ledger", value=missing, at_most=0),
         Finding(
-            name="asks that ended in no known way",
-            value=abs(measures["asked"] - measures["answered (ledger)"] - measures["left early (ledger)"]),
-            at_most=0,
+            name="answered (ledger) ÷ answered (aiperf)",
+            value=measures["answered (ledger)"] / measures["answered (aiperf)"],
+            at_least=1,
+        ),
+        Finding(
+            name="left while they were being let in",
+            value=measures["asked"] - measures["answered (ledger)"] - measures["left early (ledger)"],
         ),
     ]
     publish(setup, title="A third party's client", runs={AIPERF: [measures]}, findings=findings, place=place)

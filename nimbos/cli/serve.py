@@ -11,14 +11,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
 import structlog
 import uvloop
 
-from nimbos.api import build, build_ollama
-from nimbos.api.ollama_key import ollama_secret
 from nimbos.cli.progress import Watching
 from nimbos.config import ServerSettings, Settings
 from nimbos.engine.scripted import ScriptedSource
@@ -27,6 +26,7 @@ from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals, traced
+from nimbos.types import ModelCard
 
 _SCRIPTED = "scripted:"
 
@@ -53,10 +53,10 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
             chosen = runner.run(choose(hub, models))
             named = {model.id: model for model in chosen.local}
             runtime = runner.run(assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named))
-            listeners = runner.run(_listeners(runtime, bound, without_key))
+            loading, listeners = runner.run(_begin(runtime, chosen.first, bound, without_key))
             announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
             with stopped_by_signals(*listeners), traced(settings, url):
-                return runner.run(_serve(listeners, runtime, chosen.first, announce))
+                return runner.run(_serve(listeners, runtime, loading, announce))
 
 
 def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.socket | None]:
@@ -64,19 +64,36 @@ def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.sock
     return bind(keyless(settings), option="--ollama-port") if settings.ollama else nullcontext()
 
 
+async def _begin(
+    runtime: Runtime, first: str, bound: socket.socket, without_key: socket.socket | None
+) -> tuple[asyncio.Task[ModelCard], dict[Server, socket.socket]]:
+    """The first model's process starts while the HTTP side is still being imported.
+
+    Raises: ConfigError; the runtime is closed then.
+    """
+    loading = asyncio.create_task(runtime.service.card(first))
+    await asyncio.to_thread(import_module, "nimbos.api.app")
+    try:
+        return loading, await _listeners(runtime, bound, without_key)
+    except NimbosError:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        await runtime.close()
+        raise
+
+
 async def _listeners(
     runtime: Runtime, bound: socket.socket, without_key: socket.socket | None
 ) -> dict[Server, socket.socket]:
-    """Raises: ConfigError for a certificate or a key that cannot be used; the runtime is closed then."""
+    """Raises: ConfigError for a certificate or a key that cannot be used."""
+    from nimbos.api import build, build_ollama
+    from nimbos.api.ollama_key import ollama_secret
+
     settings = runtime.settings
-    try:
-        listeners = {make_server(build(runtime), settings.server): bound}
-        if without_key is not None:
-            app = build_ollama(runtime, await ollama_secret(runtime.accounts, settings))
-            listeners[make_server(app, keyless(settings.server))] = without_key
-    except NimbosError:
-        await runtime.close()
-        raise
+    listeners = {make_server(build(runtime), settings.server): bound}
+    if without_key is not None:
+        app = build_ollama(runtime, await ollama_secret(runtime.accounts, settings))
+        listeners[make_server(app, keyless(settings.server))] = without_key
     return listeners
 
 
@@ -115,11 +132,13 @@ async def _get(hub: Hub, name: str) -> LocalModel:
 
 
 async def _serve(
-    listeners: dict[Server, socket.socket], runtime: Runtime, first: str, announce: Callable[[], None]
+    listeners: dict[Server, socket.socket],
+    runtime: Runtime,
+    loading: asyncio.Task[ModelCard],
+    announce: Callable[[], None],
 ) -> int:
     """Serves while the first model loads, and until a signal comes."""
     serving = [asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in listeners.items()]
-    loading = asyncio.ensure_future(runtime.service.card(first))
     try:
         await asyncio.wait({*serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
