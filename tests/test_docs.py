@@ -420,7 +420,7 @@ def test_the_python_examples_run_one_after_the_other(
         "answer: Seven.",
         "0 ms in the queue",
         "2 vectors of 64",
-        "6 tokens in",
+        "11 tokens out",
     ):
         assert expected in printed
 
