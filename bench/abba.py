@@ -20,10 +20,11 @@ class Arm:
     run: Callable[[], Awaitable[Measures]]
 
 
-async def interleave(arms: Sequence[Arm], *, repeats: int, limit_s: float) -> Runs:
-    """Each arm twice for each repeat. Raises: TimeoutError when one run takes longer than `limit_s`."""
+async def interleave(arms: Sequence[Arm], *, repeats: int, limit_s: float, one_pass: bool = False) -> Runs:
+    """Each arm twice for each repeat, or once in `one_pass`. Raises: TimeoutError when a run takes longer than
+    `limit_s`."""
     runs: Runs = {arm.name: [] for arm in arms}
-    order = [*arms, *reversed(arms)] * repeats
+    order = [*arms] if one_pass else [*arms, *reversed(arms)] * repeats
     for number, arm in enumerate(order, 1):
         runs[arm.name].append(await once(arm, limit_s=limit_s, label=f"{number}/{len(order)}"))
     return runs

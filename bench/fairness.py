@@ -139,8 +139,8 @@ async def measure(setup: Setup) -> None:
         Arm(name=f"backlogged, {_name(fair)}", run=partial(run_backlogged, setup, times, fair))
         for fair in (True, False)
     ]
-    runs = await interleave(flood_arms, repeats=setup.repeats, limit_s=setup.limit_s)
-    runs |= await interleave(both_arms, repeats=setup.repeats, limit_s=setup.limit_s)
+    runs = await interleave(flood_arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
+    runs |= await interleave(both_arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
     middle = medians(runs)
     fair, fifo = (middle[arm.name] for arm in flood_arms)
     findings = [

@@ -99,7 +99,7 @@ async def measure(setup: Setup) -> None:
     flag_sets = list(dict.fromkeys([*best, MANY_SLOTS]))
     arms = [Arm(name="ours", run=partial(run_ours, setup, work))]
     arms += [Arm(name=f"peer {' '.join(f)}", run=partial(run_peer, setup, work, f)) for f in flag_sets]
-    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s)
+    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
     middle = {arm: measures["makespan s"] for arm, measures in medians(runs).items()}
     peers = {arm: seconds for arm, seconds in middle.items() if arm != "ours"}
     findings = [

@@ -81,7 +81,7 @@ async def measure(setup: Setup) -> None:
         Arm(name="left in the cells", run=partial(run, setup, work, idle=True, swap_mib=0)),
         Arm(name="no idle contexts", run=partial(run, setup, work, idle=False, swap_mib=0)),
     ]
-    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s)
+    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
     middle = medians(runs)
     out, left, none = (middle[arm.name] for arm in arms)
     many = f"{work.streams} streams, ms a token"

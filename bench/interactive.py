@@ -210,7 +210,7 @@ async def measure(setup: Setup) -> None:
         Arm(name=f"peer, all slots busy, {' '.join(busy)}", run=partial(run_busy, setup, work, busy)),
         *(Arm(name=f"peer, a slot kept, {' '.join(f)}", run=partial(run_kept, setup, work, f)) for f in best),
     ]
-    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s)
+    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
     middle = medians(runs)
     mine, alone, all_busy = (middle[arm.name] for arm in arms[:3])
     kept = min(middle[arm.name]["p95 first token s"] for arm in arms[3:])

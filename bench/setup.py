@@ -31,6 +31,7 @@ class Setup:
     limits: bool
     limit_s: float
     work: Path
+    one_pass: bool = False
 
     def scaled(self, full: int) -> int:
         """A quarter of it in a quick run."""
@@ -45,6 +46,7 @@ def parser(question: str) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     made.add_argument("--quick", action="store_true", help="a quarter of the size: shows that it works, not a result")
     made.add_argument("--repeats", type=int, default=1, help="how often the interleaved order is run")
+    made.add_argument("--one-pass", action="store_true", help="each arm once: a drift of the machine is not balanced")
     made.add_argument("--out", type=Path, help="JSON file for all numbers")
     made.add_argument("--word-ids", default="300:20000", help="range of token ids that prompts are made of")
     made.add_argument(
@@ -69,6 +71,7 @@ def from_arguments(given: argparse.Namespace) -> Setup:
         threads=given.threads,
         quick=given.quick,
         repeats=given.repeats,
+        one_pass=given.one_pass,
         out=given.out,
         words=Words(low=int(low), high=int(high)),
         peer_flags=tuple(tuple(flags.split()) for flags in given.peer_flags),
@@ -85,7 +88,8 @@ def where(setup: Setup) -> list[str]:
         f"load before the run {os.getloadavg()[0]:.1f}",
         f"library: {_library(setup.library)}, {setup.threads} threads",
         f"model: {setup.model.name}, {setup.model.stat().st_size / 1e6:.0f} MB, sha256 {_digest(setup.model)}",
-        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{', quick (a quarter of the size)' if setup.quick else ''}",
+        f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{', quick (a quarter of the size)' if setup.quick else ''}"
+        f"{', each arm once' if setup.one_pass else ''}",
     ]
 
 

@@ -87,7 +87,7 @@ async def measure(setup: Setup) -> None:
             Arm(name=f"ours, {streams} streams", run=partial(run_ours, setup, streams)),
             Arm(name=f"peer {' '.join(flags)}", run=partial(run_peer, setup, streams, flags)),
         ]
-        runs |= await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s)
+        runs |= await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
         ours_middle, peer_middle = (medians(runs)[arm.name] for arm in arms)
         findings.append(
             Finding(

@@ -64,7 +64,7 @@ async def measure(setup: Setup, second: Path) -> None:
         Arm(name="together", run=partial(run, setup, second, True)),
         Arm(name="one after the other", run=partial(run, setup, second, False)),
     ]
-    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s)
+    runs = await interleave(arms, repeats=setup.repeats, limit_s=setup.limit_s, one_pass=setup.one_pass)
     middle = medians(runs)
     ratio = middle["one after the other"]["makespan s"] / middle["together"]["makespan s"]
     findings = [Finding(name="speed together ÷ one after the other", value=ratio, at_least=0.9)]

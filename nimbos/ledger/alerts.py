@@ -47,7 +47,7 @@ _SELECT_DUE = Statement(
         alerts.c.threshold <= bindparam("reached"),
         or_(alerts.c.fired_period_ms.is_(None), alerts.c.fired_period_ms < bindparam("start_ms")),
     )
-    .order_by(alerts.c.id)
+    .order_by(alerts.c.threshold, alerts.c.id)
     .with_for_update()
 )
 _FIRE = Statement(
@@ -55,7 +55,9 @@ _FIRE = Statement(
     .where(alerts.c.id == bindparam("of"))
     .values(fired_ms=bindparam("at_ms"), fired_period_ms=bindparam("start_ms"), fired_used=bindparam("reached"))
 )
-_SELECT_OF = Statement(select(alerts).where(alerts.c.budget == bindparam("of")).order_by(alerts.c.id))
+_SELECT_OF = Statement(
+    select(alerts).where(alerts.c.budget == bindparam("of")).order_by(alerts.c.threshold, alerts.c.id)
+)
 _SELECT_ONE = Statement(select(alerts).where(alerts.c.id == bindparam("of")))
 _INSERT = insert(alerts)
 _CHANGE = Statement(
