@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     ("__init__",),
     ("errors",),
-    ("types", "integers"),
+    ("types", "integers", "toolwire"),
     ("config", "meterfile"),
     ("db",),
     ("blobs", "keys"),
@@ -93,6 +93,7 @@ DOORS = {
     },
     "engine": {"STEP_BUCKETS_S", "Engine", "EngineStats"},
     "hub": {"Gguf", "Hub", "LocalModel", "ModelFacts", "NativeLibrary", "Progress", "read_gguf"},
+    "kernel": set(),
     "ledger": {
         "Alert",
         "Budget",
