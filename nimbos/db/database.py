@@ -26,7 +26,7 @@ _SCHEMES = ("postgresql://", "postgres://")
 class Store(Protocol):
     """What runs transactions: SQLite's writer thread, or a pool of connections to PostgreSQL."""
 
-    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T: ...
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool, quick: bool) -> T: ...
 
     async def read(self, query: Bound) -> list[Row]: ...
 
@@ -75,16 +75,17 @@ class Database:
             raise NotFound(f"There is no database yet: {path}.")
         await asyncio.to_thread(copy, SqliteFile(path), target)
 
-    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool = False) -> T:
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool = False, quick: bool = False) -> T:
         """Runs one transaction whole, or not at all. An exception in the generator undoes it and is raised here.
 
         `begin` is called again when what others did, or the loss of a group commit, demands another try: what it does
         beside yielding statements must bear that. `durable`: on the disk before this returns; otherwise the last
-        moments may be lost at power loss, never part of a transaction. A caller that is cancelled stops waiting; the
+        moments may be lost at power loss, never part of a transaction. `quick`: a few statements, each on rows that it
+        names by key, which SQLite may run on the event loop's own thread. A caller that is cancelled stops waiting; the
         transaction still runs whole or not at all.
         Raises: StorageUnavailable; Conflict for a row that a unique key forbids.
         """
-        return await self._store.run(begin, durable=durable)
+        return await self._store.run(begin, durable=durable, quick=quick)
 
     async def read(self, query: Bound) -> list[Row]:
         """The rows of one query, which sees what was committed before; it waits for no transaction."""

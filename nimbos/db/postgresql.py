@@ -66,7 +66,7 @@ class PostgresqlStore:
             raise meaning(error) from error
         return cls(url, Pool(url), meaning)
 
-    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T:
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool, quick: bool) -> T:
         return await self._to_the_end(lambda: self._attempt(begin, durable=durable))
 
     async def read(self, query: Bound) -> list[Row]:

@@ -1,6 +1,6 @@
-"""SQLite behind the `Store` protocol: one writer thread, a few readers.
+"""SQLite behind the `Store` protocol: one writer, a few readers.
 
-    run()    → inbox → writer thread: `begin immediate`, a group of transactions, each in its savepoint, one commit
+    run()    → writer: `begin immediate`, a group of transactions, each in its savepoint, one commit
     read()   → a reader thread, on a connection that sees the last commit
 
 Files and their errors are in `sqlite_file.py`, the groups in `writer.py`.
@@ -44,9 +44,9 @@ class SqliteStore:
         store._writer.start()
         return store
 
-    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool) -> T:
+    async def run(self, begin: Callable[[], Transaction[T]], *, durable: bool, quick: bool) -> T:
         self._check_open()
-        return cast("T", await self._writer.run(begin, durable=durable))
+        return cast("T", await self._writer.run(begin, durable=durable, quick=quick))
 
     async def read(self, query: Bound) -> list[Row]:
         self._check_open()
@@ -70,7 +70,7 @@ class SqliteStore:
         if self._closed:
             return
         self._closed = True
-        await asyncio.to_thread(self._writer.close)
+        await self._writer.close()
         await asyncio.to_thread(self._readers.shutdown)
         for connection in self._idle:
             connection.close()

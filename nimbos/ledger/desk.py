@@ -94,7 +94,7 @@ class Desk:
 
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._admit_patience_s
-        reserving = asyncio.create_task(self.database.run(begin))
+        reserving = asyncio.create_task(self.database.run(begin, quick=True))
         try:
             while True:
                 try:
@@ -104,7 +104,7 @@ class Desk:
                     if clock() >= deadline:
                         raise
                 await self._wait()
-                reserving = asyncio.create_task(self.database.run(begin))
+                reserving = asyncio.create_task(self.database.run(begin, quick=True))
         except asyncio.CancelledError:
             self._keep(self._undo(reserving, Due(settlement=_nothing(ask), row=row, journal=journal)))
             raise
@@ -192,7 +192,7 @@ class Desk:
                 yield from due.journal.settled(due.settlement, settled)
             return settled
 
-        settled = await self.database.run(begin, durable=True)
+        settled = await self.database.run(begin, durable=True, quick=True)
         self.meters.free(due.row)
         self._tell(settled.fired)
         self.bell.ring()
@@ -233,7 +233,7 @@ class Desk:
             self.meters.free(due.row)
 
     async def _extend(self, begin: Callable[[], Transaction[Extended]]) -> Extended:
-        extended = await self.database.run(begin)
+        extended = await self.database.run(begin, quick=True)
         self._tell(extended.fired)
         return extended
 

@@ -12,6 +12,8 @@ from nimbos.db import Database, Row, Transaction
 from nimbos.errors import Conflict, InvalidRequest, StorageUnavailable
 from tests.db.tables import ADD, ADD_ONCE, ALL, FIRST, ONE, REMOVE, SET, SUM, count, everything
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 async def test_a_transaction_returns_what_its_generator_returns(things: Database) -> None:
     assert await things.run(lambda: count("a", 2)) == 2

@@ -20,6 +20,8 @@ from tests.db.tables import ADD_ONCE, EMPTY, MAKE_ONCE, ONE, REMOVE, SET, count,
 NAMES = st.sampled_from(["a", "b", "c", "ä", "'\"; --", ""])
 NUMBERS = st.integers(min_value=-(2**31), max_value=2**31)
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 @dataclass(frozen=True)
 class Step:
