@@ -87,13 +87,15 @@ class ProcExited(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
 class SignalReceived(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="signal.received"):
     """Taken out of the mailbox by the process's own server. `body`: segment, a JSON value; None: it has none.
-    `about`: the question, call or child it is for."""
+    `about`: the question, call or child it is for. Of a `child_exit`: `reason` is how it ended, `about` its pid, `body`
+    its result."""
 
     signal: SignalKind
     source: str
     external_id: str
     about: str = ""
     body: str | None = None
+    reason: Reason = Reason.NONE
 
 
 class SignalConsumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="signal.consumed"):
@@ -183,13 +185,14 @@ class CallStarted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 class CallDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call.done"):
     """`result`: segment, a JSON value (its head is what a model is shown). `error`: a code where it went wrong, and the
-    result is then a sentence for the model. `withheld`: nothing was done, this is a fork."""
+    result is then a sentence for the model. `withheld`: nothing was done, this is a fork. `child`: of a spawn, its pid."""
 
     call_id: str
     result: str
     size_bytes: int
     error: str = ""
     withheld: bool = False
+    child: str = ""
 
 
 class CallUnknown(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call.unknown"):

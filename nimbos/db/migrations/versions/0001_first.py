@@ -293,6 +293,96 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("version", "model", "meter", "class", name=op.f("pk_prices")),
     )
     op.create_table(
+        "process_effects",
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("pid", sa.Text(), nullable=False),
+        sa.Column("call_id", sa.Text(), nullable=False),
+        sa.Column("intended_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_process_effects")),
+    )
+    op.create_index(op.f("ix_process_effects_pid"), "process_effects", ["pid"], unique=False)
+    op.create_table(
+        "process_events",
+        sa.Column("pid", sa.Text(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("epoch", sa.BigInteger(), nullable=False),
+        sa.Column("ts_ms", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("cause", sa.BigInteger(), nullable=True),
+        sa.Column("call_id", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("label", sa.Text(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("blob", sa.Text(), nullable=True),
+        sa.Column("usage", sa.Text(), nullable=True),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("prev_hash", sa.Text(), nullable=False),
+        sa.Column("hash", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("pid", "seq", name=op.f("pk_process_events")),
+    )
+    op.create_table(
+        "process_mailbox",
+        sa.Column("process", sa.Text(), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False),
+        sa.Column("source", sa.Text(), nullable=False),
+        sa.Column("external_id", sa.Text(), nullable=False),
+        sa.Column("signal", sa.Text(), nullable=False),
+        sa.Column("about", sa.Text(), nullable=False),
+        sa.Column("body", sa.Text(), nullable=True),
+        sa.Column("after_seq", sa.BigInteger(), nullable=False),
+        sa.Column("at_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("process", "position", name=op.f("pk_process_mailbox")),
+        sa.UniqueConstraint(
+            "process", "source", "external_id", name=op.f("uq_process_mailbox_process_source_external_id")
+        ),
+    )
+    op.create_table(
+        "processes",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("spawner", sa.Text(), nullable=False),
+        sa.Column("spawn_key", sa.Text(), nullable=True),
+        sa.Column("program", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("ask_class", sa.Text(), nullable=False),
+        sa.Column("parent", sa.Text(), nullable=True),
+        sa.Column("depth", sa.Integer(), nullable=False),
+        sa.Column("detached", sa.Integer(), nullable=False),
+        sa.Column("withheld", sa.Integer(), nullable=False),
+        sa.Column("forked_from", sa.Text(), nullable=True),
+        sa.Column("forked_seq", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("due_ms", sa.BigInteger(), nullable=True),
+        sa.Column("about", sa.Text(), nullable=False),
+        sa.Column("asked_seq", sa.BigInteger(), nullable=False),
+        sa.Column("epoch", sa.BigInteger(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), nullable=False),
+        sa.Column("hash", sa.Text(), nullable=False),
+        sa.Column("result", sa.Text(), nullable=True),
+        sa.Column("error", sa.Text(), nullable=False),
+        sa.Column("used", sa.Text(), nullable=False),
+        sa.Column("mail", sa.BigInteger(), nullable=False),
+        sa.Column("taken", sa.BigInteger(), nullable=False),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.Column("changed_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_processes")),
+        sa.UniqueConstraint("account", "spawn_key", name=op.f("uq_processes_account_spawn_key")),
+    )
+    op.create_index(op.f("ix_processes_account_id"), "processes", ["account", "id"], unique=False)
+    op.create_index(
+        "ix_processes_due",
+        "processes",
+        ["due_ms"],
+        unique=False,
+        sqlite_where=sa.text("due_ms IS NOT NULL"),
+        postgresql_where=sa.text("due_ms IS NOT NULL"),
+    )
+    op.create_index(op.f("ix_processes_forked_from"), "processes", ["forked_from"], unique=False)
+    op.create_index(op.f("ix_processes_parent"), "processes", ["parent"], unique=False)
+    op.create_index(op.f("ix_processes_state_id"), "processes", ["state", "id"], unique=False)
+    op.create_table(
         "projects",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("organisation", sa.Text(), nullable=False),
