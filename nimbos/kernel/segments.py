@@ -1,0 +1,131 @@
+"""Segments: the words that a log names by hash, each kept once for its account.
+
+A segment's content begins with the account, so that no account's segments are another's; behind it stands a JSON value
+in canonical form (keys in order, no white space) or, for what is paged through, plain bytes. Put them before the
+transaction that names them: a segment that nothing names costs room and does no harm. A process's segments stay as
+long as its log. Knows no events; `context.py` says which segments a model is shown.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from nimbos.blobs import Blobs
+from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
+
+SEGMENT_BYTES_MAX = 64 << 20
+JSON_DEPTH_MAX = 64
+HEAD_BYTES = 6_000  # of a large result, what a model is shown at once
+_CACHE_BYTES = 16 << 20
+_ENCODER = msgspec.json.Encoder(order="deterministic")
+
+
+class Segments:
+    """One for a server: contexts that share a past share what was read of it."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
+        self._cached_bytes = 0
+
+    async def put(self, account: str, value: Any) -> str:
+        """Its hash; the same for the same value of the same account.
+
+        Raises: InvalidRequest for what is no JSON value or nests too deep; PayloadTooLarge; StorageUnavailable.
+        """
+        return await self.put_bytes(account, canonical(value))
+
+    async def get(self, account: str, hash: str) -> Any:
+        """Raises: NotFound, also for a segment of another account; StorageUnavailable."""
+        return msgspec.json.decode(await self.get_bytes(account, hash))
+
+    async def put_bytes(self, account: str, content: bytes) -> str:
+        """Raises: PayloadTooLarge, StorageUnavailable."""
+        if len(content) > SEGMENT_BYTES_MAX:
+            raise PayloadTooLarge(have=len(content), limit=SEGMENT_BYTES_MAX, what="segment")
+        return self._remember(await self._blobs.put(_start(account) + content), content, account)
+
+    async def get_bytes(self, account: str, hash: str) -> bytes:
+        """Raises: NotFound, also for a segment of another account; StorageUnavailable."""
+        key = _key(account, hash)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        whole, start = await self._blobs.get(hash), _start(account)
+        if not whole.startswith(start):
+            raise NotFound("There is no such segment.")
+        content = whole[len(start) :]
+        self._remember(hash, content, account)
+        return content
+
+    async def get_all(self, account: str, hashes: Iterable[str]) -> list[Any]:
+        """The values, in order."""
+        return [await self.get(account, hash) for hash in hashes]
+
+    def _remember(self, hash: str, content: bytes, account: str) -> str:
+        key = _key(account, hash)
+        if key not in self._cache and len(content) <= _CACHE_BYTES // 4:
+            self._cache[key] = content
+            self._cached_bytes += len(content)
+            while self._cached_bytes > _CACHE_BYTES:
+                self._cached_bytes -= len(self._cache.popitem(last=False)[1])
+        return hash
+
+
+def canonical(value: Any) -> bytes:
+    """The one way to write a JSON value. Raises: InvalidRequest."""
+    try:
+        if not _depth_within(value, JSON_DEPTH_MAX):
+            raise InvalidRequest(f"A value nests more than {JSON_DEPTH_MAX} deep.")
+        return _ENCODER.encode(value)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError, UnicodeError) as error:
+        raise InvalidRequest(f"This is no JSON value: {type(error).__name__}.") from error
+
+
+def text_of(value: Any) -> str:
+    """A value as a model reads it, and as `read` pages through it: words as they are, anything else as JSON."""
+    return value if isinstance(value, str) else canonical(value).decode()
+
+
+def head_of(value: Any, *, handle: str, head_bytes: int = HEAD_BYTES) -> str:
+    """What a model is shown of a result: all of it, or its head and how to read on. Whole characters only."""
+    text = text_of(value)
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= head_bytes:
+        return text
+    head = raw[:head_bytes].decode("utf-8", "ignore")
+    shown = len(head.encode())
+    return (
+        f"{head}\n\n[{len(raw) - shown} of {len(raw)} bytes are not shown. "
+        f'`read` with {{"handle": "{handle}", "offset": {shown}}} shows what follows.]'
+    )
+
+
+def _depth_within(value: Any, limit: int) -> bool:
+    """Level by level, so depth costs no stack."""
+    level: list[Any] = [value]
+    for _ in range(limit + 1):
+        level = [child for item in level for child in _children(item)]
+        if not level:
+            return True
+    return False
+
+
+def _children(item: Any) -> Iterable[Any]:
+    if isinstance(item, dict):
+        return [child for child in item.values() if isinstance(child, dict | list | tuple)]
+    if isinstance(item, list | tuple):
+        return [child for child in item if isinstance(child, dict | list | tuple)]
+    return ()
+
+
+def _start(account: str) -> bytes:
+    return account.encode() + b"\n"
+
+
+def _key(account: str, hash: str) -> str:
+    return f"{account}\n{hash}"
