@@ -3,6 +3,7 @@
 NimbosError
 ├── InvalidRequest            400  the request itself is wrong; `param` names the field
 │   ├── UnsupportedField      400  a field we know and do not honour, or do not know at all
+│   ├── BrokenProgram         400  a program that cannot be one; names the file and, where there is one, the line
 │   └── PromptTooLong         400  with both counts
 ├── Unauthorized              401  no key, or a wrong one
 ├── Forbidden                 403  the key is good, and may not do this
@@ -29,6 +30,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 _SHOWN_NAME_CHARACTERS = 100  # of a name that came from outside
+_UNITS = {"tokens": "tokens", "cost_micros": "millionths", "seconds_ms": "milliseconds of work", "calls": "calls"}
 
 
 class NimbosError(Exception):
@@ -70,6 +72,20 @@ class PromptTooLong(InvalidRequest):
         )
         self.have = have
         self.limit = limit
+
+
+class BrokenProgram(InvalidRequest):
+    """`file`: its path in the program, "" for the program as a whole. `line`: from 1."""
+
+    code = "broken_program"
+
+    def __init__(self, file: str, *, why: str, line: int | None = None) -> None:
+        shown = repr(file[:_SHOWN_NAME_CHARACTERS])[1:-1]
+        where = f"{shown}, line {line}" if line is not None else shown or "The program"
+        super().__init__(f"{where}: {why.rstrip('.?')}{'?' if why.endswith('?') else '.'}", param=shown or None)
+        self.file = file
+        self.line = line
+        self.why = why
 
 
 class Unauthorized(NimbosError):
@@ -139,8 +155,9 @@ class Conflict(NimbosError):
 
 
 class BudgetExhausted(NimbosError):
-    """`owner` is whose budget it is ("key laptop"), `meter` "tokens" or "cost_micros". `retry_after_s`: until its
-    period ends; None where it has none, or where even a new one is `too_small`: then asking again cannot help."""
+    """`owner` is whose budget it is ("key laptop"); `limit` and `used` are in the unit of `meter`. `retry_after_s`:
+    until its period ends; None where it has none, or where even a new one is `too_small`: then asking again cannot
+    help."""
 
     code = "insufficient_quota"
     status = 429
@@ -157,7 +174,7 @@ class BudgetExhausted(NimbosError):
         retry_after_s: float | None,
         too_small: bool = False,
     ) -> None:
-        unit = "tokens" if meter == "tokens" else "millionths"
+        unit = _UNITS.get(meter, meter)
         again = f"It is renewed in {retry_after_s:.0f} s." if retry_after_s is not None else "It is not renewed."
         if too_small:
             again = "This ask alone needs more than the whole of it."
