@@ -89,11 +89,14 @@ def made_up(count: int, now_ms: int, days: int) -> Iterator[tuple[list[tuple[Any
 
 def sums(table: str, start: str, at: str) -> list[str]:
     """What settlements would have added up."""
-    columns = f"({start}, {_DIMENSIONS}, meter, quantity, cost_micros)"
+    names, asked, used = "quantity, cost_micros", "count(*), sum(cost_micros)", "sum(quantity), 0"
+    if table == "usage_hours":  # which know what the days and months have of them
+        names, asked, used = f"{names}, folded_quantity, folded_cost_micros", f"{asked}, {asked}", f"{used}, {used}"
+    columns = f"({start}, {_DIMENSIONS}, meter, {names})"
     return [
-        f"insert into {table} {columns} select {at}, {_DIMENSIONS}, 'asks', count(*), sum(cost_micros) from asks"
+        f"insert into {table} {columns} select {at}, {_DIMENSIONS}, 'asks', {asked} from asks"
         f" group by {at}, {_DIMENSIONS}",
-        f"insert into {table} {columns} select {at}, {_DIMENSIONS}, meter, sum(quantity), 0"
+        f"insert into {table} {columns} select {at}, {_DIMENSIONS}, meter, {used}"
         f" from asks join meters on meters.ask = asks.id group by {at}, {_DIMENSIONS}, meter",
     ]
 

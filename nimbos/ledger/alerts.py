@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import bindparam, delete, or_, select, update
+from sqlalchemy import bindparam, delete, func, or_, select, update
 
 from nimbos.db import Row, Statement, Transaction, insert
-from nimbos.db.tables.ledger import alerts
+from nimbos.db.tables.ledger import alerts, budgets
 from nimbos.ledger.budgets import Budget
 from nimbos.types import new_id
 
@@ -66,6 +66,12 @@ _CHANGE = Statement(
     .values(threshold=bindparam("at"), details=bindparam("new_details"), fired_period_ms=None)
 )
 _DELETE = Statement(delete(alerts).where(alerts.c.id == bindparam("of")))
+# `alert_at` of a budget may be too low, which costs a look; never too high.
+_LOWEST = Statement(
+    update(budgets)
+    .where(budgets.c.id.in_(select(alerts.c.budget).where(alerts.c.id == bindparam("of"))))
+    .values(alert_at=select(func.min(alerts.c.threshold)).where(alerts.c.budget == budgets.c.id).scalar_subquery())
+)
 _DELETE_OF = Statement(delete(alerts).where(alerts.c.budget == bindparam("of")))
 
 
@@ -73,6 +79,8 @@ def fire(chain: Sequence[Budget], now_ms: int) -> Transaction[list[Fired]]:
     """Marks and returns what the budgets' `used` has reached and this period has not told yet."""
     fired = []
     for budget in chain:
+        if budget.alert_at is None or budget.used < budget.alert_at:
+            continue
         rows = yield _SELECT_DUE(of=budget.id, reached=budget.used, start_ms=budget.period_start_ms)
         for row in rows:
             yield _FIRE(of=row["id"], at_ms=now_ms, start_ms=budget.period_start_ms, reached=budget.used)
@@ -93,12 +101,14 @@ def find_alert(alert_id: str) -> Transaction[Alert | None]:
 def add_alert(budget_id: str, *, threshold: int, details: str = "") -> Transaction[Alert]:
     alert = Alert(id=new_id("alert"), budget=budget_id, threshold=threshold, details=details)
     yield _INSERT(**{name: getattr(alert, name) for name in Alert.__dataclass_fields__})
+    yield _LOWEST(of=alert.id)
     return alert
 
 
 def change_alert(alert_id: str, *, threshold: int, details: str = "") -> Transaction[None]:
     """It may fire again in this period."""
     yield _CHANGE(of=alert_id, at=threshold, new_details=details)
+    yield _LOWEST(of=alert_id)
 
 
 def remove_alert(alert_id: str) -> Transaction[None]:

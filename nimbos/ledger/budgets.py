@@ -1,6 +1,10 @@
-"""The one tree of budgets: organisation → project → key → process → child, in tokens or in money.
+"""The one tree of budgets: organisation → project → key → process → child, in four meters.
 
-What an ask may use is charged to every budget on its way to the root: first `reserved`, then, as it is computed,
+    tokens, cost_micros   of asks
+    seconds_ms            of work: computing answers, and running tools; waiting is none
+    calls                 of tools
+
+The last two are of processes alone; `processes.py` reserves for calls. What an ask may use is charged to every budget on its way to the root: first `reserved`, then, as it is computed,
 `used`; `reserved + used` never grows beyond `limit`. Rows are locked from the root, so asks at the same time never
 spend a unit twice and never wait for each other in a circle.
 
@@ -28,6 +32,10 @@ from nimbos.ledger.prices import Rates
 NO_RATES = Rates()
 TOKENS = "tokens"
 COST = "cost_micros"
+SECONDS = "seconds_ms"
+CALLS = "calls"
+ASK_METERS = (TOKENS, COST, SECONDS)
+CALL_METERS = (SECONDS, CALLS)
 HELD_RETRY_S = 1.0
 
 
@@ -61,6 +69,7 @@ class Budget:
     period_start_ms: int
     reserved: int = 0
     used: int = 0
+    alert_at: int | None = None  # below it no alert fires
 
     @property
     def owner(self) -> str:
@@ -87,22 +96,29 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """An amount in both meters."""
+    """An amount in every meter."""
 
     tokens: int = 0
     micros: int = 0
+    ms: int = 0
+    calls: int = 0
 
     def of(self, meter: str) -> int:
-        return self.tokens if meter == TOKENS else self.micros
+        return {TOKENS: self.tokens, COST: self.micros, SECONDS: self.ms, CALLS: self.calls}[meter]
 
     def __sub__(self, other: Hold) -> Hold:
-        return Hold(tokens=self.tokens - other.tokens, micros=self.micros - other.micros)
+        return Hold(
+            tokens=self.tokens - other.tokens,
+            micros=self.micros - other.micros,
+            ms=self.ms - other.ms,
+            calls=self.calls - other.calls,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """What an ask wants to hold: `prompt_tokens` and `output_tokens` in any case, and up to `slice_tokens` more in each
-    of `branches`."""
+    of `branches`. How long that takes nobody knows, so no time is held: it is charged as it passes, slice by slice."""
 
     rates: Rates = NO_RATES
     prompt_tokens: int
@@ -122,6 +138,8 @@ class Need:
 
     def fits(self, room: int, meter: str) -> int | None:
         """The largest slice that `room` pays for; None when not even what is needed in any case."""
+        if meter == SECONDS:
+            return self.slice_tokens if room > 0 else None
         wanted = self.output_tokens + self.branches * self.slice_tokens
         if meter == TOKENS:
             outputs = min(wanted, room - self.prompt_tokens)
@@ -198,7 +216,8 @@ _OWNED = or_(
     )
 )
 _IN_ORDER = (budgets.c.depth, budgets.c.id)
-_SELECT_CHAIN = Statement(select(budgets).where(_OWNED).order_by(*_IN_ORDER).with_for_update())
+_OF_ASKS = budgets.c.meter.in_([literal_column(f"'{meter}'") for meter in ASK_METERS])
+_SELECT_CHAIN = Statement(select(budgets).where(_OWNED, _OF_ASKS).order_by(*_IN_ORDER).with_for_update())
 _SELECT_ONE = Statement(select(budgets).where(budgets.c.id == bindparam("of")).with_for_update())
 _UPDATE = Statement(
     update(budgets)
@@ -211,7 +230,8 @@ def _ancestry(_: Dialect) -> Executable:
     """Of a process: its own budgets and those of its parents, besides those of the other owners."""
     way = select(budgets.c.id, budgets.c.parent).where(_OWNED).cte("way", recursive=True)
     way = way.union(select(budgets.c.id, budgets.c.parent).join(way, budgets.c.id == way.c.parent))
-    return select(budgets).where(budgets.c.id.in_(select(way.c.id))).order_by(*_IN_ORDER).with_for_update()
+    chain = select(budgets).where(budgets.c.id.in_(select(way.c.id)), _OF_ASKS)
+    return chain.order_by(*_IN_ORDER).with_for_update()
 
 
 _SELECT_ANCESTRY = Statement(_ancestry)

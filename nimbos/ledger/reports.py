@@ -18,10 +18,10 @@ from sqlalchemy import BigInteger, ColumnElement, bindparam, cast, func, literal
 
 from nimbos.db import Database, Row, Statement
 from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours, usage_months
-from nimbos.errors import InvalidRequest
+from nimbos.errors import InvalidRequest, StorageUnavailable
 from nimbos.ledger import periods
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
-from nimbos.ledger.rollups import ASKS
+from nimbos.ledger.rollups import ASKS, fold_all
 
 By = Literal["key", "model", "project", "day", "class", "process"]
 Width = Literal["1m", "1h", "1d"]
@@ -115,6 +115,8 @@ async def usage(database: Database, *, by: str = "key", span: Span | None = None
     total, groups = Used(), dict[tuple[str, ...], Used]()
     dimensions = () if by == "day" else (by,)
     levels = ("hours", "days") if by == "day" else ("hours", "days", "months")
+    if not await _folded(database):
+        levels = ("hours",)
     for table, since_ms, until_ms in _parts(*span.hours(), levels):
         width_ms = DAY_MS if by == "day" else 0
         for row in await _sums(database, table, since_ms, until_ms, dimensions, width_ms, span.filters):
@@ -142,11 +144,22 @@ async def usage_buckets(
     if width == "1m" and until_ms - since_ms > MINUTES_MAX_MS:
         raise InvalidRequest("Buckets of a minute span at most two days; ask for less, or for hours.")
     table = {"1m": "asks", "1h": "hours", "1d": "days"}[width]
+    if table == "days" and not await _folded(database):
+        table = "hours"
     found: dict[tuple[int, tuple[str, ...]], Used] = {}
     for row in await _sums(database, table, since_ms, until_ms, tuple(group_by), width_ms, span.filters):
         group = (int(row["start_ms"]), tuple(row[name] for name in group_by))
         found.setdefault(group, Used()).add(row["meter"], int(row["quantity"]), int(row["cost_micros"]))
     return [UsageRow(group=group, used=used, start_ms=start) for (start, group), used in sorted(found.items(), key=_at)]
+
+
+async def _folded(database: Database) -> bool:
+    """Whether the sums by day and month can be read: those by hour always can, also where nothing can be written."""
+    try:
+        await fold_all(database)
+    except StorageUnavailable:
+        return False
+    return True
 
 
 def _parts(since_ms: int, until_ms: int, levels: tuple[str, ...]) -> list[tuple[str, int, int]]:

@@ -15,6 +15,7 @@ from nimbos.ledger import alerts, periods
 from nimbos.ledger.budgets import COST, TOKENS, Budget, budget_of
 from nimbos.ledger.owners import DEPTHS, OWNER_KINDS
 from nimbos.ledger.prices import PRICED
+from nimbos.ledger.rollups import fold
 from nimbos.types import new_id
 
 LIMIT_MAX = 10**15
@@ -89,6 +90,7 @@ def set_budget(
             period_start_ms=periods.start_ms(period, now_ms),
             reserved=0,
             used=used,
+            alert_at=None,
         )
     if alerts_at is not None:
         yield from alerts.replace_alerts(budget_id, alerts_at)
@@ -148,6 +150,8 @@ def _sum_of(owner_kind: str, meter: str) -> Statement:
 def _used_already(owner_kind: str, owner_id: str, *, meter: str, period: str, now_ms: int) -> Transaction[int]:
     if period == "total":
         return 0
+    while (yield from fold()):
+        pass
     values: dict[str, int | str] = {"since_ms": periods.start_ms(period, now_ms)}
     if owner_kind != "organisation":
         values["owner"] = owner_id

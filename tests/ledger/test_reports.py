@@ -131,6 +131,7 @@ async def test_the_sums_are_the_meters_and_the_meters_are_the_asks(
 ) -> None:
     books = Books(database)
     meters = await books.rows(METERS)
+    await usage(database)
     for table in (HOURS, DAYS, MONTHS):
         sums: dict[str, int] = {}
         for row in await books.rows(table):

@@ -3,7 +3,8 @@
 `asks` has one row for each ask, made before the engine sees it and settled once. `meters` has one row for each kind of
 token that the ask used; the kinds are disjoint: `input` is what was computed of the prompt, `cached` what was found in
 memory, `output` the answer without its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never
-billed). `usage_hours`, `usage_days` and `usage_months` are sums of both, kept in the transaction that settles.
+billed). `usage_hours` are sums of both, kept in the transaction that settles; `usage_days` and `usage_months` are
+those, added up before somebody reads them (`ledger/rollups.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ asks = Table(
     Column("reserved_micros", BigInteger, nullable=False),
     Column("charged_tokens", BigInteger, nullable=False),  # already moved from reserved to used
     Column("charged_micros", BigInteger, nullable=False),
+    Column("charged_ms", BigInteger, nullable=False),
     Column("cost_micros", BigInteger, nullable=False),
     Column("told_output", BigInteger, nullable=False),
     Column("restarts", Integer, nullable=False),
@@ -59,6 +61,13 @@ Index(
     asks.c.model,
     sqlite_where=text("state = 'open'"),
     postgresql_where=text("state = 'open'"),
+)
+
+Index(
+    "ix_asks_process",
+    asks.c.process,
+    sqlite_where=text("process <> ''"),
+    postgresql_where=text("process <> ''"),
 )
 
 meters = Table(
@@ -76,17 +85,18 @@ budgets = Table(
     "budgets",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("parent", Text),
+    Column("parent", Text, index=True),
     Column("depth", Integer, nullable=False),  # the lock's order: the root is 0
     Column("owner_kind", Text, nullable=False),
     Column("owner_id", Text, nullable=False),
     Column("owner_name", Text, nullable=False),
-    Column("meter", Text, nullable=False),  # tokens, cost_micros
+    Column("meter", Text, nullable=False),  # tokens, cost_micros, seconds_ms, calls
     Column("period", Text, nullable=False),  # day, month, total
     Column("limit", BigInteger),  # NULL: it counts, and holds nothing
     Column("period_start_ms", BigInteger, nullable=False),
     Column("reserved", BigInteger, nullable=False),
     Column("used", BigInteger, nullable=False),
+    Column("alert_at", BigInteger),  # the lowest threshold of its alerts
     UniqueConstraint("owner_kind", "owner_id", "meter", "period"),
 )
 
@@ -152,7 +162,20 @@ def _usage_columns(start: str) -> list[Column[int] | Column[str]]:
     ]
 
 
-usage_hours = Table("usage_hours", metadata, *_usage_columns("hour_ms"), sqlite_with_rowid=False)
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    *_usage_columns("hour_ms"),
+    Column("folded_quantity", BigInteger, nullable=False),  # what of it the days and months have
+    Column("folded_cost_micros", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+Index(
+    "ix_usage_hours_unfolded",
+    usage_hours.c.hour_ms,
+    sqlite_where=text("quantity <> folded_quantity"),
+    postgresql_where=text("quantity <> folded_quantity"),
+)
 usage_days = Table("usage_days", metadata, *_usage_columns("day_ms"), sqlite_with_rowid=False)
 usage_months = Table("usage_months", metadata, *_usage_columns("month_ms"), sqlite_with_rowid=False)
 

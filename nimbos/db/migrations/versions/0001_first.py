@@ -76,6 +76,7 @@ def upgrade() -> None:
         sa.Column("reserved_micros", sa.BigInteger(), nullable=False),
         sa.Column("charged_tokens", sa.BigInteger(), nullable=False),
         sa.Column("charged_micros", sa.BigInteger(), nullable=False),
+        sa.Column("charged_ms", sa.BigInteger(), nullable=False),
         sa.Column("cost_micros", sa.BigInteger(), nullable=False),
         sa.Column("told_output", sa.BigInteger(), nullable=False),
         sa.Column("restarts", sa.Integer(), nullable=False),
@@ -90,6 +91,14 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("state = 'open'"),
         postgresql_where=sa.text("state = 'open'"),
+    )
+    op.create_index(
+        "ix_asks_process",
+        "asks",
+        ["process"],
+        unique=False,
+        sqlite_where=sa.text("process <> ''"),
+        postgresql_where=sa.text("process <> ''"),
     )
     op.create_table(
         "audit_head",
@@ -204,11 +213,13 @@ def upgrade() -> None:
         sa.Column("period_start_ms", sa.BigInteger(), nullable=False),
         sa.Column("reserved", sa.BigInteger(), nullable=False),
         sa.Column("used", sa.BigInteger(), nullable=False),
+        sa.Column("alert_at", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_budgets")),
         sa.UniqueConstraint(
             "owner_kind", "owner_id", "meter", "period", name=op.f("uq_budgets_owner_kind_owner_id_meter_period")
         ),
     )
+    op.create_index(op.f("ix_budgets_parent"), "budgets", ["parent"], unique=False)
     op.create_table(
         "conversations",
         sa.Column("id", sa.Text(), nullable=False),
@@ -519,10 +530,20 @@ def upgrade() -> None:
         sa.Column("meter", sa.Text(), nullable=False),
         sa.Column("quantity", sa.BigInteger(), nullable=False),
         sa.Column("cost_micros", sa.BigInteger(), nullable=False),
+        sa.Column("folded_quantity", sa.BigInteger(), nullable=False),
+        sa.Column("folded_cost_micros", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint(
             "hour_ms", "project", "key", "model", "class", "process", "meter", name=op.f("pk_usage_hours")
         ),
         sqlite_with_rowid=False,
+    )
+    op.create_index(
+        "ix_usage_hours_unfolded",
+        "usage_hours",
+        ["hour_ms"],
+        unique=False,
+        sqlite_where=sa.text("quantity <> folded_quantity"),
+        postgresql_where=sa.text("quantity <> folded_quantity"),
     )
     op.create_table(
         "usage_months",
