@@ -124,6 +124,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     `allowance_tokens`: what is paid for so far, in each branch, counted like `limit_tokens`; a branch that has used it
     waits until the source is told more (`TokenSource.extend`), or with `allowance_last` ends there. None: no budget
     holds it.
+    `paid_prompt_tokens`, `paid_output_tokens`: what an ask that this one goes on with has paid for already, of the
+    prompt and of tokens behind `emitted` that were lost; computing them again is `recomputed`. For one branch.
     `meter_row`: the row of the meter file that is this ask's; None: nothing is counted there.
     For `Kind.RERANK` `parts[0]` is the query and each further part a document; their scores come as `ScoreChunk`s.
     `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
@@ -142,6 +144,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     limit_tokens: int | None = None
     allowance_tokens: int | None = None
     allowance_last: bool = False
+    paid_prompt_tokens: int = 0
+    paid_output_tokens: int = 0
     meter_row: int | None = None
     pin_s: float = 0.0
     pin_tokens: int = 0

@@ -44,7 +44,13 @@ def take_in(
     room = context_limit - len(prompt)
     limit = room if ask.limit_tokens is None else min(ask.limit_tokens, room)
     open_branches = [branch for branch in range(ask.n) if branch not in ask.finished]
-    tally = Tally(len(prompt), row, open_branches=len(open_branches))
+    tally = Tally(
+        len(prompt),
+        row,
+        open_branches=len(open_branches),
+        paid_prompt=ask.paid_prompt_tokens,
+        paid_output=ask.paid_output_tokens,
+    )
     tracks: list[Track] = []
     output = thinking = 0
     for branch in range(ask.n):

@@ -140,7 +140,13 @@ class ScriptedSource:
         line = write_line(reply, ask, room_tokens=self._card.context_tokens - prompt_tokens)
         branches = [_branch(number, ask) for number in range(ask.n) if number not in ask.finished]
         allowance = self._allowances[ask.id] = _Allowance(ask.allowance_tokens, ask.allowance_last)
-        tally = Tally(prompt_tokens, self._row(ask), open_branches=len(branches))
+        tally = Tally(
+            prompt_tokens,
+            self._row(ask),
+            open_branches=len(branches),
+            paid_prompt=ask.paid_prompt_tokens,
+            paid_output=ask.paid_output_tokens,
+        )
         tally.computed(0, prompt_tokens)
         tally.write()
         self.active += 1

@@ -6,7 +6,8 @@ giving way, after an engine's death) is `recomputed`. Numbers are collected here
 which must come before anything of that step is posted. Read `meterfile.py` for the row.
 
 After an engine's death the row knows what was counted and the ask what was received; what was counted and never
-received is sampled again, so `resume` moves it to what is not billed.
+received is sampled again, so `resume` moves it to what is not billed. An ask that goes on with another's answer bills
+nothing of what that one has paid for: its height begins there, and its first tokens of output may be paid for, too.
 """
 
 from __future__ import annotations
@@ -16,27 +17,51 @@ from nimbos.types import Usage
 
 
 class Tally:
-    """`open_branches`: those that have not ended yet; the last one tells what was computed again."""
+    """`open_branches`: those that have not ended yet; the last one tells what was computed again. `paid_prompt` and
+    `paid_output`: tokens that an earlier ask has paid for."""
 
-    __slots__ = ("_pending", "_row", "cached", "open_branches", "prompt_tokens", "reached", "recomputed")
+    __slots__ = (
+        "_again",
+        "_paid_output",
+        "_paid_prompt",
+        "_pending",
+        "_row",
+        "cached",
+        "open_branches",
+        "prompt_tokens",
+        "reached",
+        "recomputed",
+    )
 
-    def __init__(self, prompt_tokens: int, row: Row | None, *, open_branches: int = 1) -> None:
+    def __init__(
+        self,
+        prompt_tokens: int,
+        row: Row | None,
+        *,
+        open_branches: int = 1,
+        paid_prompt: int = 0,
+        paid_output: int = 0,
+    ) -> None:
         self.prompt_tokens = prompt_tokens
         self.open_branches = open_branches
-        self.reached = self.cached = self.recomputed = 0
+        self.reached = self._paid_prompt = min(paid_prompt, prompt_tokens)
+        self.cached = self.recomputed = 0
+        self._paid_output = paid_output
+        self._again = (0, 0)  # of this ask's output and thinking, what was paid for
         self._row = row
         self._pending = [0] * 8
 
     def resume(self, *, output: int, thinking: int, cached: int | None) -> None:
         """Goes on where an earlier engine stopped. `output` and `thinking`: tokens that the server has received;
         `cached`: prompt tokens that were found then, None if it had not begun (used where there is no row)."""
+        again, thought_again = self._take_paid(output, thinking)
         if self._row is None:
             if cached is not None:
                 self.reached, self.cached = self.prompt_tokens, cached
             return
         told = self._row.counts().usage()
-        self.reached, self.cached = told.input, told.cached
-        lost, lost_thinking = told.output - output, told.thinking - thinking
+        self.reached, self.cached = self._paid_prompt + told.input, told.cached
+        lost, lost_thinking = told.output - (output - again), told.thinking - (thinking - thought_again)
         self.recomputed = told.recomputed + lost
         self._row.add(output=-lost, thinking=-lost_thinking, recomputed_output=lost, recomputed_thinking=lost_thinking)
 
@@ -64,8 +89,12 @@ class Tally:
 
     def answered(self, output: int, thinking: int) -> None:
         """`thinking` may be below zero: a token thought to be thinking turned out to be in the closing mark."""
-        self._pending[2] += output
-        self._pending[3] += thinking
+        again, thought_again = self._take_paid(output, thinking)
+        self.recomputed += again
+        self._pending[2] += output - again
+        self._pending[3] += thinking - thought_again
+        self._pending[5] += again
+        self._pending[6] += thought_again
 
     def write(self) -> None:
         if self._row is not None:
@@ -75,10 +104,19 @@ class Tally:
     def usage(self, *, first: bool, output: int, thinking: int) -> Usage:
         """Of one branch that ends; the prompt is told by the first, and what was computed again by the last."""
         self.open_branches -= 1
+        again, thought_again = self._again if first else (0, 0)
         return Usage(
-            input=self.reached if first else 0,
+            input=self.reached - self._paid_prompt if first else 0,
             cached=self.cached if first else 0,
-            output=output,
-            thinking=thinking,
+            output=output - again,
+            thinking=thinking - thought_again,
             recomputed=self.recomputed if self.open_branches == 0 else 0,
         )
+
+    def _take_paid(self, output: int, thinking: int) -> tuple[int, int]:
+        """Of the next tokens of output, and of thinking among them, those that are paid for."""
+        again = min(output, self._paid_output)
+        thought_again = min(max(0, thinking), again)
+        self._paid_output -= again
+        self._again = (self._again[0] + again, self._again[1] + thought_again)
+        return again, thought_again

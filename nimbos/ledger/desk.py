@@ -82,11 +82,12 @@ class Desk:
         Raises: Overloaded, BudgetExhausted, StorageUnavailable; then nothing was taken.
         """
         ask = prepared.ask
+        unpaid_tokens = max(0, prepared.prompt_tokens - ask.paid_prompt_tokens)
         row = self.meters.allot(ask.id)
 
         def begin() -> Transaction[Reserved]:
             reserved = yield from self.ledger.reserve(
-                account, ask, origin=origin, prompt_tokens=prepared.prompt_tokens, card=card
+                account, ask, origin=origin, prompt_tokens=unpaid_tokens, card=card
             )
             if journal is not None:
                 yield from journal.reserved(ask, prompt_tokens=prepared.prompt_tokens)

@@ -232,3 +232,36 @@ def test_what_was_counted_and_never_received_is_not_billed_twice(meters: MeterFi
         recomputed_input=20, recomputed_output=4, recomputed_thinking=1,
     )  # fmt: skip
     assert second.usage(first=True, output=10, thinking=4) == counts_of(meters, wanted).usage()
+
+
+def test_what_an_earlier_ask_has_paid_for_is_computed_again_and_not_billed(meters: MeterFile) -> None:
+    """An ask that was killed paid for its prompt and 10 tokens, of which 7 were kept: the ask that goes on with it
+    computes the prompt and the 7 again, samples the 3 again, and pays for what comes then."""
+    wanted = metered(meters, ask())
+    assert wanted.meter_row is not None
+    tally = Tally(20, meters.row(wanted.meter_row, wanted.id), paid_prompt=20, paid_output=3)
+    tally.resume(output=0, thinking=0, cached=None)
+    tally.found(8)
+    assert tally.computed(8, 19, known=27) == 19
+    tally.answered(2, 1)
+    tally.answered(4, 1)
+    tally.write()
+    assert counts_of(meters, wanted).usage() == Usage(output=3, recomputed=19 + 3)
+    assert tally.usage(first=True, output=6, thinking=2) == Usage(output=3, recomputed=22)
+
+
+def test_what_was_paid_for_stays_so_when_the_engine_dies_too(meters: MeterFile) -> None:
+    wanted = metered(meters, ask())
+    assert wanted.meter_row is not None
+    row = meters.row(wanted.meter_row, wanted.id)
+    first = Tally(20, row, paid_prompt=15, paid_output=3)
+    first.computed(0, 20)
+    first.answered(5, 0)
+    first.write()
+    second = Tally(20, row, paid_prompt=15, paid_output=3)
+    second.resume(output=4, thinking=0, cached=0)  # of the five it received four: three that were paid for, and one
+    second.computed(0, 20)
+    second.answered(6, 0)
+    second.write()
+    assert counts_of(meters, wanted).usage() == Usage(input=5, output=7, recomputed=15 + 3 + 1 + 20)
+    assert second.usage(first=True, output=10, thinking=0) == counts_of(meters, wanted).usage()
