@@ -88,7 +88,7 @@ class Running:
             usage=counts.usage(),
             outcome=outcome,
             finish=",".join(_reason(self._finals[number]) for number in sorted(self._finals)),
-            told_output=sum(self._sent.values()) - sum(self._begun.values()),
+            told_output=max(0, sum(self._sent.values()) - sum(self._begun.values()) - self.ask.paid_output_tokens),
             queue_ms=max((receipt.queue_ms for receipt in receipts), default=0),
             compute_ms=counts.compute_us // 1000 or max((receipt.compute_ms for receipt in receipts), default=0),
             restarts=max((receipt.restarts for receipt in receipts), default=0),
