@@ -185,7 +185,7 @@ class CallStarted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 class CallDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call.done"):
     """`result`: segment, a JSON value (its head is what a model is shown). `error`: a code where it went wrong, and the
-    result is then a sentence for the model. `withheld`: nothing was done, this is a fork. `child`: of a spawn, its pid."""
+    result is then a sentence for the model. `withheld`: nothing was done, this is a fork. `child`: of a spawn."""
 
     call_id: str
     result: str

@@ -66,6 +66,15 @@ REASONS: dict[State, frozenset[Reason]] = {
 }
 
 
+def why_illegal(was: State, to: State, reason: Reason) -> str | None:
+    """None: the change is legal."""
+    if to not in LEGAL[was]:
+        return f"{to} cannot follow {was}"
+    if reason not in REASONS[to]:
+        return f"{to} has no reason {reason.value!r}"
+    return None
+
+
 class Effect(StrEnum):
     """What may be done with an intent whose outcome nobody knows."""
 
