@@ -5,6 +5,7 @@ What changes budgets, limits or prices is a transaction as a generator, for `Dat
 """
 
 from nimbos.ledger.alerts import Alert, Fired, add_alert, alerts_of, change_alert, find_alert, remove_alert
+from nimbos.ledger.allowances import Allowance
 from nimbos.ledger.budgets import Budget
 from nimbos.ledger.desk import Desk
 from nimbos.ledger.export import export_asks
@@ -16,10 +17,12 @@ from nimbos.ledger.recovery import Recovery
 from nimbos.ledger.reports import Report, Span, UsageRow, Used, usage, usage_buckets
 from nimbos.ledger.rows import Settlement
 from nimbos.ledger.running import Running
+from nimbos.ledger.spent import Spent, spent
 from nimbos.ledger.tree import all_budgets, budgets_of, find_budget, remove_budget, set_budget
 
 __all__ = [
     "Alert",
+    "Allowance",
     "Budget",
     "Desk",
     "Extended",
@@ -37,6 +40,7 @@ __all__ = [
     "Settled",
     "Settlement",
     "Span",
+    "Spent",
     "UsageRow",
     "Used",
     "add_alert",
@@ -55,6 +59,7 @@ __all__ = [
     "set_budget",
     "set_limit",
     "set_prices",
+    "spent",
     "usage",
     "usage_buckets",
 ]

@@ -1,0 +1,38 @@
+"""What one ask used in the end, for whoever goes on with its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import bindparam, select
+
+from nimbos.db import Statement, Transaction
+from nimbos.db.tables.ledger import asks, meters
+from nimbos.ledger.rows import SETTLED
+from nimbos.types import Usage
+
+_ASK = Statement(select(asks.c.state, asks.c.cost_micros).where(asks.c.id == bindparam("of")))
+_METERS = Statement(select(meters.c.meter, meters.c.quantity).where(meters.c.ask == bindparam("of")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    usage: Usage
+    cost_micros: int
+
+
+def spent(ask_id: str) -> Transaction[Spent | None]:
+    """None for an ask that is not settled, or was never let in."""
+    rows = yield _ASK(of=ask_id)
+    if not rows or rows[0]["state"] != SETTLED:
+        return None
+    found = {row["meter"]: row["quantity"] for row in (yield _METERS(of=ask_id))}
+    cached, thinking = found.get("cached", 0), found.get("thinking", 0)
+    usage = Usage(
+        input=found.get("input", 0) + cached,
+        cached=cached,
+        output=found.get("output", 0) + thinking,
+        thinking=thinking,
+        recomputed=found.get("recomputed", 0),
+    )
+    return Spent(usage=usage, cost_micros=rows[0]["cost_micros"])
