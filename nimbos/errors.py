@@ -129,18 +129,19 @@ class PayloadTooLarge(NimbosError):
 
 class Overloaded(NimbosError):
     """`limit` is what was hit: requests, tokens (a minute), concurrent asks, budget, queue, cells. `owner` is whose it
-    is ("key 'laptop'"), "" where it is the server's."""
+    is ("key 'laptop'"), "" where it is the server's. `retry_after_s` None: a limit of 0, which no waiting mends."""
 
     code = "overloaded"
     status = 429
     kind = "rate_limit_error"
 
-    def __init__(self, *, limit: str, value: int, used: int, retry_after_s: float, owner: str = "") -> None:
+    def __init__(self, *, limit: str, value: int, used: int, retry_after_s: float | None, owner: str = "") -> None:
         whose = f" of the {owner}" if owner else ""
-        super().__init__(
-            f"The limit {limit!r} of {value}{whose} is reached ({used} in use). "
-            f"Try again in {max(1.0, retry_after_s):.0f} s."
-        )
+        if retry_after_s is None:
+            then = "Nothing is let through until that is changed."
+        else:
+            then = f"Try again in {max(1.0, retry_after_s):.0f} s."
+        super().__init__(f"The limit {limit!r} of {value}{whose} is reached ({used} in use). {then}")
         self.owner = owner
         self.limit = limit
         self.value = value
