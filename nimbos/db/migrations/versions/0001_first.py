@@ -340,6 +340,7 @@ def upgrade() -> None:
         sa.Column("signal", sa.Text(), nullable=False),
         sa.Column("about", sa.Text(), nullable=False),
         sa.Column("body", sa.Text(), nullable=True),
+        sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("after_seq", sa.BigInteger(), nullable=False),
         sa.Column("at_ms", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("process", "position", name=op.f("pk_process_mailbox")),
@@ -393,6 +394,21 @@ def upgrade() -> None:
     op.create_index(op.f("ix_processes_forked_from"), "processes", ["forked_from"], unique=False)
     op.create_index(op.f("ix_processes_parent"), "processes", ["parent"], unique=False)
     op.create_index(op.f("ix_processes_state_id"), "processes", ["state", "id"], unique=False)
+    op.create_table(
+        "programs",
+        sa.Column("account", sa.Text(), nullable=False),
+        sa.Column("hash", sa.Text(), nullable=False),
+        sa.Column("put_id", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("version", sa.Text(), nullable=False),
+        sa.Column("python", sa.Integer(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("account", "hash", name=op.f("pk_programs")),
+        sa.UniqueConstraint("put_id", name=op.f("uq_programs_put_id")),
+    )
+    op.create_index(op.f("ix_programs_account_name_put_id"), "programs", ["account", "name", "put_id"], unique=False)
+    op.create_index(op.f("ix_programs_account_put_id"), "programs", ["account", "put_id"], unique=False)
     op.create_table(
         "projects",
         sa.Column("id", sa.Text(), nullable=False),
