@@ -99,7 +99,7 @@ def response_to(error: NimbosError, shape: Shape = OPENAI) -> Response:
 
 def headers_of(error: NimbosError) -> dict[str, str]:
     """`x-should-retry` tells the official clients whether trying again can help."""
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
         seconds = max(1, math.ceil(error.retry_after_s))
         meter = "tokens" if error.limit == "tokens" else "requests"
         return {

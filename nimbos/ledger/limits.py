@@ -258,7 +258,7 @@ def _check_concurrent(limit: Limit) -> Transaction[None]:
             limit="concurrent asks",
             value=limit.concurrent,
             used=count,
-            retry_after_s=RETRY_CONCURRENT_S,
+            retry_after_s=RETRY_CONCURRENT_S if limit.concurrent else None,
             owner=limit.owner,
         )
 

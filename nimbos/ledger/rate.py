@@ -21,18 +21,19 @@ _SLACK_NS_MAX = 10_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Take:
     """`due_ns`: the bucket afterwards; None where the amount does not fit. `remaining` and `used` are units, after
-    the taking where there was one; `full_in_s` until all are back; `retry_after_s` until this amount would fit."""
+    the taking where there was one; `full_in_s` until all are back; `retry_after_s` until this amount would fit, None:
+    never."""
 
     due_ns: int | None
     used: int
     remaining: int
     full_in_s: float
-    retry_after_s: float = 0.0
+    retry_after_s: float | None = 0.0
 
 
 def take(due_ns: int, now_ns: int, *, per_min: int, burst: int, amount: int) -> Take:
     if per_min <= 0:
-        return Take(due_ns=None, used=0, remaining=0, full_in_s=60.0, retry_after_s=60.0)
+        return Take(due_ns=None, used=0, remaining=0, full_in_s=60.0, retry_after_s=None)
     begun = max(due_ns, now_ns)
     cost_ns = span_ns(amount, per_min)
     window_ns = span_ns(burst, per_min)

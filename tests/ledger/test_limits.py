@@ -220,6 +220,7 @@ def test_the_bucket_never_lets_more_through_than_its_burst_and_its_rate(
         now += wait_ns
         result = take(due, now, per_min=per_min, burst=burst, amount=amount)
         if result.due_ns is None:
+            assert result.retry_after_s is not None
             assert result.retry_after_s > 0
             later = now + round(result.retry_after_s * 1e9) + 10**6
             assert take(due, later, per_min=per_min, burst=burst, amount=amount).due_ns is not None

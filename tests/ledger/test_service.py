@@ -50,8 +50,9 @@ async def test_what_was_told_is_in_the_ledger_when_the_answer_is_through(open_sh
 
 async def test_an_ask_that_is_refused_leaves_no_trace(open_shop: Shop) -> None:
     await open_shop.books.run(lambda: set_limit("key", ACCOUNT.key, requests_per_min=0))
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match="until that is changed") as refused:
         await open_shop.ask()
+    assert refused.value.retry_after_s is None
     assert await open_shop.rows() == {}
     assert open_shop.rows_in_use == 0
 
