@@ -9,7 +9,8 @@ their `account` names a project:
     account = "alice"
     scopes = ["class:batch"]
 
-Scopes: `admin`; `class:NAME` limits a key to the classes named. Keys are better made by `nimbos key create`.
+Scopes: `admin`; `class:NAME` limits a key to the classes named; `programs:code` allows uploading programs with
+Python. Keys are better made by `nimbos key create`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nimbos.errors import ConfigError
 from nimbos.types import AskClass
 
 ADMIN = "admin"
-_SCOPES = frozenset({ADMIN, *(f"class:{name}" for name in AskClass)})
+_SCOPES = frozenset({ADMIN, *(f"class:{name}" for name in AskClass), "programs:code"})
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -36,6 +36,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 DOORS = {
     "accounts": {
+        "CODE_SCOPE",
         "Accounts",
         "Action",
         "Actor",

@@ -197,7 +197,7 @@ async def _configured(database: Database, key: FileKey) -> ConfiguredKey:
         id=f"key_file_{key.name}",
         name=key.name,
         project_id=found.id,
-        scopes=key.scopes,
+        scopes=key.scopes | {CODE_SCOPE} if ADMIN_SCOPE in key.scopes else key.scopes,
         role=role,
     )
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import bindparam, select
 
-from nimbos.accounts.keys import BY_DIGEST, owner_has_access
+from nimbos.accounts.keys import BY_DIGEST, owner_has_access, scopes_of
 from nimbos.accounts.projects import now_ms
 from nimbos.accounts.roles import Role
 from nimbos.accounts.secret import digest_of
@@ -182,13 +182,13 @@ def _check_alive(key: Key, row: Row, now: int) -> None:
         raise Unauthorized(f"The owner of the key {key.name!r} does not belong to its project any more.")
 
 
-def account_of_key(key: Key, project: Project) -> Account:
+def account_of_key(key: Key, row: Row, project: Project) -> Account:
     return _account(
         project,
         key=key.id,
         key_name=key.name,
         user=key.owner_id if key.owner_kind == "user" else "",
-        scopes=frozenset(key.grant.scopes),
+        scopes=scopes_of(key, row),
         models=key.grant.models,
         routes=key.grant.routes,
         weight=key.grant.weight,
@@ -197,7 +197,7 @@ def account_of_key(key: Key, project: Project) -> Account:
 
 def _key_identity(key: Key, row: Row, project: Project) -> Identity:
     by_user = key.owner_kind == "user"
-    account = account_of_key(key, project)
+    account = account_of_key(key, row, project)
     actor = Actor(
         kind="api_key",
         id=key.id,

@@ -35,7 +35,7 @@ class Authority:
                 raise Unauthorized(f"{whose} has expired.")
             if not owner_has_access(key, row):
                 raise Unauthorized(f"{whose} has an owner who does not belong to its project any more.")
-            return account_of_key(key, projects[0])
+            return account_of_key(key, row, projects[0])
         for project in projects:
             listed = frozenset(project.models)
             return msgspec.structs.replace(

@@ -356,6 +356,15 @@ def owner_has_access(key: Key, row: Row) -> bool:
     return key.kind == "admin" or runs_everything(Role(row["user_role"])) or row["member_role"] is not None
 
 
+def scopes_of(key: Key, row: Row) -> frozenset[str]:
+    """A key that administers everything may also bring Python that runs here. `row` has the columns of `OWNED`."""
+    scopes = frozenset(key.grant.scopes)
+    if ADMIN_SCOPE not in scopes:
+        return scopes
+    runs = key.owner_kind == "service_account" or runs_everything(Role(row["user_role"]))
+    return scopes | {CODE_SCOPE} if runs else scopes
+
+
 def _check_owner(project_id: str, owner_kind: OwnerKind, owner_id: str) -> Transaction[None]:
     if owner_kind == "service_account":
         account = yield from service_account_of(project_id, owner_id)

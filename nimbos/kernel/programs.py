@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import Integer, Text, bindparam, func, select
 
+from nimbos.accounts import CODE_SCOPE
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Statement, Transaction, upsert
 from nimbos.db.tables.programs import programs
@@ -25,9 +26,8 @@ from nimbos.kernel.program import File, Program, part_contents, program_of, read
 from nimbos.kernel.unpacked import unpacked
 from nimbos.types import Account, new_id
 
-__all__ = ["CODE_SCOPE", "File", "Listed", "Program", "Programs"]
+__all__ = ["File", "Listed", "Program", "Programs"]
 
-CODE_SCOPE = "programs:code"
 PROJECT_BYTES_MAX = 4 << 30
 
 _ROW_BYTES = 1_024  # what a program costs besides its own bytes, at most
@@ -153,7 +153,7 @@ def _record(account: str, program: Program) -> Transaction[None]:
         name=program.name,
         version=program.version,
         python=int(program.python),
-        size_bytes=program.size_bytes + _ROW_BYTES,
+        size_bytes=program.size_bytes,
         created_ms=now_ms,
     )
     (row,) = yield _TOTAL(account=account)
@@ -163,7 +163,7 @@ def _record(account: str, program: Program) -> Transaction[None]:
 
 _ACCOUNT = programs.c.account == bindparam("account", type_=Text)
 _PUT = upsert(programs, key=("account", "hash"), set=("put_id",))
-_TOTAL = Statement(select(func.coalesce(func.sum(programs.c.size_bytes), 0).label("total")).where(_ACCOUNT))
+_TOTAL = Statement(select(func.sum(programs.c.size_bytes + _ROW_BYTES).label("total")).where(_ACCOUNT))
 _BY_HASH = Statement(select(programs).where(_ACCOUNT, programs.c.hash == bindparam("hash", type_=Text)))
 _VERSION = bindparam("version", type_=Text)
 _BY_NAME = Statement(

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from nimbos.accounts import Action, Role
 from nimbos.accounts import keys as rows
-from nimbos.accounts.keys import expires_at, grant_of, owner_has_access, words_of
+from nimbos.accounts.keys import CODE_SCOPE, expires_at, grant_of, owner_has_access, words_of
 from nimbos.accounts.people import live_user
 from nimbos.accounts.secret import new_secret
 from nimbos.accounts.words import ADMIN_SCOPE, Changed, Grant, Key, OwnerKind
@@ -247,9 +247,10 @@ def _owner_wanted(call: Call, wanted: KeyCreate) -> tuple[OwnerKind, str]:
 
 
 def check_grant(call: Call, grant: Grant, *, before: Grant | None = None) -> None:
-    """Who may not make keys that administer may not give one that scope; nobody widens a key by changing it without
-    the right to make such a key for anyone."""
-    if ADMIN_SCOPE in grant.scopes and (before is None or ADMIN_SCOPE not in before.scopes):
+    """Who may not make keys that administer may give none that scope, nor that of running Python here; nobody widens
+    a key by changing it without the right to make such a key for anyone."""
+    added = set(grant.scopes) - set(before.scopes if before is not None else ())
+    if added & {ADMIN_SCOPE, CODE_SCOPE}:
         call.check(Action.ADMIN_KEYS)
     if before is not None and grant != before:
         call.check(Action.PROJECT_KEYS)
