@@ -4,9 +4,10 @@
     seconds_ms            of work: computing answers, and running tools; waiting is none
     calls                 of tools
 
-The last two are of processes alone; `processes.py` reserves for calls. What an ask may use is charged to every budget on its way to the root: first `reserved`, then, as it is computed,
-`used`; `reserved + used` never grows beyond `limit`. Rows are locked from the root, so asks at the same time never
-spend a unit twice and never wait for each other in a circle.
+The last two are of processes alone; `allowances.py` reserves them for calls. What an ask may use is charged to every
+budget on its way to the root: first `reserved`, then, as it is computed, `used`; `reserved + used` never grows beyond
+`limit`. Rows are locked from the root, so asks at the same time never spend a unit twice and never wait for each other
+in a circle.
 
 A budget whose rest is held by running asks is not exhausted: they may give some of it back. Then `Held` is raised, and
 `desk.py` waits for a while before it refuses. A period ends under the same lock: `used` begins at 0 again, and

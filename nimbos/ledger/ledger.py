@@ -39,10 +39,11 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a running ask has come. `usage`: its meter. `live`: branches that go on, each up to the allowance;
-    `ended_output`: tokens of the others, less those that were there before the ask."""
+    """How far a running ask has come. `usage`, `compute_ms`: its meter. `live`: branches that go on, each up to the
+    allowance; `ended_output`: tokens of the others, less those that were there before the ask."""
 
     usage: Usage
+    compute_ms: int = 0
     live: int
     ended_output: int
     allowance_tokens: int
@@ -118,7 +119,7 @@ class Ledger:
             return Extended(allowance_tokens=None)
         rates = yield from self._rates(row["price_version"], row["model"], row["class"])
         own, before = rows.held(row), rows.charged(row)
-        now_used = _used(progress.usage, rates)
+        now_used = _used(progress.usage, rates, progress.compute_ms)
         need = _next_need(progress, row["prompt_tokens"], rates)
         granted, wait = budgets.grant_more(chain, need, own=own, used=now_used - before)
         hold = need.hold(granted)
@@ -139,7 +140,7 @@ class Ledger:
         if row is None or row["state"] == rows.SETTLED:
             return Settled(new=False)
         rates = yield from self._rates(row["price_version"], row["model"], row["class"])
-        used = _used(settlement.usage, rates)
+        used = _used(settlement.usage, rates, settlement.compute_ms)
         charged = limits.decode_charged(row["limits"])
         yield from limits.correct_tokens(charged, more=used.tokens - row["estimated_tokens"])
         chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
@@ -209,8 +210,8 @@ def _already(ask: Ask) -> int:
     return max((len(ids) for number, ids in ask.emitted.items() if number not in ask.finished), default=0)
 
 
-def _used(usage: Usage, rates: Rates) -> Hold:
-    return Hold(tokens=prices.tokens_of(usage), micros=rates.cost_micros(usage))
+def _used(usage: Usage, rates: Rates, compute_ms: int) -> Hold:
+    return Hold(tokens=prices.tokens_of(usage), micros=rates.cost_micros(usage), ms=compute_ms)
 
 
 def _store(chain: list[Budget], *, reserved: Hold, used: Hold) -> Transaction[list[Budget]]:

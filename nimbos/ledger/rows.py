@@ -30,6 +30,7 @@ _EXTEND = Statement(
         reserved_micros=bindparam("held_micros"),
         charged_tokens=bindparam("used_tokens"),
         charged_micros=bindparam("used_micros"),
+        charged_ms=bindparam("used_ms"),
     )
 )
 _ABANDON = Statement(
@@ -119,6 +120,7 @@ def open_row(
         reserved_micros=admitted.hold.micros,
         charged_tokens=0,
         charged_micros=0,
+        charged_ms=0,
         cost_micros=0,
         told_output=0,
         restarts=0,
@@ -139,6 +141,7 @@ def extend_row(ask_id: str, *, hold: Hold, charged: Hold) -> Transaction[None]:
         held_micros=hold.micros,
         used_tokens=charged.tokens,
         used_micros=charged.micros,
+        used_ms=charged.ms,
     )
 
 
@@ -195,4 +198,4 @@ def held(row: Row) -> Hold:
 
 def charged(row: Row) -> Hold:
     """What of its use its budgets know."""
-    return Hold(tokens=row["charged_tokens"], micros=row["charged_micros"])
+    return Hold(tokens=row["charged_tokens"], micros=row["charged_micros"], ms=row["charged_ms"])

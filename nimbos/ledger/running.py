@@ -136,9 +136,11 @@ class Running:
     def _progress(self) -> Progress:
         live = self._live()
         ended = sum(final.usage.output for final in self._finals.values())
+        counts = self._desk.meters.read(self._row)
         assert self._allowance_tokens is not None
         return Progress(
-            usage=self.used(),
+            usage=counts.usage(),
+            compute_ms=counts.compute_us // 1000,
             live=len(live),
             ended_output=ended - sum(self._begun[number] for number in live),
             allowance_tokens=self._allowance_tokens,

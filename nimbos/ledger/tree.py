@@ -37,7 +37,11 @@ _SELECT_OF = Statement(
     .where(budgets.c.owner_kind == bindparam("kind"), budgets.c.owner_id == bindparam("owner"))
     .order_by(budgets.c.meter, budgets.c.period)
 )
-_SELECT_ALL = Statement(select(budgets).order_by(budgets.c.depth, budgets.c.owner_id, budgets.c.meter))
+_SELECT_ALL = Statement(
+    select(budgets)
+    .where(budgets.c.owner_kind != literal_column("'process'"))
+    .order_by(budgets.c.depth, budgets.c.owner_id, budgets.c.meter)
+)
 _SELECT_ONE = Statement(select(budgets).where(budgets.c.id == bindparam("of")))
 _INSERT = insert(budgets)
 _CHANGE = Statement(
@@ -118,7 +122,7 @@ def budgets_of(owner_kind: str, owner_id: str) -> Transaction[list[Budget]]:
 
 
 def all_budgets() -> Transaction[list[Budget]]:
-    """From the root."""
+    """From the root, without those of processes, of which each has four (`allowances.py`)."""
     rows = yield _SELECT_ALL()
     now_ms = _now_ms()
     return [budget_of(row).at(now_ms) for row in rows]
