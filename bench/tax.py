@@ -15,6 +15,7 @@ from bench.setup import Setup, from_arguments, parser, where
 from bench.sweep import Flags
 
 PROMPT, OUT, STREAMS = 128, 256, 8
+NO_STALL_TARGET_MS = 60_000
 # How our counters' names end: seconds of all steps inside llama_decode, and those that a step takes beside it.
 DECODE_SECONDS = ("step_seconds_sum",)
 BESIDE_SECONDS = ("overhead_seconds_sum", "overhead_seconds_total")
@@ -66,7 +67,8 @@ def _grown(before: dict[str, float], after: dict[str, float], endings: tuple[str
 
 
 async def run_ours(setup: Setup, streams: int) -> Measures:
-    home = ours.make_home(setup, "tax", cells=STREAMS * 512, context_tokens=512)
+    """Without a stall target: the peer has none, and with it a prompt waits for the rows that run already."""
+    home = ours.make_home(setup, "tax", cells=STREAMS * 512, context_tokens=512, stall_target_ms=NO_STALL_TARGET_MS)
     async with ours.serving(setup, home=home) as server:
         return await run(setup, server, streams)
 

@@ -22,7 +22,8 @@ RANK = {AskClass.INTERACTIVE: 0, AskClass.AGENT: 1, AskClass.BATCH: 2}
 WIDE_ROWS = 16  # measured: 16 rows decode 2.3 times as many tokens a second as one, 32 rows 2.8 times
 FILL = 0.75  # of the stall target: steps vary, so what may be left out is added only up to here
 NEAR_TARGET = 0.6  # of the stall target: above it, prompts would get next to nothing beside the running rows
-STRETCH = 1.5  # times what the running rows take alone: as far as a waiting prompt may stretch such a step
+STRETCH, STRETCH_MOST = 1.5, 6.0  # times what the running rows take alone: so far may a waiting prompt stretch a step
+PATIENCE_MS = 4_000.0  # after which it may stretch it twice as far, then three times, up to the most
 KERNEL_ROWS = 4  # x86 kernels for repacked weights work on multiples of four rows
 
 
@@ -207,7 +208,7 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
     urgent = [job for job in ready if held and not job.running and _urgent(job, key(job)[0])]
     if alone_ms > NEAR_TARGET * rules.stall_target_ms:  # else these fit below the target, like all others
         for job in urgent[:1]:  # interactive work itself: it may stretch the step, or it would never begin
-            step.add(job, max(_fitting(step, job, job.pending, STRETCH * alone_ms), KERNEL_ROWS))
+            step.add(job, max(_fitting(step, job, job.pending, _stretch(job, now_ms) * alone_ms), KERNEL_ROWS))
     stalled = bool(held) and step.milliseconds > rules.stall_target_ms
     ceiling = FILL * rules.stall_target_ms if held else None
     for job in ready:
@@ -218,6 +219,11 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
         else:
             _add_prompt(step, job, ceiling, _slice_limit(job, rules))
     return Plan(tuple(step.slices), step.rows, step.milliseconds, bool(held) or waiting_prompt, stalled)
+
+
+def _stretch(job: Job, now_ms: float) -> float:
+    """A crowd's prompts would wait for minutes behind its own rows if none of those ever waited for them."""
+    return min(STRETCH_MOST, STRETCH * (1 + max(0.0, now_ms - job.arrived_ms) / PATIENCE_MS))
 
 
 def _inherited_ranks(live: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> dict[int, int]:

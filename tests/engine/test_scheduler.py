@@ -277,6 +277,26 @@ def test_a_large_model_over_the_target_still_begins_prompts_and_serves_what_has_
     assert batch in [s.job for s in later.slices]
 
 
+def test_a_crowd_on_a_slow_machine_all_begin_soon() -> None:
+    """Eight prompts at once where eight rows alone come near the target: the last begins in a few times what all the
+    prompts take alone, not when the first answers end."""
+    slow = StepTime.prior(weight_bytes=600_000_000, kv_bytes_per_token=12_288)
+    assert RULES.stall_target_ms > slow.predict(6, 6 * 128) > 0.6 * RULES.stall_target_ms
+    crowd = [job(prompt=128) for _ in range(8)]
+    alone_ms = 8 * slow.predict(128, 128 * 64)
+    now, begun = 0.0, {}
+    while len(begun) < len(crowd):
+        chosen = plan(crowd, slow, FairClock(), RULES, now)
+        now += chosen.predicted_ms
+        for part in chosen.slices:
+            part.job.computed += part.count
+            if part.samples:
+                part.job.running = True
+                part.job.tokens.append(0)
+                begun.setdefault(id(part.job), now)
+    assert now < 1.6 * alone_ms
+
+
 def test_prompts_become_live_no_earlier_than_they_can_be_computed() -> None:
     live = [job(AskClass.BATCH, prompt=RULES.max_rows, account="flood")]
     assert not may_live(job(AskClass.BATCH, account="flood"), live, COSTS, RULES)
