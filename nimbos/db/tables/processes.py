@@ -49,6 +49,12 @@ processes = Table(
     Index(None, "state", "id"),
 )
 Index(
+    "ix_processes_living",
+    processes.c.account,
+    sqlite_where=text("state != 'done'"),
+    postgresql_where=text("state != 'done'"),
+)
+Index(
     "ix_processes_due",
     processes.c.due_ms,
     sqlite_where=text("due_ms IS NOT NULL"),
@@ -65,6 +71,7 @@ process_mailbox = Table(
     Column("signal", Text, nullable=False),
     Column("about", Text, nullable=False),
     Column("body", Text),  # segment
+    Column("reason", Text, nullable=False),  # of a child's exit: how it ended
     Column("after_seq", BigInteger, nullable=False),  # the head's, when it came
     Column("at_ms", BigInteger, nullable=False),
     UniqueConstraint("process", "source", "external_id"),

@@ -1,0 +1,287 @@
+"""One process that this server runs: its view, and the only hand that appends to its log.
+
+Every method that writes does so in one durable transaction that checks the holder first; what was written is folded
+into the view afterwards. When a write fails, or its outcome is not known, the view is worthless: let the exception
+pass, and whoever claims the process next folds its log anew.
+
+A run ends by `park` or `exit`, or because `take_mail` found that it has to: they raise `Parked` or `Exited`, which only
+`runner.py` catches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nimbos.db import Database, Transaction
+from nimbos.kernel import mailbox
+from nimbos.kernel.bells import Bells, Delta
+from nimbos.kernel.children import dismiss, tell_parent
+from nimbos.kernel.effects import HARMLESS
+from nimbos.kernel.events import Event, ProcExited, ProcState, SignalConsumed
+from nimbos.kernel.fold import View
+from nimbos.kernel.log import Draft, Holder, Log
+from nimbos.kernel.mailbox import CONTROL, Mail
+from nimbos.kernel.processes import locked_head
+from nimbos.kernel.segments import Segments
+from nimbos.kernel.timers import SteadyClock
+from nimbos.kernel.view import CallStatus, Received
+from nimbos.kernel.words import Reason, SignalKind, State
+from nimbos.types import Account
+from nimbos.work import Work
+
+if TYPE_CHECKING:
+    from nimbos.kernel.programs import Program
+
+
+class Parked(Exception):
+    """The run is over; a signal makes the process ready again."""
+
+
+class Exited(Exception):
+    """The run is over, and so is the process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all holdings of a server have in common. `on_exit`: transactions that are part of every exit."""
+
+    database: Database
+    log: Log
+    work: Work
+    segments: Segments
+    bells: Bells
+    clock: SteadyClock
+    on_exit: tuple[Callable[[str], Transaction[None]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ended:
+    """What became of a run, once its transaction is committed. `woken`: there is work to claim. `posted`: whose
+    mailboxes were written, and whether that woke them."""
+
+    events: list[Event]
+    by: type[Parked | Exited] | None = None
+    woken: bool = False
+    posted: tuple[tuple[str, bool], ...] = ()
+
+
+class Holding:
+    """`mail` is set when something was put into its mailbox. `account`: what whoever spawned it may do now.
+    `closing`: what was started for this run, like its tools' worker; the runner closes it."""
+
+    program: Program  # set by the runner before anything drives
+
+    def __init__(
+        self, shared: Shared, *, account: Account, view: View, holder: Holder, closing: AsyncExitStack
+    ) -> None:
+        self.pid = holder.pid
+        self.account = account
+        self.view = view
+        self.holder = holder
+        self.mail = asyncio.Event()
+        self.closing = closing
+        self._shared = shared
+
+    @property
+    def watched(self) -> bool:
+        """Whether a person is looking."""
+        return self._shared.bells.watched(self.pid)
+
+    @property
+    def followed(self) -> bool:
+        return self._shared.bells.followed(self.pid)
+
+    def now_ms(self) -> int:
+        """The wall clock, as it goes on from this server's start: setting it moves no timer. For `due_ms`."""
+        return self._shared.clock.now_ms()
+
+    def tell(self, delta: Delta) -> None:
+        """To whoever follows, and nobody else."""
+        self._shared.bells.tell(delta)
+
+    async def append(self, *drafts: Draft, also: Callable[[], Transaction[None]] | None = None) -> list[Event]:
+        """`also`: part of the same transaction, after the events.
+
+        Raises: Fenced when another has the process now; StorageUnavailable.
+        """
+
+        def begin() -> Transaction[list[Event]]:
+            events = yield from self.appending(*drafts)
+            if also is not None:
+                yield from also()
+            return events
+
+        events = await self._shared.database.run(begin, durable=True)
+        await self._fold(events)
+        if also is not None:  # a child may be born, or another process be sent something
+            self._shared.bells.work()
+            self._shared.bells.look.set()
+        return events
+
+    def appending(self, *drafts: Draft) -> Transaction[list[Event]]:
+        """For a larger transaction; `refresh` when it is committed."""
+        return (yield from self._shared.log.append(self.pid, drafts, holder=self.holder))
+
+    async def refresh(self) -> None:
+        """Folds what was appended since, by a transaction of somebody else that this process was part of."""
+        while True:
+            events = await self._shared.log.read(self.pid, after=self.view.seq)
+            self._apply(events)
+            if not events:
+                return
+
+    async def take_mail(self) -> list[Received]:
+        """Takes what is in the mailbox into the log, and obeys what the kernel obeys: pause, resume, cancel, kill.
+        What was received and asks for nothing of that kind.
+
+        Raises: Parked, Exited; what `append` raises.
+        """
+        self.mail.clear()
+        begun = self.view.seq
+        while await self._unread():
+            ended = await self._shared.database.run(self._taking, durable=True)
+            await self._settle(ended)
+        return [signal for signal in self.view.signals if signal.seq > begun]
+
+    async def urgent(self) -> bool:
+        """Whether something waits in the mailbox for which the run must stop. Nothing is taken."""
+        rows = await self._shared.database.read(mailbox.PEEK(process=self.pid, most=mailbox.UNREAD_MAX))
+        signals = {SignalKind(row["signal"]) for row in rows}
+        if signals & {SignalKind.KILL, SignalKind.CANCEL}:
+            return True
+        return SignalKind.PAUSE in signals and not self._in_the_world()
+
+    async def park(
+        self,
+        state: State,
+        reason: Reason,
+        *,
+        due_ms: int | None = None,
+        about: Sequence[str] = (),
+        drafts: Sequence[Draft] = (),
+    ) -> None:
+        """Ends the run until a signal comes; `drafts` are appended before, in the same transaction. Mail that came
+        meanwhile makes the process ready at once: nothing is slept through.
+
+        Raises: Parked, always, if nothing else.
+        """
+        body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
+        await self._settle(
+            await self._shared.database.run(lambda: self._parking(body, [*drafts, Draft(body=body)]), durable=True)
+        )
+
+    async def exit(
+        self, reason: Reason, *, result: str | None = None, error: str = "", drafts: Sequence[Draft] = ()
+    ) -> None:
+        """Ends the process: children that are not detached are cancelled, its parent is told, all in one transaction.
+        `result`: a segment.
+
+        Raises: Exited, always, if nothing else.
+        """
+        told = result
+        if told is None and error and self.view.parent is not None:
+            told = await self._shared.segments.put(self.account.id, error)
+        body = ProcExited(reason=reason, result=result, error=error)
+
+        def begin() -> Transaction[_Ended]:
+            return (yield from self._exiting(body, told, drafts))
+
+        await self._settle(await self._shared.database.run(begin, durable=True))
+
+    def _in_the_world(self) -> bool:
+        """Whether a call is going on whose outcome would be unknown if it were cut off."""
+        calls = self.view.calls.values()
+        return any(call.status is CallStatus.STARTED and call.intent.effect not in HARMLESS for call in calls)
+
+    async def _unread(self) -> bool:
+        (row,) = await self._shared.database.read(mailbox.COUNTS(id=self.pid))
+        return bool(row["mail"] > row["taken"])
+
+    def _taking(self) -> Transaction[_Ended]:
+        head = yield from locked_head(self.pid)
+        mails = yield from mailbox.unread(head)
+        if not mails:
+            return _Ended(events=[])
+        drafts: list[Draft] = []
+        for mail in mails:
+            drafts.append(mailbox.received(mail))
+            if mail.signal in CONTROL:
+                received = head.seq + len(drafts)
+                drafts.append(Draft(body=SignalConsumed(received=received), cause=received))
+        order = _order(mails)
+        if order in (SignalKind.KILL, SignalKind.CANCEL):
+            yield from mailbox.took(self.pid, len(mails))
+            reason = Reason.KILLED if order is SignalKind.KILL else Reason.CANCELLED
+            return (yield from self._exiting(ProcExited(reason=reason), None, drafts))
+        if order is SignalKind.PAUSE:
+            yield from mailbox.took(self.pid, len(mails))
+            paused = ProcState(to=State.PAUSED, reason=Reason.USER)
+            return (yield from self._parking(paused, [*drafts, Draft(body=paused)]))
+        events = yield from self.appending(*drafts)
+        yield from mailbox.took(self.pid, len(mails))
+        return _Ended(events=events)
+
+    def _parking(self, body: ProcState, drafts: Sequence[Draft]) -> Transaction[_Ended]:
+        events = yield from self.appending(*drafts)
+        head = yield from locked_head(self.pid)
+        if body.to is not State.PAUSED and head.mail > head.taken:
+            events += yield from self.appending(Draft(body=ProcState(to=State.READY)))
+            yield from self._shared.work.release(self.holder.claim)
+            return _Ended(events=events, by=Parked, woken=True)
+        yield from self._shared.work.finish(self.holder.claim)
+        return _Ended(events=events, by=Parked)
+
+    def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
+        shared = self._shared
+        if self.view.parent is not None:
+            yield from locked_head(self.view.parent)  # parents are locked before their children
+        events = yield from self.appending(*drafts, Draft(body=body))
+        yield from shared.work.finish(self.holder.claim)
+        for ending in shared.on_exit:
+            yield from ending(self.pid)
+        posted = yield from dismiss(shared.log, shared.work, self.pid)
+        if self.view.parent is not None:
+            done = yield from tell_parent(
+                shared.log, shared.work, self.view.parent, self.pid, reason=body.reason, told=told
+            )
+            posted.append((self.view.parent, done.woken))
+        return _Ended(events=events, by=Exited, posted=tuple(posted))
+
+    async def _settle(self, ended: _Ended) -> None:
+        """After the commit. Raises: Parked, Exited."""
+        await self._fold(ended.events)
+        bells = self._shared.bells
+        for pid, woken in ended.posted:
+            bells.posted(pid, woken=woken)
+        if ended.woken:
+            bells.work()
+        if self.view.state is State.WAITING and self.view.due_ms is not None:
+            bells.timer(self.pid, self.view.due_ms)
+        if ended.by is not None:
+            raise ended.by(self.pid)
+
+    async def _fold(self, events: list[Event]) -> None:
+        """Transactions may be told of in another order than they were committed in: a gap is read from the log."""
+        if events and events[0].seq > self.view.seq + 1:
+            await self.refresh()
+        else:
+            self._apply(events)
+        self._shared.bells.appended(self.pid)
+
+    def _apply(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.seq == self.view.seq + 1:
+                self.view.apply(event)
+
+
+def _order(mails: Sequence[Mail]) -> SignalKind | None:
+    """What the process is to do of what it was told: the last word, unless it is to end."""
+    told = [mail.signal for mail in mails if mail.signal in CONTROL]
+    for ending in (SignalKind.KILL, SignalKind.CANCEL):
+        if ending in told:
+            return ending
+    return told[-1] if told else None

@@ -1,0 +1,196 @@
+"""Mailboxes: what anyone outside a process may write for it. Whoever runs the process takes it into the log.
+
+    post ─▶ row, and when the process is parked: ready, and work to claim ─▶ take ─▶ signal.received ─▶ signal.consumed
+
+A signal is known by its source and the id it has there: posted again it changes nothing, also long after it was taken.
+All functions are transactions, to be part of larger ones.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from sqlalchemy import BigInteger, Integer, Text, bindparam, select
+
+from nimbos.db import Row, Statement, Transaction, insert
+from nimbos.db.tables.processes import process_mailbox, processes
+from nimbos.errors import Conflict, Overloaded
+from nimbos.kernel.events import ProcState, SignalReceived
+from nimbos.kernel.log import Draft, Log
+from nimbos.kernel.processes import Head, locked_head, store_head
+from nimbos.kernel.words import Reason, SignalKind, State
+from nimbos.work import Work
+
+KIND = "process"  # of the work that a ready process is
+UNREAD_MAX = 1_000  # signals that a mailbox holds
+CONTROL = frozenset({SignalKind.PAUSE, SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})  # the kernel obeys
+_WAKE_PAUSED = frozenset({SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})
+_ALWAYS = CONTROL | {SignalKind.CHILD_EXIT, SignalKind.TIMER}  # a full mailbox takes these too
+_TAKEN_AT_ONCE = 100
+_RETRY_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mail:
+    """A signal on its way. `body`: a segment that is there already. `reason`: how the child `about` ended."""
+
+    signal: SignalKind
+    source: str
+    external_id: str
+    about: str = ""
+    body: str | None = None
+    reason: Reason = Reason.NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posted:
+    """`new`: False when it was there already, or the process is over and nobody minds. `woken`: there is work now."""
+
+    new: bool
+    woken: bool = False
+
+
+def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
+    """Puts a signal into the mailbox, and wakes the process if it is parked.
+
+    Raises: NotFound; Conflict for one that came too late, or an answer to what is not asked; Overloaded when the
+    mailbox is full.
+    """
+    head = yield from locked_head(pid)
+    if (yield _KNOWN(process=pid, source=mail.source, external_id=mail.external_id)):
+        return Posted(new=False)
+    if head.state is State.DONE:
+        if mail.signal in (SignalKind.CHILD_EXIT, SignalKind.TIMER, SignalKind.CANCEL):
+            return Posted(new=False)
+        raise Conflict(f"The process {pid} is over ({head.reason.value}).", param="pid")
+    if mail.signal is SignalKind.ANSWER:
+        mail = yield from _answering(head, mail)
+    if head.mail - head.taken >= UNREAD_MAX and mail.signal not in _ALWAYS:
+        raise Overloaded(
+            limit="signals in the mailbox",
+            value=UNREAD_MAX,
+            used=head.mail - head.taken,
+            retry_after_s=_RETRY_AFTER_S,
+            owner=f"process {pid}",
+        )
+    yield from _add(head, mail)
+    if not head.parked or (head.state is State.PAUSED and mail.signal not in _WAKE_PAUSED):
+        return Posted(new=True)
+    yield from wake(log, work, pid, actor=mail.source)
+    return Posted(new=True, woken=True)
+
+
+def wake(log: Log, work: Work, pid: str, *, actor: str) -> Transaction[None]:
+    """Makes a parked process ready; its head is locked."""
+    yield from log.append(pid, [Draft(body=ProcState(to=State.READY), actor=actor)], holder=None)
+    yield from work.add(KIND, pid)
+
+
+def unread(head: Head) -> Transaction[list[Mail]]:
+    """What was not taken yet, oldest first, up to a bound."""
+    if head.mail == head.taken:
+        return []
+    rows = yield _UNREAD(process=head.pid, taken=head.taken, most=_TAKEN_AT_ONCE)
+    return [_mail(row) for row in rows]
+
+
+def took(pid: str, count: int) -> Transaction[None]:
+    """The first `count` of the unread are in the log, since this transaction."""
+    head = yield from locked_head(pid)
+    yield from store_head(replace(head, taken=head.taken + count))
+
+
+def received(mail: Mail) -> Draft:
+    body = SignalReceived(
+        signal=mail.signal,
+        source=mail.source,
+        external_id=mail.external_id,
+        about=mail.about,
+        body=mail.body,
+        reason=mail.reason,
+    )
+    return Draft(body=body, actor=mail.source)
+
+
+def _answering(head: Head, mail: Mail) -> Transaction[Mail]:
+    """An answer belongs to one question that is open. Raises: Conflict."""
+    if not head.asked_seq:
+        raise Conflict(f"The process {head.pid} asks nothing; it is {_doing(head)}.", param="pid")
+    about = mail.about or (head.about[0] if len(head.about) == 1 else "")
+    if head.about and not about:
+        asked = ", ".join(head.about)
+        raise Conflict(f"The process {head.pid} asks more than one thing: say which of {asked}.", param="about")
+    if about and about not in head.about:
+        raise Conflict(f"The process {head.pid} does not ask {about[:80]!r}.", param="about")
+    if (yield _ANSWERED(process=head.pid, about=about, asked_seq=head.asked_seq, signal=SignalKind.ANSWER.value)):
+        raise Conflict(f"The process {head.pid} has its answer already.", param="about")
+    return replace(mail, about=about)
+
+
+def _doing(head: Head) -> str:
+    return f"{head.state.value} ({head.reason.value})" if head.reason else head.state.value
+
+
+def _add(head: Head, mail: Mail) -> Transaction[None]:
+    position = head.mail + 1
+    yield _INSERT(
+        process=head.pid,
+        position=position,
+        source=mail.source,
+        external_id=mail.external_id,
+        signal=mail.signal.value,
+        about=mail.about,
+        body=mail.body,
+        reason=mail.reason.value,
+        after_seq=head.seq,
+        at_ms=time.time_ns() // 1_000_000,
+    )
+    yield from store_head(replace(head, mail=position))
+
+
+def _mail(row: Row) -> Mail:
+    return Mail(
+        signal=SignalKind(row["signal"]),
+        source=row["source"],
+        external_id=row["external_id"],
+        about=row["about"],
+        body=row["body"],
+        reason=Reason(row["reason"]),
+    )
+
+
+_OF = process_mailbox.c.process == bindparam("process", type_=Text)
+_INSERT = insert(process_mailbox)
+_KNOWN = Statement(
+    select(process_mailbox.c.position).where(
+        _OF,
+        process_mailbox.c.source == bindparam("source", type_=Text),
+        process_mailbox.c.external_id == bindparam("external_id", type_=Text),
+    )
+)
+_UNREAD = Statement(
+    select(process_mailbox)
+    .where(_OF, process_mailbox.c.position > bindparam("taken", type_=BigInteger))
+    .order_by(process_mailbox.c.position)
+    .limit(bindparam("most", type_=Integer))
+)
+_ANSWERED = Statement(
+    select(process_mailbox.c.position)
+    .where(
+        _OF,
+        process_mailbox.c.signal == bindparam("signal", type_=Text),
+        process_mailbox.c.about == bindparam("about", type_=Text),
+        process_mailbox.c.after_seq >= bindparam("asked_seq", type_=BigInteger),
+    )
+    .limit(1)
+)
+COUNTS = Statement(select(processes.c.mail, processes.c.taken).where(processes.c.id == bindparam("id", type_=Text)))
+PEEK = Statement(
+    select(process_mailbox)
+    .join(processes, processes.c.id == process_mailbox.c.process)
+    .where(_OF, process_mailbox.c.position > processes.c.taken)
+    .order_by(process_mailbox.c.position)
+    .limit(bindparam("most", type_=Integer))
+)
+
