@@ -115,9 +115,14 @@ class Holding:
                 yield from also()
             return events
 
+        return await self.write(begin, others=also is not None)
+
+    async def write(self, begin: Callable[[], Transaction[list[Event]]], *, others: bool = False) -> list[Event]:
+        """A transaction of which `appending` is a part, and which returns its events. `others`: it writes for other
+        processes, too. Raises: as `append`."""
         events = await self._shared.database.run(begin, durable=True)
         await self._fold(events)
-        if also is not None:  # a child may be born, or another process be sent something
+        if others:  # a child may be born, or another process be sent something
             self._shared.bells.work()
             self._shared.bells.look.set()
         return events
@@ -163,15 +168,19 @@ class Holding:
         due_ms: int | None = None,
         about: Sequence[str] = (),
         drafts: Sequence[Draft] = (),
+        tell: Callable[[Log, Work], Transaction[tuple[tuple[str, bool], ...]]] | None = None,
     ) -> None:
         """Ends the run until a signal comes; `drafts` are appended before, in the same transaction. Mail that came
-        meanwhile makes the process ready at once: nothing is slept through.
+        meanwhile makes the process ready at once: nothing is slept through. `tell`: part of the transaction, before
+        this process's head is locked: signals to those above it, whom that woke.
 
         Raises: Parked, always, if nothing else.
         """
         body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
         await self._settle(
-            await self._shared.database.run(lambda: self._parking(body, [*drafts, Draft(body=body)]), durable=True)
+            await self._shared.database.run(
+                lambda: self._parking(body, [*drafts, Draft(body=body)], tell), durable=True
+            )
         )
 
     async def exit(
@@ -225,15 +234,21 @@ class Holding:
         yield from mailbox.took(self.pid, len(mails))
         return _Ended(events=events)
 
-    def _parking(self, body: ProcState, drafts: Sequence[Draft]) -> Transaction[_Ended]:
+    def _parking(
+        self,
+        body: ProcState,
+        drafts: Sequence[Draft],
+        tell: Callable[[Log, Work], Transaction[tuple[tuple[str, bool], ...]]] | None = None,
+    ) -> Transaction[_Ended]:
+        posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
         events = yield from self.appending(*drafts)
         head = yield from locked_head(self.pid)
         if body.to is not State.PAUSED and head.mail > head.taken:
             events += yield from self.appending(Draft(body=ProcState(to=State.READY)))
             yield from self._shared.work.release(self.holder.claim)
-            return _Ended(events=events, by=Parked, woken=True)
+            return _Ended(events=events, by=Parked, woken=True, posted=posted)
         yield from self._shared.work.finish(self.holder.claim)
-        return _Ended(events=events, by=Parked)
+        return _Ended(events=events, by=Parked, posted=posted)
 
     def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
         shared = self._shared
