@@ -35,6 +35,7 @@ _KEPT = 64
 _LAST = "put_g"  # behind all ids
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SHORT = re.compile(r"[0-9a-f]{8,63}")
+_WORD = re.compile(r"[0-9A-Za-z.@+-]{1,200}")  # names, versions and hashes have no other characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +106,11 @@ class Programs:
         if inside is not None and wanted in inside.parts:
             return inside.parts[wanted]
         name, _, version = wanted.partition("@")
+        rows = []
         if _HASH.fullmatch(wanted):
             rows = await self._database.read(_BY_HASH(account=account, hash=wanted))
-        else:
-            rows = await self._database.read(_BY_NAME(account=account, name=name[:200], version=version[:200]))
+        elif _WORD.fullmatch(wanted):
+            rows = await self._database.read(_BY_NAME(account=account, name=name, version=version))
             if not rows and _SHORT.fullmatch(wanted):
                 rows = await self._database.read(_BY_START(account=account, start=wanted, after=f"{wanted}g"))
         if not rows:
@@ -120,7 +122,7 @@ class Programs:
         """Last uploaded first. `after`: a hash of the list. Raises: NotFound when it has none such."""
         before = _LAST
         if after:
-            rows = await self._database.read(_BY_HASH(account=account, hash=after[:64]))
+            rows = await self._database.read(_BY_HASH(account=account, hash=after)) if _HASH.fullmatch(after) else []
             if not rows:
                 raise NotFound(f"There is no program {after[:100]!r} here.", param="after")
             before = rows[0]["put_id"]
