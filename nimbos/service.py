@@ -17,9 +17,9 @@ import structlog
 
 from nimbos.accounts import allowed_model
 from nimbos.chat import Chat
-from nimbos.errors import Forbidden, NimbosError, NotReady
+from nimbos.errors import Forbidden, ModelNotFound, NimbosError, NotReady
 from nimbos.ledger import Desk, Journal, Running
-from nimbos.types import Account, Admission, Ask, Chunk, ModelCard, Origin, TokenSource, Usage
+from nimbos.types import Account, Admission, Ask, Chunk, Kind, ModelCard, Origin, TokenSource, Usage
 from nimbos.watching import Watcher
 
 if TYPE_CHECKING:
@@ -58,6 +58,18 @@ class Service:
         await self._check_model(account, model)
         async with self._sources.hold(model) as held:
             return held.card
+
+    async def model_for(self, account: Account, name: str) -> str:
+        """The id of the model that the account means; "" is the first that answers and that it may ask. Nothing is
+        loaded. Raises: ModelNotFound, Forbidden."""
+        if name:
+            await self._check_model(account, name)
+            return await self._sources.id_of(name)
+        for listed in await self._sources.list():
+            answers = listed.model is None or listed.model.facts.kind == Kind.GENERATE
+            if answers and allowed_model(account, listed.id):
+                return listed.id
+        raise ModelNotFound("default")
 
     async def chat(self, model: str) -> Chat:
         """Messages ↔ text for this model; kept for as long as the server runs."""

@@ -1,3 +1,27 @@
 """The kernel: agents as durable processes. Read `words.py` and `events.py` first, `fold.py` and `runner.py` next."""
 
-__all__: list[str] = []
+from nimbos.kernel.bells import Delta
+from nimbos.kernel.events import Event
+from nimbos.kernel.kernel import Kernel
+from nimbos.kernel.mapping import A2aState, McpState
+from nimbos.kernel.processes import Head
+from nimbos.kernel.programs import Listed, Program, Programs
+from nimbos.kernel.words import Reason, SignalKind, State, Verdict
+from nimbos.ledger import Allowance
+
+__all__ = [
+    "A2aState",
+    "Allowance",
+    "Delta",
+    "Event",
+    "Head",
+    "Kernel",
+    "Listed",
+    "McpState",
+    "Program",
+    "Programs",
+    "Reason",
+    "SignalKind",
+    "State",
+    "Verdict",
+]

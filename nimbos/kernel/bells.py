@@ -28,10 +28,11 @@ class Delta:
 
 @dataclass(slots=True, eq=False)
 class Follower:
-    """`news` is set for every append and delta of its process."""
+    """`news` is set for every append and delta of its process, `appended` for the former."""
 
     news: asyncio.Event
     deltas: deque[Delta]
+    appended: bool = False
 
 
 class Bells:
@@ -60,6 +61,7 @@ class Bells:
 
     def run(self, pid: str, mail: asyncio.Event) -> None:
         self._mail[pid] = mail
+        self.look.set()
 
     def ran(self, pid: str) -> None:
         self._mail.pop(pid, None)
@@ -82,6 +84,7 @@ class Bells:
 
     def appended(self, pid: str) -> None:
         for follower in self._followers.get(pid, ()):
+            follower.appended = True
             follower.news.set()
 
     def tell(self, delta: Delta) -> None:

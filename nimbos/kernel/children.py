@@ -141,7 +141,11 @@ def _check_family(birth: Birth, depth: int) -> Transaction[None]:
     most = min(CHILDREN_MAX, birth.children_most)
     if row["living"] >= most:
         raise Overloaded(
-            limit="children", value=most, used=row["living"], retry_after_s=_RETRY_AFTER_S, owner=f"process {birth.parent}"
+            limit="children",
+            value=most,
+            used=row["living"],
+            retry_after_s=_RETRY_AFTER_S,
+            owner=f"process {birth.parent}",
         )
 
 

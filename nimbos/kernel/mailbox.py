@@ -193,4 +193,3 @@ PEEK = Statement(
     .order_by(process_mailbox.c.position)
     .limit(bindparam("most", type_=Integer))
 )
-

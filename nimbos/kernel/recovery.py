@@ -1,8 +1,8 @@
 """After a server died: what it held is free at once for the next server of the same home.
 
-Only a claim makes a process run, so recovery has nothing to do but to give claims back. Whether a server is dead is told
-by the lock on its meter file, which the system drops with the process; a server of another home is waited for, for a
-lease.
+Only a claim makes a process run, so recovery has nothing to do but to give claims back. Whether a server is dead is
+told by the lock on its meter file, which the system drops with the process; a server of another home is waited for, for
+a lease.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A parked process's `due_ms` is in its head, so timers outlive the server; this one keeps no list of them, only when the
 next is due. `SteadyClock` is what `due_ms` is told by: the wall clock as it was when the server started, going on by
-itself, so that somebody who sets the wall clock neither ends nor stretches a wait. After a restart the wall clock counts.
+itself, so that somebody who sets the wall clock neither ends nor stretches a wait. After a restart the wall clock is
+what counts.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _DUE = Statement(
 
 
 class SteadyClock:
-    def __init__(self, *, wall_ms: Callable[[], int] | None = None, elapsed_ms: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, *, wall_ms: Callable[[], int] | None = None, elapsed_ms: Callable[[], int] | None = None
+    ) -> None:
         """The two clocks are for tests."""
         self._elapsed_ms = elapsed_ms or _elapsed_ms
         self._start_ms = (wall_ms or _wall_ms)() - self._elapsed_ms()

@@ -1,0 +1,69 @@
+"""Questions about many heads: pages of an account's processes, families, who has mail."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sqlalchemy import Integer, Text, bindparam, literal_column, select
+
+from nimbos.db import Bound, Statement
+from nimbos.db.tables.processes import processes
+from nimbos.kernel.words import State
+
+_BEHIND_ALL = "proc_g"  # no id sorts behind it
+_FAMILY_MAX = 10_000
+
+_ID = bindparam("id", type_=Text)
+_ONE = Statement(select(processes).where(processes.c.id == _ID))
+_RUNNING_WITH_MAIL = Statement(
+    select(processes.c.id).where(literal_column("state = 'running'"), processes.c.mail > processes.c.taken)
+)
+
+
+def one(pid: str) -> Bound:
+    return _ONE(id=pid)
+
+
+def running_with_mail() -> Bound:
+    """Whichever server runs them."""
+    return _RUNNING_WITH_MAIL()
+
+
+def page(account: str, *, after: str, limit: int, states: tuple[State, ...]) -> Bound:
+    """Newest first. `after`: the last of the page before; "" begins. `states`: empty for all."""
+    return _page(tuple(sorted(set(states))))(account=account, before=after or _BEHIND_ALL, most=limit)
+
+
+def family(pid: str) -> Bound:
+    """The process and all below it, parents before children."""
+    return _FAMILY(id=pid, most=_FAMILY_MAX)
+
+
+@cache
+def _page(states: tuple[State, ...]) -> Statement:
+    wanted = [literal_column(f"'{state.value}'") for state in states]
+    return Statement(
+        select(processes)
+        .where(
+            processes.c.account == bindparam("account", type_=Text),
+            processes.c.id < bindparam("before", type_=Text),
+            *([processes.c.state.in_(wanted)] if wanted else []),
+        )
+        .order_by(processes.c.id.desc())
+        .limit(bindparam("most", type_=Integer))
+    )
+
+
+def _descend() -> Statement:
+    way = select(processes.c.id).where(processes.c.id == _ID).cte("way", recursive=True)
+    below = processes.alias()
+    way = way.union(select(below.c.id).join(way, below.c.parent == way.c.id))
+    return Statement(
+        select(processes)
+        .where(processes.c.id.in_(select(way.c.id)))
+        .order_by(processes.c.depth, processes.c.id)
+        .limit(bindparam("most", type_=Integer))
+    )
+
+
+_FAMILY = _descend()
