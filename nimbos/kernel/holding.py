@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nimbos.db import Database, Transaction
 from nimbos.kernel import mailbox
@@ -98,6 +98,10 @@ class Holding:
     def now_ms(self) -> int:
         """The wall clock, as it goes on from this server's start: setting it moves no timer. For `due_ms`."""
         return self._shared.clock.now_ms()
+
+    async def put(self, value: Any) -> str:
+        """A segment of its account, for the next transaction to name. Raises: InvalidRequest, StorageUnavailable."""
+        return await self._shared.segments.put(self.account.id, value)
 
     def tell(self, delta: Delta) -> None:
         """To whoever follows, and nobody else."""

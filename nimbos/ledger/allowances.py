@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, bindparam, func, literal_column, select, u
 
 from nimbos.db import ManyRows, Statement, Transaction, Value
 from nimbos.db.tables.ledger import budgets
-from nimbos.errors import BudgetExhausted, InvalidRequest, NotFound
+from nimbos.errors import InvalidRequest, NotFound
 from nimbos.ledger.budgets import (
     CALL_METERS,
     CALLS,
@@ -173,14 +173,6 @@ def close(process: str) -> Transaction[None]:
             yield from store(charge(budget, reserved=Hold() - hold, used=hold))
 
 
-def spent(process: str) -> Transaction[Budget | None]:
-    """The budget that lets the process do nothing more: of those above it the first, where there are several."""
-    for budget in (yield from _chain(process)):
-        if budget.limit is not None and budget.used >= budget.limit:
-            return budget
-    return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """A process in the tree of those that draw on one. `parent` None: the one that was asked for."""
@@ -211,7 +203,7 @@ def _grant_call(chain: Sequence[Budget], deadline_ms: int) -> int:
         if budget.limit is None:
             continue
         if budget.used >= budget.limit:
-            raise _exhausted(budget)
+            raise budget.exhausted(_now_ms(), too_small=budget.limit == 0)
         room = budget.limit - budget.used - budget.reserved
         if room <= 0:
             held = held or budget
@@ -220,10 +212,6 @@ def _grant_call(chain: Sequence[Budget], deadline_ms: int) -> int:
     if held is not None:
         raise Held(held)
     return granted_ms
-
-
-def _exhausted(budget: Budget) -> BudgetExhausted:
-    return budget.exhausted(_now_ms(), too_small=budget.limit == 0)
 
 
 def _check_room(chain: Sequence[Budget], amounts: dict[str, int]) -> None:
