@@ -11,6 +11,7 @@ from nimbos.db.tables.processes import processes
 from nimbos.kernel.words import State
 
 _BEHIND_ALL = "proc_g"  # no id sorts behind it
+_BEHIND_DIGITS = "g"
 _FAMILY_MAX = 10_000
 
 _ID = bindparam("id", type_=Text)
@@ -29,9 +30,12 @@ def running_with_mail() -> Bound:
     return _RUNNING_WITH_MAIL()
 
 
-def page(account: str, *, after: str, limit: int, states: tuple[State, ...]) -> Bound:
-    """Newest first. `after`: the last of the page before; "" begins. `states`: empty for all."""
-    return _page(tuple(sorted(set(states))))(account=account, before=after or _BEHIND_ALL, most=limit)
+def page(account: str, *, after: str, limit: int, states: tuple[State, ...], prefix: str = "") -> Bound:
+    """Newest first. `after`: the last of the page before; "" begins. `states`: empty for all. `prefix`: what their ids
+    begin with."""
+    last = after or _BEHIND_ALL
+    last = min(last, f"{prefix}{_BEHIND_DIGITS}") if prefix else last
+    return _page(tuple(sorted(set(states))))(account=account, before=last, since=prefix, most=limit)
 
 
 def family(pid: str) -> Bound:
@@ -47,6 +51,7 @@ def _page(states: tuple[State, ...]) -> Statement:
         .where(
             processes.c.account == bindparam("account", type_=Text),
             processes.c.id < bindparam("before", type_=Text),
+            processes.c.id >= bindparam("since", type_=Text),
             *([processes.c.state.in_(wanted)] if wanted else []),
         )
         .order_by(processes.c.id.desc())

@@ -200,11 +200,15 @@ class Kernel:
         limit: int = 100,
         after: str = "",
         states: Iterable[State] = (),
+        prefix: str = "",
     ) -> list[Head]:
-        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone."""
+        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone.
+        `prefix`: those whose ids begin so."""
         return [
             head_of(row)
-            for row in await self.database.read(heads.page(account.id, after=after, limit=limit, states=tuple(states)))
+            for row in await self.database.read(
+                heads.page(account.id, after=after, limit=limit, states=tuple(states), prefix=prefix)
+            )
         ]
 
     async def tree(self, account: Account, pid: str) -> list[Head]:
