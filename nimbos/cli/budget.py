@@ -13,7 +13,7 @@ from nimbos.cli.key import Per
 OWNER = "organisation, project:NAME, key:NAME, model:ID or process:ID."
 _PERIOD = "day, month or total."
 _KINDS = ("organisation", "project", "key", "model", "process")
-_PRICED = ("input", "cached", "output", "thinking")
+_PRICED = ("input", "cached", "cache_write", "cache_read", "output", "thinking")
 
 
 class PricesGroup(TyperGroup):
@@ -140,6 +140,12 @@ def set_prices(
     model: Annotated[str, typer.Argument(help="A model's id, or * for all that have no price of their own.")],
     input: Annotated[str | None, typer.Option(metavar="MONEY", help="A million tokens of prompt.")] = None,
     cached: Annotated[str | None, typer.Option(metavar="MONEY", help="Of prompt that was in memory.")] = None,
+    cache_write: Annotated[
+        str | None, typer.Option(metavar="MONEY", help="Of a prefix that is to be kept, when it is computed.")
+    ] = None,
+    cache_read: Annotated[
+        str | None, typer.Option(metavar="MONEY", help="Of a prefix that was kept on demand, when it is found.")
+    ] = None,
     output: Annotated[str | None, typer.Option(metavar="MONEY", help="A million tokens of answer.")] = None,
     thinking: Annotated[str | None, typer.Option(metavar="MONEY", help="Of thinking.")] = None,
     ask_class: Annotated[
@@ -150,14 +156,15 @@ def set_prices(
     from nimbos.cli.quantities import micros_of
     from nimbos.errors import InvalidRequest
 
-    given = {"input": input, "cached": cached, "output": output, "thinking": thinking}
+    values = (input, cached, cache_write, cache_read, output, thinking)
+    given = dict(zip(_PRICED, values, strict=True))
     prices = [
         {"model": model, "meter": meter, "class": ask_class, "micros_per_million": micros_of(money)}
         for meter, money in given.items()
         if money is not None
     ]
     if not prices:
-        raise InvalidRequest("Give a price: --input, --cached, --output, --thinking.")
+        raise InvalidRequest("Give a price: --input, --cached, --cache-write, --cache-read, --output, --thinking.")
     _change_prices({"prices": prices})
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import Executable, bindparam, func, select
 
 from nimbos.db import Database, Dialect, Row, Statement
 from nimbos.db.tables.ledger import asks, meters
+from nimbos.ledger.prices import PRICED, RECOMPUTED
 
 Format = Literal["csv", "json"]
 _RECEIPT = (
@@ -39,7 +40,7 @@ _RECEIPT = (
     "told_output",
     "restarts",
 )
-_METERS = ("input", "cached", "output", "thinking", "recomputed")
+_METERS = (*PRICED, RECOMPUTED)
 COLUMNS = (*_RECEIPT, *(f"{meter}_tokens" for meter in _METERS), "cost_micros")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 _FOREVER_MS = 2**62

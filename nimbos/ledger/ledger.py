@@ -89,7 +89,7 @@ class Ledger:
         chain = yield from budgets.lock_chain(owners, now_ms)
         hold, allowance_tokens = Hold(), None
         if budgets.limited(chain):
-            rates = yield from self._rates(version, card.id, ask.ask_class.value)
+            rates = yield from self._rates(version, card.id, ask.ask_class.value, ask.pin_tokens)
             need = need.at(rates)
             granted = budgets.grant(chain, need, now_ms=now_ms)
             hold = need.hold(granted)
@@ -117,7 +117,7 @@ class Ledger:
         chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
         if not budgets.limited(chain):
             return Extended(allowance_tokens=None)
-        rates = yield from self._rates(row["price_version"], row["model"], row["class"])
+        rates = yield from self._rates(row["price_version"], row["model"], row["class"], row["pin_tokens"])
         own, before = rows.held(row), rows.charged(row)
         now_used = _used(progress.usage, rates, progress.compute_ms)
         need = _next_need(progress, row["prompt_tokens"], rates)
@@ -139,14 +139,14 @@ class Ledger:
         row = yield from rows.lock(settlement.ask_id)
         if row is None or row["state"] == rows.SETTLED:
             return Settled(new=False)
-        rates = yield from self._rates(row["price_version"], row["model"], row["class"])
+        rates = yield from self._rates(row["price_version"], row["model"], row["class"], row["pin_tokens"])
         used = _used(settlement.usage, rates, settlement.compute_ms)
         charged = limits.decode_charged(row["limits"])
         yield from limits.correct_tokens(charged, more=used.tokens - row["estimated_tokens"])
         chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
         chain = yield from _store(chain, reserved=Hold() - rows.held(row), used=used - rows.charged(row))
         fired = yield from alerts.fire(chain, now_ms)
-        quantities = prices.quantities(settlement.usage)
+        quantities = prices.quantities(settlement.usage, row["pin_tokens"])
         yield from rows.add_meters(settlement.ask_id, quantities, rates)
         yield from rows.settle_row(settlement, cost_micros=used.micros, now_ms=now_ms)
         yield from rollups.add(rows.line_of(row), quantities, cost_micros=used.micros, ended_ms=now_ms)
@@ -162,11 +162,11 @@ class Ledger:
         yield from rows.abandon_row(ask_id)
         return True
 
-    def _rates(self, version: int, model: str, ask_class: str) -> Transaction[Rates]:
+    def _rates(self, version: int, model: str, ask_class: str, pin_tokens: int) -> Transaction[Rates]:
         table = self._tables.get(version)
         if table is None:
             table = self._tables[version] = yield from prices.load_table(version)
-        return table.rates(model, ask_class)
+        return table.rates(model, ask_class, pin_tokens)
 
 
 def first_slice(ask: Ask) -> int:

@@ -16,22 +16,28 @@ from nimbos.db.tables.ledger import price_versions, prices
 from nimbos.errors import InvalidRequest
 from nimbos.types import AskClass, Usage
 
-PRICED = ("input", "cached", "output", "thinking")
+PRICED = ("input", "cached", "cache_write", "cache_read", "output", "thinking")
 RECOMPUTED = "recomputed"
 ANY = "*"
 MICROS_PER_MILLION_MAX = 10**12  # a million of the currency for a million tokens
 NO_PRICES = 0
 _MILLION = 1_000_000
-_INSTEAD = {"cached": "input", "thinking": "output"}  # whose price a kind has that has none of its own
+# whose price a kind has that has none of its own
+_INSTEAD = {"cached": "input", "cache_write": "input", "cache_read": "cached", "thinking": "output"}
 _CURRENT = "current"
 
 
-def quantities(usage: Usage) -> dict[str, int]:
+def quantities(usage: Usage, pin_tokens: int = 0) -> dict[str, int]:
     """Tokens by kind, each token in one kind, without those that are zero: `input` is what was computed of the prompt,
-    `output` the answer without its thinking."""
+    `output` the answer without its thinking. Of the prompt's first `pin_tokens`, which the ask wanted to be kept, those
+    that were computed are `cache_write` and those that were in memory `cache_read`."""
+    read = min(usage.cached, pin_tokens)
+    written = max(0, min(usage.input, pin_tokens) - usage.cached)
     found = {
-        "input": usage.input - usage.cached,
-        "cached": usage.cached,
+        "input": usage.input - usage.cached - written,
+        "cached": usage.cached - read,
+        "cache_write": written,
+        "cache_read": read,
         "output": usage.output - usage.thinking,
         "thinking": usage.thinking,
         RECOMPUTED: usage.recomputed,
@@ -56,13 +62,17 @@ class Price:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """The prices of one model for one class, in millionths for a million tokens."""
+    """The prices of one model for one class, in millionths for a million tokens, for an ask that wants so many
+    tokens of its prompt kept."""
 
     version: int = NO_PRICES
     input: int = 0
     cached: int = 0
+    cache_write: int = 0
+    cache_read: int = 0
     output: int = 0
     thinking: int = 0
+    pin_tokens: int = 0
 
     def of(self, meter: str) -> int:
         return 0 if meter == RECOMPUTED else int(getattr(self, meter))
@@ -70,18 +80,23 @@ class Rates:
     def cost_micros(self, usage: Usage) -> int:
         """The one place where money is rounded, once for each ask: the exact sum over all kinds, to the nearest
         millionth, a half upwards."""
-        exact = sum(quantity * self.of(meter) for meter, quantity in quantities(usage).items())
+        exact = sum(quantity * self.of(meter) for meter, quantity in quantities(usage, self.pin_tokens).items())
         return (exact + _MILLION // 2) // _MILLION
+
+    @property
+    def _prompt_most(self) -> int:
+        plain = max(self.input, self.cached)
+        return max(plain, self.cache_write, self.cache_read) if self.pin_tokens else plain
 
     def bound_micros(self, *, prompt_tokens: int, output_tokens: int) -> int:
         """No less than what so many more tokens can add to the cost, whatever kinds they turn out to be."""
-        exact = prompt_tokens * max(self.input, self.cached) + output_tokens * max(self.output, self.thinking)
+        exact = prompt_tokens * self._prompt_most + output_tokens * max(self.output, self.thinking)
         return -(-exact // _MILLION)
 
     def outputs_for(self, micros: int, *, prompt_tokens: int, most: int) -> int:
         """How many tokens of answer, up to `most`, `micros` pay for besides the prompt; below zero when not even
         that."""
-        left = micros * _MILLION - prompt_tokens * max(self.input, self.cached)
+        left = micros * _MILLION - prompt_tokens * self._prompt_most
         if left < 0:
             return -1
         each = max(self.output, self.thinking)
@@ -95,12 +110,13 @@ class PriceTable:
     version: int = NO_PRICES
     rows: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
-    def rates(self, model: str, ask_class: AskClass | str) -> Rates:
+    def rates(self, model: str, ask_class: AskClass | str, pin_tokens: int = 0) -> Rates:
         found = {meter: self._find(model, meter, str(ask_class)) for meter in PRICED}
         for meter, other in _INSTEAD.items():
             if found[meter] is None:
                 found[meter] = found[other]
-        return Rates(version=self.version, **{meter: price or 0 for meter, price in found.items()})
+        prices = {meter: price or 0 for meter, price in found.items()}
+        return Rates(version=self.version, pin_tokens=pin_tokens, **prices)
 
     def prices(self) -> list[Price]:
         return [

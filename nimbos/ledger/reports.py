@@ -50,9 +50,9 @@ class Used:
             self.cost_micros += cost_micros
         elif meter == "recomputed":
             self.recomputed_tokens += quantity
-        elif meter in ("input", "cached"):
+        elif meter in ("input", "cached", "cache_write", "cache_read"):
             self.input_tokens += quantity
-            self.cached_tokens += quantity if meter == "cached" else 0
+            self.cached_tokens += quantity if meter in ("cached", "cache_read") else 0
         elif meter in ("output", "thinking"):
             self.output_tokens += quantity
             self.thinking_tokens += quantity if meter == "thinking" else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,16 @@ from tests.ledger.books import ASKS, METERS, Books, of_class
 
 PRICE = st.integers(0, 10**9)
 TOKENS = st.integers(0, 10**7)
-RATES = st.builds(Rates, input=PRICE, cached=PRICE, output=PRICE, thinking=PRICE)
+RATES = st.builds(
+    Rates,
+    input=PRICE,
+    cached=PRICE,
+    cache_write=PRICE,
+    cache_read=PRICE,
+    output=PRICE,
+    thinking=PRICE,
+    pin_tokens=st.one_of(st.just(0), TOKENS),
+)
 TABLE = [
     Price(meter="input", micros_per_million=1_000_000),
     Price(meter="cached", micros_per_million=200_000),
@@ -43,18 +53,27 @@ def usages(draw: st.DrawFn) -> Usage:
 
 @given(RATES, usages())
 def test_the_cost_is_the_exact_sum_rounded_once(rates: Rates, usage: Usage) -> None:
+    kept = set(range(min(100, rates.pin_tokens))) if usage.input <= 100 else None
+    read = min(usage.cached, rates.pin_tokens)
+    written = sum(1 for at in kept if usage.cached <= at < usage.input) if kept is not None else None
+    found = quantities(usage, rates.pin_tokens)
+    assert written is None or found.get("cache_write", 0) == written
     exact = (
-        Fraction((usage.input - usage.cached) * rates.input)
-        + Fraction(usage.cached * rates.cached)
+        Fraction((usage.input - usage.cached - found.get("cache_write", 0)) * rates.input)
+        + Fraction(found.get("cache_write", 0) * rates.cache_write)
+        + Fraction((usage.cached - read) * rates.cached)
+        + Fraction(read * rates.cache_read)
         + Fraction((usage.output - usage.thinking) * rates.output)
         + Fraction(usage.thinking * rates.thinking)
     ) / 10**6
     assert abs(rates.cost_micros(usage) - exact) <= Fraction(1, 2)
-    assert sum(count for meter, count in quantities(usage).items() if meter != "recomputed") == tokens_of(usage)
+    assert sum(count for meter, count in found.items() if meter != "recomputed") == tokens_of(usage)
 
 
 @given(RATES, usages(), usages())
 def test_what_is_held_always_pays_for_what_comes(rates: Rates, before: Usage, more: Usage) -> None:
+    if rates.pin_tokens and before.input:  # what is in memory is counted before anything is computed
+        more = msgspec.structs.replace(more, cached=0)
     bound = rates.bound_micros(prompt_tokens=more.input, output_tokens=more.output)
     assert rates.cost_micros(before + more) <= rates.cost_micros(before) + bound
 
@@ -73,15 +92,40 @@ def test_as_many_tokens_are_let_through_as_money_pays_for_and_not_one_more(
 def test_a_models_own_price_goes_before_everybodys_and_a_class_before_all() -> None:
     table = PriceTable(rows={(one.model, one.meter, one.ask_class): one.micros_per_million for one in TABLE})
     assert table.rates("other", "interactive") == Rates(
-        input=1_000_000, cached=200_000, output=4_000_000, thinking=3_000_000
+        input=1_000_000,
+        cached=200_000,
+        cache_write=1_000_000,
+        cache_read=200_000,
+        output=4_000_000,
+        thinking=3_000_000,
     )
-    assert table.rates("other", "batch") == Rates(input=500_000, cached=200_000, output=2_000_000, thinking=3_000_000)
+    batch = table.rates("other", "batch")
+    assert (batch.input, batch.cached, batch.output, batch.thinking) == (500_000, 200_000, 2_000_000, 3_000_000)
+    assert (batch.cache_write, batch.cache_read) == (500_000, 200_000)
     assert table.rates("demo", "batch").input == 7_000_000
 
 
 def test_a_kind_without_a_price_of_its_own_costs_what_it_is_a_part_of() -> None:
     table = PriceTable(rows={("*", "input", "*"): 5, ("*", "output", "*"): 9})
-    assert table.rates("demo", "interactive") == Rates(input=5, cached=5, output=9, thinking=9)
+    assert table.rates("demo", "interactive") == Rates(
+        input=5, cached=5, cache_write=5, cache_read=5, output=9, thinking=9
+    )
+
+
+def test_a_marked_prefix_costs_more_to_take_in_and_less_to_find() -> None:
+    """Model Studio's: 125 % of the input price to write, 10 % to read, 20 % for what is found by itself."""
+    table = PriceTable(
+        rows={
+            ("*", meter, "*"): micros
+            for meter, micros in (("input", 100), ("cached", 20), ("cache_write", 125), ("cache_read", 10))
+        }
+    )
+    first, later = Usage(input=1_000_000, cached=0), Usage(input=1_000_000, cached=900_000)
+    marked, plain = table.rates("m", "interactive", 800_000), table.rates("m", "interactive")
+    assert quantities(first, 800_000) == {"input": 200_000, "cache_write": 800_000}
+    assert quantities(later, 800_000) == {"input": 100_000, "cached": 100_000, "cache_read": 800_000}
+    assert (marked.cost_micros(first), plain.cost_micros(first)) == (120, 100)
+    assert (marked.cost_micros(later), plain.cost_micros(later)) == (20, 28)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 `asks` has one row for each ask, made before the engine sees it and settled once. `meters` has one row for each kind of
 token that the ask used; the kinds are disjoint: `input` is what was computed of the prompt, `cached` what was found in
-memory, `output` the answer without its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never
+memory, `cache_write` and `cache_read` the same of a prefix that the ask wanted to be kept, `output` the answer without its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never
 billed). `usage_hours` are sums of both, kept in the transaction that settles; `usage_days` and `usage_months` are
 those, added up before somebody reads them (`ledger/rollups.py`).
 """
@@ -39,6 +39,7 @@ asks = Table(
     Column("finish", Text, nullable=False),  # the branches' reasons; "budget" where a budget ended one
     Column("price_version", BigInteger, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),  # as counted before admission
+    Column("pin_tokens", BigInteger, nullable=False),  # of them, which the ask wants to be kept
     Column("budgets", Text, nullable=False),  # JSON array: ids of the budgets it is charged to, from the root
     Column("limits", Text, nullable=False),  # JSON array: [owner kind, owner id, model] of the buckets it is charged to
     Column("estimated_tokens", BigInteger, nullable=False),  # what those buckets were charged

@@ -69,6 +69,7 @@ def upgrade() -> None:
         sa.Column("finish", sa.Text(), nullable=False),
         sa.Column("price_version", sa.BigInteger(), nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("pin_tokens", sa.BigInteger(), nullable=False),
         sa.Column("budgets", sa.Text(), nullable=False),
         sa.Column("limits", sa.Text(), nullable=False),
         sa.Column("estimated_tokens", sa.BigInteger(), nullable=False),
@@ -392,6 +393,14 @@ def upgrade() -> None:
         postgresql_where=sa.text("due_ms IS NOT NULL"),
     )
     op.create_index(op.f("ix_processes_forked_from"), "processes", ["forked_from"], unique=False)
+    op.create_index(
+        "ix_processes_living",
+        "processes",
+        ["account"],
+        unique=False,
+        sqlite_where=sa.text("state != 'done'"),
+        postgresql_where=sa.text("state != 'done'"),
+    )
     op.create_index(op.f("ix_processes_parent"), "processes", ["parent"], unique=False)
     op.create_index(op.f("ix_processes_state_id"), "processes", ["state", "id"], unique=False)
     op.create_table(
