@@ -27,10 +27,12 @@ from nimbos.work import ClaimLost, Work
 
 if TYPE_CHECKING:
     from nimbos.kernel.holding import Holding
+    from nimbos.kernel.view import View
 
 __all__ = [
     "Allowance",
     "GivenBefore",
+    "Reserved",
     "Told",
     "close",
     "exhausted",
@@ -38,6 +40,7 @@ __all__ = [
     "make",
     "reserve_call",
     "settle_call",
+    "spent",
     "top_up",
 ]
 
@@ -112,6 +115,11 @@ async def exhausted(holding: Holding, error: BudgetExhausted, *, drafts: Sequenc
         )
         tell = partial(_tell_parent, parent=parent, mail=mail)
     await holding.park(State.ASKING, Reason.BUDGET, due_ms=due_ms, drafts=(*drafts, Draft(body=body)), tell=tell)
+
+
+def spent(view: View) -> Transaction[BudgetExhausted | None]:
+    """Which budget of processes ended an answer in its middle; the other owners' refuse the next ask themselves."""
+    return allowances.spent(view.pid)
 
 
 def top_up(log: Log, work: Work, pid: str, allowance: Allowance, *, source: str, external_id: str) -> Transaction[Told]:

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, bindparam, func, literal_column, select, u
 
 from nimbos.db import ManyRows, Statement, Transaction, Value
 from nimbos.db.tables.ledger import budgets
-from nimbos.errors import InvalidRequest, NotFound
+from nimbos.errors import BudgetExhausted, InvalidRequest, NotFound
 from nimbos.ledger.budgets import (
     CALL_METERS,
     CALLS,
@@ -171,6 +171,14 @@ def close(process: str) -> Transaction[None]:
     if hold != Hold():
         for budget in chain:
             yield from store(charge(budget, reserved=Hold() - hold, used=hold))
+
+
+def spent(process: str) -> Transaction[BudgetExhausted | None]:
+    """What lets the process do nothing more: of the budgets of processes above it the first, and its own last."""
+    for budget in (yield from _chain(process)):
+        if budget.limit is not None and budget.used >= budget.limit:
+            return budget.exhausted(_now_ms(), too_small=budget.limit == 0)
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
