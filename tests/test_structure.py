@@ -97,6 +97,7 @@ DOORS = {
     "kernel": {
         "A2aState",
         "Allowance",
+        "Asked",
         "Delta",
         "Event",
         "Head",
@@ -109,6 +110,9 @@ DOORS = {
         "SignalKind",
         "State",
         "Verdict",
+        "a2a_state",
+        "asks_of",
+        "mcp_state",
     },
     "ledger": {
         "Alert",

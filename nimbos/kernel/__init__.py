@@ -1,9 +1,10 @@
 """The kernel: agents as durable processes. Read `words.py` and `events.py` first, `fold.py` and `runner.py` next."""
 
+from nimbos.kernel.asking import Asked, asks_of
 from nimbos.kernel.bells import Delta
 from nimbos.kernel.events import Event
 from nimbos.kernel.kernel import Kernel
-from nimbos.kernel.mapping import A2aState, McpState
+from nimbos.kernel.mapping import A2aState, McpState, a2a_state, mcp_state
 from nimbos.kernel.processes import Head
 from nimbos.kernel.programs import Listed, Program, Programs
 from nimbos.kernel.words import Reason, SignalKind, State, Verdict
@@ -12,6 +13,7 @@ from nimbos.ledger import Allowance
 __all__ = [
     "A2aState",
     "Allowance",
+    "Asked",
     "Delta",
     "Event",
     "Head",
@@ -24,4 +26,7 @@ __all__ = [
     "SignalKind",
     "State",
     "Verdict",
+    "a2a_state",
+    "asks_of",
+    "mcp_state",
 ]
