@@ -77,7 +77,7 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
         rows = yield _BY_KEY(of=birth.account.id, key=birth.key)
         if rows:
             return str(rows[0]["id"])
-    yield from _check_project(birth)
+    yield from check_project(birth.account)
     body = ProcCreated(
         program=birth.program,
         name=birth.name,
@@ -149,13 +149,14 @@ def _check_family(birth: Birth, depth: int) -> Transaction[None]:
         )
 
 
-def _check_project(birth: Birth) -> Transaction[None]:
-    (row,) = yield _COUNT_ALL(of=birth.account.id)
-    if row["living"] >= LIVING_MAX:
+def check_project(account: Account, *, more: int = 1) -> Transaction[None]:
+    """Raises: Overloaded when the project would have too many processes that live."""
+    (row,) = yield _COUNT_ALL(of=account.id)
+    if row["living"] + more > LIVING_MAX:
         raise Overloaded(
             limit="processes",
             value=LIVING_MAX,
             used=row["living"],
             retry_after_s=_RETRY_AFTER_S,
-            owner=f"project {birth.account.name!r}",
+            owner=f"project {account.name!r}",
         )
