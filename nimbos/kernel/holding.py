@@ -21,7 +21,7 @@ from nimbos.kernel import mailbox
 from nimbos.kernel.bells import Bells, Delta
 from nimbos.kernel.children import dismiss, tell_parent
 from nimbos.kernel.effects import HARMLESS
-from nimbos.kernel.events import Event, ProcExited, ProcState, SignalConsumed
+from nimbos.kernel.events import Event, Note, ProcExited, ProcState, SignalConsumed
 from nimbos.kernel.fold import View
 from nimbos.kernel.log import Draft, Holder, Log
 from nimbos.kernel.mailbox import CONTROL, Mail
@@ -106,6 +106,10 @@ class Holding:
     def tell(self, delta: Delta) -> None:
         """To whoever follows, and nobody else."""
         self._shared.bells.tell(delta)
+
+    async def put(self, value: Any) -> str:
+        """A segment of this process. Raises: InvalidRequest, PayloadTooLarge, StorageUnavailable."""
+        return await self._shared.segments.put(self.account.id, value)
 
     async def append(self, *drafts: Draft, also: Callable[[], Transaction[None]] | None = None) -> list[Event]:
         """`also`: part of the same transaction, after the events.
@@ -197,7 +201,7 @@ class Holding:
         """
         told = result
         if told is None and error and self.view.parent is not None:
-            told = await self._shared.segments.put(self.account.id, error)
+            told = await self.put(error)
         body = ProcExited(reason=reason, result=result, error=error)
 
         def begin() -> Transaction[_Ended]:
@@ -222,9 +226,11 @@ class Holding:
         drafts: list[Draft] = []
         for mail in mails:
             drafts.append(mailbox.received(mail))
-            if mail.signal in CONTROL:
+            if mail.signal in CONTROL or mail.signal is SignalKind.ADOPT:
                 received = head.seq + len(drafts)
                 drafts.append(Draft(body=SignalConsumed(received=received), cause=received))
+            if mail.signal is SignalKind.ADOPT:
+                drafts.append(Draft(body=adopted(), cause=received, actor=mail.source))
         order = _order(mails)
         if order in (SignalKind.KILL, SignalKind.CANCEL):
             yield from mailbox.took(self.pid, len(mails))
@@ -256,12 +262,12 @@ class Holding:
 
     def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
         shared = self._shared
+        for ending in shared.on_exit:  # budgets are locked before heads
+            yield from ending(self.pid)
         if self.view.parent is not None:
             yield from locked_head(self.view.parent)  # parents are locked before their children
         events = yield from self.appending(*drafts, Draft(body=body))
         yield from shared.work.finish(self.holder.claim)
-        for ending in shared.on_exit:
-            yield from ending(self.pid)
         posted = yield from dismiss(shared.log, shared.work, self.pid)
         if self.view.parent is not None:
             done = yield from tell_parent(
@@ -278,7 +284,7 @@ class Holding:
             bells.posted(pid, woken=woken)
         if ended.woken:
             bells.work()
-        if self.view.state is State.WAITING and self.view.due_ms is not None:
+        if self.view.due_ms is not None:
             bells.timer(self.pid, self.view.due_ms)
         if ended.by is not None:
             raise ended.by(self.pid)
@@ -295,6 +301,11 @@ class Holding:
         for event in events:
             if event.seq == self.view.seq + 1:
                 self.view.apply(event)
+
+
+def adopted() -> Note:
+    """The event from which on a fork withholds nothing."""
+    return Note(about="adopted", text="What it does is done from now on.")
 
 
 def _order(mails: Sequence[Mail]) -> SignalKind | None:
