@@ -99,10 +99,6 @@ class Holding:
         """The wall clock, as it goes on from this server's start: setting it moves no timer. For `due_ms`."""
         return self._shared.clock.now_ms()
 
-    async def put(self, value: Any) -> str:
-        """A segment of its account, for the next transaction to name. Raises: InvalidRequest, StorageUnavailable."""
-        return await self._shared.segments.put(self.account.id, value)
-
     def tell(self, delta: Delta) -> None:
         """To whoever follows, and nobody else."""
         self._shared.bells.tell(delta)
