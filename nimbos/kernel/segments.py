@@ -19,7 +19,6 @@ from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
 
 SEGMENT_BYTES_MAX = 64 << 20
 JSON_DEPTH_MAX = 64
-HEAD_BYTES = 6_000  # of a large result, what a model is shown at once
 _CACHE_BYTES = 16 << 20
 _ENCODER = msgspec.json.Encoder(order="deterministic")
 
@@ -89,20 +88,6 @@ def canonical(value: Any) -> bytes:
 def text_of(value: Any) -> str:
     """A value as a model reads it, and as `read` pages through it: words as they are, anything else as JSON."""
     return value if isinstance(value, str) else canonical(value).decode()
-
-
-def head_of(value: Any, *, handle: str, head_bytes: int = HEAD_BYTES) -> str:
-    """What a model is shown of a result: all of it, or its head and how to read on. Whole characters only."""
-    text = text_of(value)
-    raw = text.encode("utf-8", "replace")
-    if len(raw) <= head_bytes:
-        return text
-    head = raw[:head_bytes].decode("utf-8", "ignore")
-    shown = len(head.encode())
-    return (
-        f"{head}\n\n[{len(raw) - shown} of {len(raw)} bytes are not shown. "
-        f'`read` with {{"handle": "{handle}", "offset": {shown}}} shows what follows.]'
-    )
 
 
 def _depth_within(value: Any, limit: int) -> bool:
