@@ -24,6 +24,7 @@ from nimbos.kernel.events import Body, Event, Note, ProcCreated, ProcExited, Pro
 from nimbos.kernel.faults import Illegal
 from nimbos.kernel.processes import Head, NewHead, after, first_head, insert_head, missing, store_head
 from nimbos.kernel.processes import locked_head as _locked_head
+from nimbos.kernel.verify import Verified, verify
 from nimbos.kernel.words import Label, State, why_illegal
 from nimbos.types import Usage
 from nimbos.work import Claim, ClaimLost, Work
@@ -131,6 +132,11 @@ class Log:
             for row in rows:
                 yield row
             after = rows[-1]["seq"]
+
+    async def verify(self, pid: str) -> Verified:
+        """Raises: NotFound, FromNewerVersion."""
+        head = await self._database.run(lambda: self.locked_head(pid))
+        return await verify(head, self.rows(pid))
 
     async def spans(self, pid: str) -> list[Span]:
         """Whose events make its past, the oldest first. Raises: NotFound."""
