@@ -7,7 +7,7 @@ claims and drives, `mailbox.py` says how anything reaches it, `log.py` is what i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractContextManager, aclosing, suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ import structlog
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Transaction
 from nimbos.errors import Forbidden, InvalidRequest, NimbosError
-from nimbos.kernel import heads
+from nimbos.kernel import budgets, heads
 from nimbos.kernel.bells import Bells, Delta, Follower
 from nimbos.kernel.children import Birth, create
 from nimbos.kernel.events import Event
@@ -43,8 +43,6 @@ EVENTS_MAX = 1_000
 
 _log = structlog.get_logger(__name__)
 
-MakeBudget = Callable[[str, Allowance, str, str | None], Transaction[None]]  # process, what it may use, name, parent
-
 
 class Kernel:
     """`start` within the loop that it is used from; `close` hands back what runs."""
@@ -58,10 +56,8 @@ class Kernel:
         programs: Programs,
         server: str,
         resolve: Resolve,
-        make_budget: MakeBudget | None = None,
         work: Work | None = None,
         clock: SteadyClock | None = None,
-        on_exit: tuple[Callable[[str], Transaction[None]], ...] = (),
         places: int = PLACES,
     ) -> None:
         """`server`: what the ledger of this server calls it. `resolve`: what a key may do now."""
@@ -79,10 +75,9 @@ class Kernel:
             segments=self.segments,
             bells=self.bells,
             clock=clock or SteadyClock(),
-            on_exit=on_exit,
+            on_exit=(budgets.close,),
         )
         self._resolve = resolve
-        self._make_budget = make_budget
         self._owner = crew_name(server)
         self._places = places
         self._timers = Timers(database, self.log, self.work, self.bells, self.shared.clock)
@@ -150,8 +145,8 @@ class Kernel:
 
         def begin() -> Transaction[str]:
             pid = yield from create(self.log, self.work, birth)
-            if pid == birth.pid and self._make_budget is not None:
-                yield from self._make_budget(pid, allowance, birth.name, None)
+            if pid == birth.pid:
+                yield from budgets.make(pid, allowance, None, name=birth.name)
             return pid
 
         pid = await self.database.run(begin, durable=True)
@@ -181,6 +176,24 @@ class Kernel:
         posted = await self.database.run(lambda: self.posting(pid, mail), durable=True)
         self.bells.posted(pid, woken=posted.woken)
         return posted.new
+
+    async def top_up(self, account: Account, pid: str, allowance: Allowance, *, source: str, external_id: str) -> bool:
+        """More for the process, and those above it, to spend; whoever waits for it goes on. False: this very signal
+        was there before. Raises: as `signal`; InvalidRequest."""
+        for what, word in (("source", source), ("id", external_id)):
+            _check_word(word, what, ID_CHARACTERS_MAX)
+        await self.find(account, pid)
+
+        def begin() -> Transaction[budgets.Told]:
+            return budgets.top_up(self.log, self.work, pid, allowance, source=source, external_id=external_id)
+
+        try:
+            told = await self.database.run(begin, durable=True)
+        except budgets.GivenBefore:
+            return False
+        for reached, woken in told:
+            self.bells.posted(reached, woken=woken)
+        return True
 
     def posting(self, pid: str, mail: Mail) -> Transaction[Posted]:
         """For larger transactions; ring `bells.posted` when it is committed."""

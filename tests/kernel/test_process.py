@@ -1,0 +1,155 @@
+"""What a process is: spawned once, driven by a claim, parked at no cost, ended once, followed to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unauthorized
+from nimbos.kernel import Delta, Event, Reason, SignalKind, State
+from nimbos.kernel.events import Note
+from nimbos.kernel.holding import Holding
+from nimbos.kernel.log import Draft
+from nimbos.types import Account, AskClass
+from tests.kernel.running import ACCOUNT, OTHER, running, told
+
+SAID = Draft(body=Note(about="said", text="a word"))
+
+
+async def say_and_end(holding: Holding) -> None:
+    await holding.append(SAID)
+    await holding.exit(Reason.OK, result=await holding.put({"answer": 42}))
+
+
+async def test_a_process_runs_to_its_end_and_its_head_says_what_the_log_does(
+    database: Database, database_settings: Settings
+) -> None:
+    async with running(database, database_settings, {"plain": say_and_end}) as place:
+        pid = await place.spawn(input={"question": "why"})
+        head = await place.over(pid)
+        assert (head.reason, head.error, head.epoch) == (Reason.OK, "", 1)
+        assert head.result is not None
+        assert await place.kernel.segments.get(ACCOUNT.id, head.result) == {"answer": 42}
+        assert await place.kinds(pid) == ["proc.created", "proc.state", "note", "proc.exited"]
+        events = await place.kernel.events(ACCOUNT, pid)
+        assert (head.seq, head.hash) == (events[-1].seq, events[-1].hash)
+        assert (await place.kernel.log.verify(pid)).broken_at is None
+
+
+async def test_the_same_key_spawns_one_process(database: Database, database_settings: Settings) -> None:
+    async with running(database, database_settings, start=False) as place:
+        pids = await asyncio.gather(*(place.spawn(key="once") for _ in range(5)))
+        assert len(set(pids)) == 1
+        assert await place.spawn(key="twice") not in pids
+        assert len(await place.kernel.list(ACCOUNT)) == 2
+
+
+async def test_what_cannot_be_spawned_is_said_and_leaves_nothing(
+    database: Database, database_settings: Settings
+) -> None:
+    async with running(database, database_settings, start=False) as place:
+        with pytest.raises(NotFound):
+            await place.kernel.spawn(ACCOUNT, "nobody", "")
+        with pytest.raises(NotFound):
+            await place.kernel.spawn(OTHER, "plain", "")
+        with pytest.raises(ModelNotFound):
+            await place.spawn(model="none")
+        with pytest.raises(InvalidRequest):
+            await place.spawn(name="a\x00b")
+        narrow = Account(id=ACCOUNT.id, name="one", scopes=frozenset({"class:batch"}))
+        with pytest.raises(Forbidden):
+            await place.kernel.spawn(narrow, "plain", "", ask_class=AskClass.INTERACTIVE)
+        assert await place.kernel.list(ACCOUNT) == []
+
+
+async def test_another_account_finds_no_such_process(database: Database, database_settings: Settings) -> None:
+    async with running(database, database_settings, start=False) as place:
+        pid = await place.spawn()
+        kernel = place.kernel
+        for missing in (kernel.find(OTHER, pid), kernel.events(OTHER, pid), kernel.tree(OTHER, pid)):
+            with pytest.raises(NotFound):
+                await missing
+        with pytest.raises(NotFound):
+            await kernel.signal(OTHER, pid, SignalKind.KILL, source="user:x", external_id="1")
+        assert await kernel.list(OTHER) == []
+
+
+async def test_a_list_is_newest_first_in_pages_and_by_state(database: Database, database_settings: Settings) -> None:
+    async with running(database, database_settings, {"plain": say_and_end}) as place:
+        pids = [await place.spawn() for _ in range(5)]
+        for pid in pids:
+            await place.over(pid)
+        first = await place.kernel.list(ACCOUNT, limit=3)
+        rest = await place.kernel.list(ACCOUNT, limit=3, after=first[-1].pid)
+        assert sorted((head.pid for head in [*first, *rest]), reverse=True) == [head.pid for head in [*first, *rest]]
+        assert {head.pid for head in [*first, *rest]} == set(pids)
+        assert await place.kernel.list(ACCOUNT, states=[State.READY, State.RUNNING]) == []
+        assert len(await place.kernel.list(ACCOUNT, states=[State.DONE])) == 5
+
+
+async def test_a_follower_is_told_everything_to_the_end_and_deltas_on_the_way(
+    database: Database, database_settings: Settings
+) -> None:
+    go = asyncio.Event()
+
+    async def speak(holding: Holding) -> None:
+        await go.wait()
+        holding.tell(Delta(pid=holding.pid, ask_id="ask_1", text="so"))
+        await say_and_end(holding)
+
+    async with running(database, database_settings, {"plain": speak}) as place:
+        pid = await place.spawn()
+        following = asyncio.create_task(told(place, pid))
+        await place.until(pid, State.RUNNING)
+        go.set()
+        heard = await following
+        events = [one for one in heard if isinstance(one, Event)]
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert events[-1].kind == "proc.exited"
+        assert [one.text for one in heard if isinstance(one, Delta)] == ["so"]
+        assert [one.seq for one in await told(place, pid, after=2) if isinstance(one, Event)] == [3, 4]
+        with pytest.raises(NotFound):
+            async with aclosing(place.kernel.follow(OTHER, pid)) as foreign:
+                await anext(foreign)
+
+
+async def test_a_program_that_ends_without_an_exit_has_failed(database: Database, database_settings: Settings) -> None:
+    async def leave(holding: Holding) -> None:
+        await holding.append(SAID)
+
+    async with running(database, database_settings, {"plain": leave}) as place:
+        head = await place.over(await place.spawn())
+        assert head.reason is Reason.FAILED
+        assert "without saying" in head.error
+
+
+async def test_a_key_that_is_good_no_more_parks_the_process_and_a_resume_asks_again(
+    database: Database, database_settings: Settings
+) -> None:
+    good = False
+
+    async def resolve(account: Account) -> Account:
+        if not good:
+            raise Unauthorized("The key was revoked.")
+        return account
+
+    async with running(database, database_settings, {"plain": say_and_end}, resolve=resolve) as place:
+        pid = await place.spawn()
+        await place.until(pid, State.ASKING, reason="auth")
+        good = True
+        await place.send(pid, SignalKind.RESUME)
+        assert (await place.over(pid)).reason is Reason.OK
+
+
+async def test_an_end_is_an_end(database: Database, database_settings: Settings) -> None:
+    async with running(database, database_settings, {"plain": say_and_end}) as place:
+        pid = await place.spawn()
+        head = await place.over(pid)
+        for kind in (SignalKind.MESSAGE, SignalKind.KILL, SignalKind.RESUME, SignalKind.ANSWER):
+            with pytest.raises(Conflict, match="over"):
+                await place.send(pid, kind)
+        assert await place.head(pid) == head
