@@ -9,6 +9,7 @@ from nimbos.ledger.allowances import Allowance
 from nimbos.ledger.budgets import Budget
 from nimbos.ledger.desk import Desk
 from nimbos.ledger.export import export_asks
+from nimbos.ledger.families import ProcessUse, family_use
 from nimbos.ledger.journal import Journal
 from nimbos.ledger.ledger import Extended, Ledger, Progress, Reserved, Settled
 from nimbos.ledger.limits import Limit, all_limits, limits_of, set_limit
@@ -32,6 +33,7 @@ __all__ = [
     "Limit",
     "Price",
     "PriceTable",
+    "ProcessUse",
     "Progress",
     "Recovery",
     "Report",
@@ -51,6 +53,7 @@ __all__ = [
     "change_alert",
     "current_table",
     "export_asks",
+    "family_use",
     "find_alert",
     "find_budget",
     "limits_of",

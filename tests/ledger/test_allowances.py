@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.errors import BudgetExhausted, InvalidRequest, NotFound, Overloaded
-from nimbos.ledger import Allowance, Settlement, allowances, budgets_of
+from nimbos.ledger import Allowance, Price, Settlement, allowances, budgets_of, family_use, set_prices
 from nimbos.ledger.allowances import CallHold
 from nimbos.types import Usage
 from tests.ledger.books import Books
@@ -306,3 +306,28 @@ def test_a_family_never_spends_more_than_it_was_given(database_settings: Setting
             )
         finally:
             runner.run(Family.database.close())
+
+
+async def test_each_of_a_family_is_told_what_it_used_itself(books: Books) -> None:
+    await books.run(lambda: set_prices([Price(meter="output", micros_per_million=2_000_000)]))
+    await make(books, "p", tokens=500)
+    await make(books, "c", "p")
+    await make(books, "g", "c")
+    await make(books, "stranger")
+    await books.ask_and_settle(Usage(input=10, cached=4, output=7, thinking=2, recomputed=3), process="p")
+    await books.ask_and_settle(Usage(input=1, output=1), process="g")
+    await books.ask_and_settle(Usage(input=1, output=1), process="g")
+    await books.ask_and_settle(Usage(input=99, output=99), process="stranger")
+    await books.reserve(process="c")
+    for process, used_ms in (("g", 40), ("g", 2), ("p", 100)):
+        await reserve(books, process)
+        await settle(books, process, reserved_ms=1000, used_ms=used_ms)
+    p, c, g = await family_use(books.database, "p")
+    assert [(use.process, use.parent) for use in (p, c, g)] == [("p", None), ("c", "p"), ("g", "c")]
+    kinds = {"input": 6, "cached": 4, "output": 5, "thinking": 2, "recomputed": 3}
+    assert p.used == {**kinds, "asks": 1, "cost_micros": 14, "calls": 1, "seconds_ms": 100}
+    assert c.used == {}, "what is not settled is not told"
+    assert g.used == {"input": 2, "output": 2, "asks": 2, "cost_micros": 4, "calls": 2, "seconds_ms": 42}
+    assert (p.budgets["tokens"].limit, p.budgets["tokens"].used) == (500, 17 + 4)
+    assert p.budgets["calls"].used == 3
+    assert await family_use(books.database, "nobody") == []
