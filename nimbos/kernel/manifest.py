@@ -116,6 +116,11 @@ def read_manifest(content: bytes) -> Manifest:
         raise _broken_syntax(str(error), text) from error
     except RecursionError as error:
         raise BrokenProgram(FILE_NAME, why="it is nested too deeply") from error
+    return manifest_of(table, text)
+
+
+def manifest_of(table: dict[str, Any], text: str = "") -> Manifest:
+    """`text`: where the lines are that an error names. Raises: BrokenProgram."""
     _check_keys(text, table, Manifest, ())
     try:
         manifest = msgspec.convert(table, Manifest)
