@@ -135,6 +135,9 @@ DOORS = {
         "a2a_state",
         "asks_of",
         "mcp_state",
+        "pack",
+        "read_folder",
+        "unpack",
     },
     "ledger": {
         "Alert",
@@ -208,6 +211,7 @@ PAST_DOORS = {
     ("cli", "api"): {"access", "admin", "ollama_key"},
     ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
     ("cli", "hub"): {"catalog", "memory", "progress"},
+    ("cli", "kernel"): {"package"},
     ("kernel", "ledger"): {"allowances"},
     ("runtime", "engine"): {"scripted"},
     ("server", "api"): {"access", "protocol"},

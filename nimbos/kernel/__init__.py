@@ -5,6 +5,7 @@ from nimbos.kernel.bells import Delta
 from nimbos.kernel.events import Event
 from nimbos.kernel.kernel import Kernel
 from nimbos.kernel.mapping import A2aState, McpState, a2a_state, mcp_state
+from nimbos.kernel.package import pack, read_folder, unpack
 from nimbos.kernel.processes import Head
 from nimbos.kernel.programs import Listed, Program, Programs
 from nimbos.kernel.words import Reason, SignalKind, State, Verdict
@@ -29,4 +30,7 @@ __all__ = [
     "a2a_state",
     "asks_of",
     "mcp_state",
+    "pack",
+    "read_folder",
+    "unpack",
 ]
