@@ -14,7 +14,7 @@ import msgspec
 from nimbos.cli.quantities import money_of
 
 LINE_CHARACTERS = 160
-_MONEY = "cost_micros"
+_UNITS = {"cost_micros": "of money", "seconds_ms": "s of tools"}
 
 
 def safe(text: str) -> str:
@@ -34,12 +34,17 @@ def text_of(event: Mapping[str, Any], name: str) -> Any:
     return event["texts"].get(event["body"].get(name))
 
 
+def quantity(meter: str, amount: int) -> str:
+    """In the unit that people use for it: money and seconds have decimals."""
+    if meter == "cost_micros":
+        return money_of(amount)
+    return f"{amount / 1000:,.1f}" if meter == "seconds_ms" else f"{amount:,}"
+
+
 def amounts(used: Mapping[str, int]) -> str:
-    """By meter, in words: tokens first, money last."""
-    words = [f"{count:,} {meter.replace('_', ' ')}" for meter, count in used.items() if meter != _MONEY and count]
-    if used.get(_MONEY):
-        words.append(f"{money_of(used[_MONEY])} money")
-    return " · ".join(words) or "nothing"
+    """By meter, in words."""
+    words = [f"{quantity(meter, amount)} {_UNITS.get(meter, meter)}" for meter, amount in used.items() if amount]
+    return " · ".join(words) or "nothing used"
 
 
 def moment(at_ms: int) -> str:
@@ -116,11 +121,9 @@ def _done(event: Body, body: Body) -> str:
 
 
 def _context(event: Body, body: Body) -> str:
-    words = [f"+{one['kind']}" for one in body.get("add", ())]
-    for name in ("evict", "pin", "unpin"):
-        if body.get(name):
-            words.append(f"{name} {len(body[name])}")
-    return " ".join(words)
+    added = [f"+{one['kind']}" for one in body.get("add", ())]
+    changed = [f"{name} {len(body[name])}" for name in ("evict", "pin", "unpin") if body.get(name)]
+    return " ".join([*added, *changed])
 
 
 _LINES: Mapping[str, Callable[[Body, Body], str]] = {

@@ -72,6 +72,13 @@ class Screen:
             self._said[ask] = ""
             self._words(ask, "text", whole)
 
+    def _intended(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+        """An answer that goes on where another ask was cut off."""
+        before = body.get("continues")
+        if before:
+            for known in (self._said, self._logged):
+                known[body["ask_id"]] = known.get(before, "")
+
     def _partial(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         ask = body["ask_id"]
         self._logged[ask] = self._logged.get(ask, "") + body.get("text", "")
@@ -134,6 +141,7 @@ class Screen:
 
 
 _SHOWN = {
+    "model.intent": Screen._intended,
     "model.partial": Screen._partial,
     "model.done": Screen._answered,
     "model.failed": Screen._failed,

@@ -72,9 +72,9 @@ class Remote:
     def delete(self, path: str) -> Any:
         return self._answered("DELETE", path)
 
-    def upload(self, content: bytes, media_type: str) -> Any:
-        """A program's files."""
-        headers = {"content-type": media_type}
+    def upload(self, content: bytes) -> Any:
+        """A program's files, packed."""
+        headers = {"content-type": "application/x-nimbos-program"}
         return self._answered("POST", "/v1/programs", content=content, headers=headers, timeout=_UPLOAD_PATIENCE_S)
 
     def process(self, pid: str) -> dict[str, Any]:
