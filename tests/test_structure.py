@@ -211,7 +211,6 @@ PAST_DOORS = {
     ("cli", "api"): {"access", "admin", "ollama_key"},
     ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
     ("cli", "hub"): {"catalog", "memory", "progress"},
-    ("cli", "kernel"): {"package"},
     ("kernel", "ledger"): {"allowances"},
     ("runtime", "engine"): {"scripted"},
     ("server", "api"): {"access", "protocol"},
