@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
-from nimbos.kernel.words import Effect, Verdict
+from nimbos.kernel.words import Effect
 
 
 class Recovery(StrEnum):
@@ -38,17 +38,6 @@ RECOVERY: Final[dict[Effect, Recovery]] = {
 
 HARMLESS: Final = frozenset({Effect.INTERNAL, Effect.PURE})  # what a fork may do; everything else is withheld
 
-_VERDICT_WORDS: Final[dict[str, Verdict]] = {
-    "happened": Verdict.HAPPENED,
-    "yes": Verdict.HAPPENED,
-    "did_not": Verdict.DID_NOT,
-    "did not": Verdict.DID_NOT,
-    "did-not": Verdict.DID_NOT,
-    "no": Verdict.DID_NOT,
-    "retry": Verdict.RETRY,
-    "abandon": Verdict.ABANDON,
-}
-
 
 def effect_key(pid: str, call_id: str) -> str:
     """64 hexadecimal digits, for the tool to hand on to whoever must see a second try as the same one."""
@@ -58,16 +47,3 @@ def effect_key(pid: str, call_id: str) -> str:
 def bound_hash(definition_hash: str, canonical_arguments: bytes) -> str:
     """What an approval is for: a changed definition or argument is another call."""
     return hashlib.sha256(definition_hash.encode() + b"\n" + canonical_arguments).hexdigest()
-
-
-def verdict_of(answer: Any) -> tuple[Verdict, Any] | None:
-    """A person's answer on an effect in doubt, and what they say came of it: `"retry"`, or `{"verdict": "happened",
-    "result": …}`. None: it is none of the four."""
-    result = None
-    if isinstance(answer, dict):
-        result = answer.get("result")
-        answer = answer.get("verdict")
-    if not isinstance(answer, str):
-        return None
-    verdict = _VERDICT_WORDS.get(answer.strip().lower())
-    return None if verdict is None else (verdict, result)

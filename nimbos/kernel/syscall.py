@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nimbos.kernel.words import Effect, Reason, State, Verb
+from nimbos.kernel.words import Reason, State, Verb
 
 if TYPE_CHECKING:
     from nimbos.kernel.log import Draft
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Syscall:
-    """`call_id`: unique in its process, the same whenever this call is made again. `arguments`: a JSON value, checked.
-    `bound_to`: hash of the tool's definition and the arguments. `step`: the key of a durable function's step."""
+    """`call_id`: unique in its process, the same whenever this call is made again. `resource`: of a tool its name.
+    `arguments`: a JSON value; the gate checks it, and knows the effect. `step`: the key of a durable function's step,
+    whose author needs no leave for the kernel's own verbs. `deadline_s`: where it is shorter than the tool's."""
 
     call_id: str
     verb: Verb
     resource: str = ""
     arguments: Any = None
-    effect: Effect = Effect.INTERNAL
-    bound_to: str = ""
-    deadline_s: float = 60.0
     step: str = ""
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`value`: the whole result. `shown`: what a model is shown of it: the same, or a head with a handle, and then
-    `whole` is the hash of the whole. `segment`: hash of the whole, "" for a refusal. `error`: a code where it went
-    wrong, and the value is then a sentence for the model; "denied" for what was refused before it began."""
+    """`value`: the whole result. `shown`: what a model is shown of it, and if that is only the head, `whole` is the
+    hash of the whole. `segment`: hash of the whole, "" for a refusal. `error`: a code where it went wrong, and the
+    value is then a sentence for the model. `child`: of a spawn, its pid."""
 
     call_id: str
     value: Any
-    shown: Any
-    segment: str
-    size_bytes: int
+    shown: str
+    segment: str = ""
+    size_bytes: int = 0
     error: str = ""
     whole: str | None = None
     withheld: bool = False
+    child: str = ""
 
 
 # What the caller adds to the log in the transaction that writes the outcome: how a model is told, above all.
@@ -62,9 +62,13 @@ class Wait:
 
 
 def joined(waits: Iterable[Wait]) -> Wait:
-    """One state for several waits: whatever a person must do is what is shown, any of them wakes it."""
+    """One state for several waits. What a person must do is shown, one kind of it at a time, since an answer is checked
+    by what is asked; any of the waits wakes the process, and all are looked at then."""
     every = list(waits)
-    first = next((wait for wait in every if wait.state is State.ASKING), every[0])
-    dues = [wait.due_ms for wait in every if wait.due_ms is not None]
-    about = tuple(dict.fromkeys(name for wait in [first, *every] for name in wait.about))
-    return Wait(state=first.state, reason=first.reason, due_ms=min(dues, default=None), about=about)
+    asking = next((wait for wait in every if wait.state is State.ASKING), None)
+    first = asking or every[0]
+    shown = every if asking is None else [wait for wait in every if wait.reason is asking.reason]
+    due_ms = min((wait.due_ms for wait in every if wait.due_ms is not None), default=None)
+    shown.sort(key=lambda wait: wait.due_ms is None or wait.due_ms != due_ms)  # a timer names the first
+    about = tuple(dict.fromkeys(name for wait in shown for name in wait.about))
+    return Wait(state=first.state, reason=first.reason, due_ms=due_ms, about=about)

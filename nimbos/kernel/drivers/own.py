@@ -1,0 +1,49 @@
+"""The kernel's own verbs, whichever: each is answered now, or waits. Nothing of it is written yet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nimbos.kernel.drivers.answers import Answered
+from nimbos.kernel.drivers.builtin import WAITING
+from nimbos.kernel.drivers.internal import pin, send
+from nimbos.kernel.drivers.paging import read_page
+from nimbos.kernel.drivers.spawning import Spawning
+from nimbos.kernel.drivers.waiting import Look, look
+from nimbos.kernel.events import CallIntent
+from nimbos.kernel.syscall import Wait
+from nimbos.kernel.words import Verb
+
+if TYPE_CHECKING:
+    from nimbos.kernel.holding import Holding, Shared
+    from nimbos.kernel.programs import Programs
+
+
+class Own:
+    def __init__(self, shared: Shared, programs: Programs) -> None:
+        self._shared = shared
+        self._spawning = Spawning(shared.log, shared.work, shared.segments, programs)
+
+    async def perform(
+        self, holding: Holding, intent: CallIntent, arguments: Any, *, intended_ms: int
+    ) -> Answered | Wait:
+        """Raises: NotFound for a segment that is gone; StorageUnavailable."""
+        view, segments, call_id = holding.view, self._shared.segments, intent.call_id
+        if intent.verb in WAITING:
+            at = Look(
+                call_id=call_id,
+                verb=intent.verb,
+                arguments=arguments,
+                intended_ms=intended_ms,
+                now_ms=holding.now_ms(),
+            )
+            return await look(view, segments, at)
+        if intent.verb is Verb.SPAWN:
+            return await self._spawning.spawn(holding, call_id, arguments)
+        if intent.verb is Verb.SEND:
+            return await send(view, segments, call_id, arguments, log=self._shared.log, work=self._shared.work)
+        if intent.verb is Verb.PIN:
+            return await pin(view, segments, call_id, arguments)
+        assert intent.verb is Verb.READ, intent.verb
+        page_bytes = holding.program.manifest.limits.result_bytes
+        return await read_page(view, segments, arguments, page_bytes=page_bytes)

@@ -1,0 +1,104 @@
+"""`spawn`: a child whose head, log, budget and work are rows of the same transaction as the call that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nimbos.db import Transaction
+from nimbos.errors import BudgetExhausted, Conflict, InvalidRequest, NotFound, Overloaded
+from nimbos.kernel import budgets, children
+from nimbos.kernel.budgets import Allowance
+from nimbos.kernel.children import Birth
+from nimbos.kernel.drivers.answers import Answered, Undone, refused
+from nimbos.kernel.log import Log
+from nimbos.kernel.segments import Segments
+from nimbos.types import new_id
+from nimbos.work import ClaimLost, Work
+
+if TYPE_CHECKING:
+    from nimbos.kernel.holding import Holding
+    from nimbos.kernel.programs import Programs
+
+_NAME_CHARACTERS = 200
+
+
+class Spawning:
+    def __init__(self, log: Log, work: Work, segments: Segments, programs: Programs) -> None:
+        self._log = log
+        self._work = work
+        self._segments = segments
+        self._programs = programs
+
+    async def spawn(self, holding: Holding, call_id: str, arguments: Mapping[str, Any]) -> Answered:
+        """Raises: StorageUnavailable."""
+        try:
+            birth = await self._birth(holding, call_id, arguments)
+            allowance = _allowance(arguments.get("budget"))
+        except (NotFound, InvalidRequest) as error:
+            return refused(error)
+
+        def fund() -> Transaction[None]:
+            with _undoing():
+                yield from budgets.make(birth.pid, allowance, birth.parent, name=birth.name)
+
+        def create() -> Transaction[None]:
+            with _undoing():
+                yield from children.create(self._log, self._work, birth)
+
+        return Answered(value={"pid": birth.pid}, child=birth.pid, before=fund, also=create)
+
+    async def _birth(self, holding: Holding, call_id: str, arguments: Mapping[str, Any]) -> Birth:
+        view, manifest = holding.view, holding.program.manifest
+        wanted = str(arguments.get("program") or "")
+        hash = holding.program.hash
+        if wanted:
+            hash = await self._programs.find(holding.account.id, wanted, inside=holding.program)
+        program = await self._programs.load(hash)
+        given = await self._segments.put(view.account, arguments.get("input"))
+        return Birth(
+            pid=new_id("proc"),
+            account=holding.account,
+            program=hash,
+            name=str(arguments.get("name") or program.name)[:_NAME_CHARACTERS],
+            input=given,
+            model=str(arguments.get("model") or program.manifest.model.name or view.model),
+            ask_class=view.ask_class,
+            parent=view.pid,
+            detached=bool(arguments.get("detached", False)),
+            key=f"{view.pid}/{call_id}",
+            actor=f"process:{view.pid}",
+            depth_most=view.depth + manifest.limits.depth,
+            children_most=manifest.limits.children,
+        )
+
+
+@contextmanager
+def _undoing() -> Iterator[None]:
+    """What the transaction refuses is the call's outcome. Raises: Undone."""
+    try:
+        yield
+    except ClaimLost:
+        raise
+    except (InvalidRequest, Overloaded, Conflict, NotFound, BudgetExhausted) as error:
+        raise Undone(error) from error
+
+
+def _allowance(given: Any) -> Allowance:
+    """As a model or a step says it; without, it spends its parent's.
+
+    Raises: InvalidRequest.
+    """
+    if not given:
+        return Allowance()
+    try:
+        cost = given.get("cost")
+        return Allowance(
+            tokens=given.get("tokens"),
+            cost_micros=None if cost is None else max(1, round(cost * 1_000_000)),
+            seconds=given.get("seconds"),
+            calls=given.get("calls"),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"This is no budget: {error}.", param="budget") from error

@@ -1,0 +1,152 @@
+"""Calls that go outside: started, run, and, when they are cut off, dealt with as their effect class says.
+
+    started ─┬─▶ done                               whatever the tool said, also that it failed
+             ├─▶ started again                      pure and idempotent; checkable, if it did not happen
+             └─▶ unknown ─▶ a person's word         opaque, and what cannot be told even so
+
+A driver that loses a call while its server lives may try again a few times; a call that a dead server left behind is
+taken up again however often servers die.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from nimbos.errors import BudgetExhausted, Overloaded
+from nimbos.kernel import calling
+from nimbos.kernel.budgets import exhausted
+from nimbos.kernel.calling import Ending
+from nimbos.kernel.deciding import settled
+from nimbos.kernel.drivers.answers import Answered, Lost
+from nimbos.kernel.drivers.outside import Job, Nothing, run_tool, verify_tool
+from nimbos.kernel.effects import RECOVERY, Recovery
+from nimbos.kernel.events import CallIntent
+from nimbos.kernel.fold import Call
+from nimbos.kernel.holding import Holding
+from nimbos.kernel.log import Draft
+from nimbos.kernel.segments import Segments
+from nimbos.kernel.syscall import Also, Outcome, Wait
+from nimbos.kernel.tools import ToolWorkers
+from nimbos.kernel.words import Effect, Reason, State, Verdict
+
+TRIES_MAX = 3
+
+
+class Outward:
+    def __init__(self, segments: Segments, workers: ToolWorkers) -> None:
+        self._segments = segments
+        self._workers = workers
+
+    async def begin(self, holding: Holding, intent: CallIntent, arguments: Any, also: Also) -> Outcome | Wait:
+        """A new call. Raises: Parked when nothing is left to spend, and then nothing of the call is written."""
+        try:
+            await calling.begin(holding, intent, label=calling.context_label(holding))
+        except BudgetExhausted as error:
+            await exhausted(holding, error)
+        except Overloaded as error:
+            return _held(holding, intent.call_id, error)
+        return await self._run(holding, intent.call_id, arguments, also)
+
+    async def start(
+        self, holding: Holding, call: Call, arguments: Any, also: Also, *, first: Sequence[Draft] = ()
+    ) -> Outcome | Wait:
+        """One that was intended, and is approved now or to be tried again. `first`: events that say so.
+
+        Raises: as `begin`; an answer that was not consumed is found again.
+        """
+        try:
+            await calling.again(holding, call, first=first, reserve=True)
+        except BudgetExhausted as error:
+            await exhausted(holding, error)
+        except Overloaded as error:
+            return _held(holding, call.intent.call_id, error)
+        return await self._run(holding, call.intent.call_id, arguments, also)
+
+    async def recover(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
+        """A driver was given it by a server that is gone."""
+        recovery = RECOVERY[call.intent.effect]
+        if recovery is Recovery.VERIFY:
+            return await self._verify(holding, call, arguments, also)
+        if recovery is Recovery.ASK:
+            return await self._lose(holding, call)
+        await calling.again(holding, call)
+        return await self._run(holding, call.intent.call_id, arguments, also)
+
+    async def resolve(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
+        """Nobody knows what came of it, unless a person has said so."""
+        said = await settled(holding, self._segments, call.intent)
+        if said is None:
+            return _in_doubt(call.intent.call_id)
+        if said.verdict is Verdict.RETRY:
+            return await self.start(holding, call, arguments, also, first=said.drafts)
+        ending = Ending(first=said.drafts)
+        return await calling.finish(holding, self._segments, call.intent.call_id, said.answered, ending, also=also)
+
+    async def _run(self, holding: Holding, call_id: str, arguments: Any, also: Also) -> Outcome | Wait:
+        """The call is started. Until it has an outcome, or nobody can know it."""
+        while True:
+            call = holding.view.calls[call_id]
+            job = _job(holding, call, arguments)
+            before = time.monotonic()
+            answered = await run_tool(self._workers, holding, job)
+            used_ms = round((time.monotonic() - before) * 1000)
+            if isinstance(answered, Lost):
+                after = await self._after_loss(holding, call, arguments, answered, also)
+                if after is None:
+                    continue
+                if not isinstance(after, Answered):
+                    return after
+                answered = after
+            ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent), used_ms=used_ms)
+            return await calling.finish(holding, self._segments, call_id, answered, ending, also=also)
+
+    async def _after_loss(
+        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also
+    ) -> Answered | Outcome | Wait | None:
+        """The driver, here and now, cannot say whether it happened. None: it was started once more."""
+        effect = call.intent.effect
+        if effect is Effect.CHECKABLE:
+            return await self._verify(holding, call, arguments, also, why=why)
+        if effect is Effect.PURE and (why.error == "deadline" or call.attempts >= TRIES_MAX):
+            return Answered(value=why.why, error=why.error)
+        if effect is Effect.OPAQUE or call.attempts >= TRIES_MAX:
+            return await self._lose(holding, call)
+        await calling.again(holding, call)
+        return None
+
+    async def _verify(
+        self, holding: Holding, call: Call, arguments: Any, also: Also, *, why: Lost | None = None
+    ) -> Outcome | Wait:
+        """`why`: how it was lost just now; None: by a server that is gone."""
+        intent = call.intent
+        verified = await verify_tool(self._workers, holding, _job(holding, call, arguments))
+        if isinstance(verified, Lost):
+            return await self._lose(holding, call)
+        if isinstance(verified, Nothing):
+            if why is None or call.attempts < TRIES_MAX:
+                await calling.again(holding, call)
+                return await self._run(holding, intent.call_id, arguments, also)
+            verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
+        ending = Ending(reserved_ms=calling.reserved_ms(holding, intent))
+        return await calling.finish(holding, self._segments, intent.call_id, verified, ending, also=also)
+
+    async def _lose(self, holding: Holding, call: Call) -> Wait:
+        await calling.lost(holding, call)
+        return _in_doubt(call.intent.call_id)
+
+
+def _in_doubt(call_id: str) -> Wait:
+    return Wait(state=State.ASKING, reason=Reason.IN_DOUBT, about=(call_id,))
+
+
+def _held(holding: Holding, call_id: str, error: Overloaded) -> Wait:
+    """Calls that run now hold what is left of a budget: their ends may give some of it back."""
+    due_ms = holding.now_ms() + round((error.retry_after_s or 1.0) * 1000)
+    return Wait(state=State.WAITING, reason=Reason.TOOL, due_ms=due_ms, about=(call_id,))
+
+
+def _job(holding: Holding, call: Call, arguments: Any) -> Job:
+    deadline_s = calling.reserved_ms(holding, call.intent) / 1000
+    return Job(tool=call.intent.resource, arguments=arguments, key=call.intent.key, deadline_s=deadline_s)

@@ -1,0 +1,59 @@
+"""What a fork only seemed to do, done once it is adopted: each withheld call becomes a new one, through the whole gate,
+with a key of its own. The model has gone on since; a note tells it what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from nimbos.kernel.events import CallIntent, CtxChanged, Segment
+from nimbos.kernel.log import Draft
+from nimbos.kernel.segments import Segments, text_of
+from nimbos.kernel.syscall import Also, Outcome
+from nimbos.kernel.words import Label, Origin
+
+if TYPE_CHECKING:
+    from nimbos.kernel.holding import Holding
+    from nimbos.kernel.view import View
+
+_MARK = ".released"
+_TOKEN_BYTES = 3
+
+
+def is_released(call_id: str) -> bool:
+    return call_id.endswith(_MARK)
+
+
+def to_release(view: View) -> Iterator[tuple[str, CallIntent]]:
+    """The ids of the calls to be made, and what they are to do, in their order. None while the fork is not adopted."""
+    if view.withheld:
+        return
+    for call_id, intent in list(view.syscalls.withheld.items()):
+        released = f"{call_id}{_MARK}"
+        if released not in view.syscalls.open and released not in view.syscalls.ended:
+            yield released, intent
+
+
+def telling(holding: Holding, segments: Segments, intent: CallIntent) -> Also:
+    """How an agent's model is told. A durable function has its step's result already and is told nothing."""
+
+    async def tell(outcome: Outcome) -> Sequence[Draft]:
+        if holding.program.entry:
+            return ()
+        name = intent.resource or intent.verb.value
+        text = f"[This fork was adopted, and the withheld call of {name} was made now. Result: {outcome.shown}]"
+        hash = await segments.put(holding.view.account, {"role": "user", "content": text})
+        label = Label(origin=Origin.TOOL)
+        note = Segment(
+            id=outcome.call_id,
+            hash=hash,
+            kind="note",
+            tokens=16 + len(text_of(text).encode("utf-8", "replace")) // _TOKEN_BYTES,
+            label=label,
+            whole=outcome.whole,
+            whole_bytes=outcome.size_bytes if outcome.whole else 0,
+        )
+        return (Draft(body=CtxChanged(add=(note,)), call_id=outcome.call_id, label=label),)
+
+    return tell
