@@ -15,7 +15,7 @@ import structlog
 
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Transaction
-from nimbos.errors import Forbidden, InvalidRequest, NimbosError
+from nimbos.errors import Conflict, Forbidden, InvalidRequest, NimbosError
 from nimbos.kernel import budgets, heads
 from nimbos.kernel.bells import Bells, Delta, Follower
 from nimbos.kernel.children import Birth, create
@@ -149,7 +149,12 @@ class Kernel:
                 yield from budgets.make(pid, allowance, None, name=birth.name)
             return pid
 
-        pid = await self.database.run(begin, durable=True)
+        try:
+            pid = await self.database.run(begin, durable=True)
+        except Conflict:
+            if not key:
+                raise
+            pid = await self.database.run(begin, durable=True)  # somebody spawned with this key meanwhile
         self.bells.work()
         return pid
 
