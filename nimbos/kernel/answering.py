@@ -14,8 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from nimbos.chat import ContentDelta, Plan, ReasoningDelta, Splitter, fold
 from nimbos.chat import Delta as Piece
-from nimbos.chat import Plan, Splitter, fold
 from nimbos.errors import NotReady
 from nimbos.kernel.bells import Delta
 from nimbos.kernel.context import assistant_message, keep_message
@@ -123,15 +123,16 @@ class Answering:
     def _take(self, chunk: TokenChunk) -> None:
         self._journal.growing.add(chunk)
         self._tokens += len(chunk.ids)
-        self._feed(chunk)
-        if chunk.text and self._holding.followed:
-            self._holding.tell(
-                Delta(pid=self._holding.pid, ask_id=self._ask.id, text=chunk.text, channel=chunk.channel)
-            )
+        pieces = self._feed(chunk)
+        for piece in pieces if self._holding.followed else ():
+            if isinstance(piece, ContentDelta | ReasoningDelta):  # a call is told of when it is whole
+                channel = Channel.TEXT if isinstance(piece, ContentDelta) else Channel.THINKING
+                self._holding.tell(Delta(pid=self._holding.pid, ask_id=self._ask.id, text=piece.text, channel=channel))
 
-    def _feed(self, chunk: TokenChunk) -> None:
-        if chunk.text:
-            self._pieces += self._splitter.feed(chunk)
+    def _feed(self, chunk: TokenChunk) -> list[Piece]:
+        pieces = self._splitter.feed(chunk) if chunk.text else []
+        self._pieces += pieces
+        return pieces
 
     async def _keep_partial(self) -> None:
         """Whoever is cancelled meanwhile waits for it: it must be known what the log has before the ask is settled."""
