@@ -18,13 +18,14 @@ from nimbos.chat import ContentDelta, Plan, ReasoningDelta, Splitter, fold
 from nimbos.chat import Delta as Piece
 from nimbos.errors import NotReady
 from nimbos.kernel.bells import Delta
-from nimbos.kernel.context import assistant_message, keep_message
-from nimbos.kernel.events import CallWanted, CtxChanged, ModelDone
+from nimbos.kernel.context import assistant_message, estimate
+from nimbos.kernel.events import CallWanted, ModelDone
 from nimbos.kernel.folding.records import Turn
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.journal import AskJournal, Failing
 from nimbos.kernel.log import Draft
 from nimbos.kernel.segments import Segments
+from nimbos.kernel.showing import CUT, spoken
 from nimbos.service import Service
 from nimbos.types import Ask, Channel, Final, FinishReason, Origin, TokenChunk, Usage
 
@@ -113,11 +114,18 @@ class Answering:
         said = (folded.content or "").rstrip()
         after: tuple[Draft, ...] = ()
         if said and not folded.tool_calls:
-            message = assistant_message(f"{said} …", "", ())
-            kept = await keep_message(
-                self._segments, self._holding.account.id, message, id=self._ask.id, kind="assistant"
+            words = f"{said} …"
+            after = (
+                await spoken(
+                    self._segments,
+                    self._holding,
+                    words,
+                    "",
+                    (),
+                    id=f"{self._ask.id}{CUT}",
+                    tokens=estimate(words.encode("utf-8", "replace")),
+                ),
             )
-            after = (Draft(body=CtxChanged(add=(kept,))),)
         return Failing(code="interrupted", message="Somebody sent the process a message.", again=False, after=after)
 
     def _take(self, chunk: TokenChunk) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nimbos.errors import InvalidRequest
-from nimbos.kernel.events import CallWanted, Segment, SegmentKind
+from nimbos.kernel.events import CallWanted, Segment
 from nimbos.kernel.segments import Segments
 
 Message = dict[str, Any]
@@ -183,10 +183,6 @@ def assistant_message(text: str, thinking: str, calls: Sequence[CallWanted]) -> 
     return message
 
 
-def tool_message(call_id: str, shown: str) -> Message:
-    return {"role": "tool", "tool_call_id": call_id, "content": shown}
-
-
 def _told(message: Message, shown_bytes: int | None) -> str:
     words = str(message.get("content") or "")
     for call in message.get("tool_calls", ()):
@@ -196,26 +192,3 @@ def _told(message: Message, shown_bytes: int | None) -> str:
     if shown_bytes is not None and len(raw) > shown_bytes:
         words = raw[:shown_bytes].decode("utf-8", "ignore") + " …"
     return f"{message['role']}: {words.strip()}"
-
-
-async def keep_message(
-    segments: Segments,
-    account: str,
-    message: Message,
-    *,
-    id: str,
-    kind: SegmentKind,
-    tokens: int | None = None,
-    pinned: bool = False,
-) -> Segment:
-    """Puts a message and describes it. `tokens` None: they are estimated."""
-    content = str(message.get("content") or "") + "".join(
-        call["function"]["arguments"] for call in message.get("tool_calls", ())
-    )
-    return Segment(
-        id=id,
-        hash=await segments.put(account, message),
-        kind=kind,
-        tokens=estimate(content.encode("utf-8", "replace")) if tokens is None else tokens,
-        pinned=pinned,
-    )

@@ -20,7 +20,7 @@ import msgspec
 
 from nimbos.chat import ChatRequest, Dial, Plan
 from nimbos.db import Database
-from nimbos.errors import AnswerFailed, BudgetExhausted, EngineFailed, Overloaded, StorageUnavailable
+from nimbos.errors import AnswerFailed, BudgetExhausted, EngineFailed, Overloaded, PromptTooLong, StorageUnavailable
 from nimbos.kernel import budgets, mailbox
 from nimbos.kernel.answering import Also, Answering, Thought
 from nimbos.kernel.events import ModelIntent, SignalConsumed
@@ -39,6 +39,7 @@ from nimbos.types import Ask, AskClass, Grammar, ModelCard, Sampling, new_id
 TRIES = 3  # of an answer over which the engine fails
 WAIT_IN_PLACE_S = 2.0  # what an overloaded engine or a held budget is waited for without parking
 _SEED_BYTES = 7
+_FINGERPRINT_CHARACTERS = 32
 
 
 class Interrupted(Exception):
@@ -64,7 +65,7 @@ class ThinkRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request as the model will see it. `parts` are counted by `count`."""
+    """A request as the model will see it."""
 
     card: ModelCard
     plan: Plan
@@ -138,16 +139,21 @@ class Thinker:
         )
         return Asked(card=card, plan=plan, request=request)
 
-    async def count(self, holding: Holding, asked: Asked) -> int:
-        """Tokens of the prompt. Raises: PromptTooLong, InvalidRequest."""
-        return await self._service.count(holding.account, _ask_of(holding, asked, seed=0, before=None))
+    async def count(self, holding: Holding, request: ThinkRequest) -> int:
+        """Tokens of the prompt, also of one that is too long. Raises: as `plan`."""
+        asked = await self.plan(holding, request)
+        try:
+            return await self._service.count(holding.account, _ask_of(holding, asked, seed=0, before=None))
+        except PromptTooLong as error:
+            return error.have
 
     async def _attempt(
         self, holding: Holding, request: ThinkRequest, *, step: str, purpose: Purpose, also: Also
     ) -> Thought | None:
         """None: it was ended by its budget, in its middle."""
         asked = await self.plan(holding, request)
-        before = _to_go_on_with(holding.view, asked, purpose=purpose, step=step)
+        fingerprint = _fingerprint(asked)
+        before = _to_go_on_with(holding.view, fingerprint, purpose=purpose, step=step)
         ask = _ask_of(holding, asked, seed=request.sampling.seed, before=before)
         if before is not None:
             ask = await self._with_what_is_paid(ask, asked.card, before)
@@ -160,6 +166,7 @@ class Thinker:
             step=step,
             purpose=purpose,
             request=kept,
+            asked=fingerprint,
         )
         journal = AskJournal(holding, intent)
         answering = Answering(holding, self._segments, ask, asked.plan, journal, before=before, also=also)
@@ -252,10 +259,16 @@ def _kept(request: ThinkRequest) -> Any:
     return msgspec.to_builtins(request, str_keys=True)
 
 
-def _to_go_on_with(view: View, asked: Asked, *, purpose: Purpose, step: str) -> Turn | None:
-    """What was said of this very answer already. Ids of another model's tokens mean nothing to this one."""
+def _fingerprint(asked: Asked) -> str:
+    """Token ids of an answer mean something to the same model alone, and behind the same question."""
+    question = msgspec.json.encode(asked.request, order="deterministic")
+    return hashlib.sha256(f"{asked.card.model_hash}\n".encode() + question).hexdigest()[:_FINGERPRINT_CHARACTERS]
+
+
+def _to_go_on_with(view: View, fingerprint: str, *, purpose: Purpose, step: str) -> Turn | None:
+    """What was said of this very answer already."""
     turn = view.asks.find(purpose=purpose, step=step)
-    if turn is None or turn.model != asked.card.id:
+    if turn is None or turn.asked != fingerprint:
         return None
     return turn if turn.failed is None or turn.failed.again else None
 

@@ -91,6 +91,7 @@ def _opened(intent: ModelIntent, before: Turn | None, *, seq: int, epoch: int) -
         step=intent.step,
         request=intent.request,
         limit_tokens=intent.limit_tokens,
+        asked=intent.asked,
         emitted=before.emitted if before else (),
         text=before.text if before else "",
         thinking=before.thinking if before else "",

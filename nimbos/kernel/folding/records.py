@@ -40,6 +40,7 @@ class Turn:
     step: str
     request: str | None
     limit_tokens: int | None
+    asked: str = ""
     emitted: tuple[int, ...] = ()
     text: str = ""
     thinking: str = ""
