@@ -247,6 +247,15 @@ def leftovers(run_dir: Path) -> Generator[tuple[str, Counts], None, None]:
             os.close(descriptor)
 
 
+def is_dead(path: Path) -> bool:
+    """Whether the server whose file this is has ended, in whatever way."""
+    descriptor = _locked(path)
+    if descriptor is None:
+        return not path.exists()
+    os.close(descriptor)
+    return True
+
+
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the file's lock, or None where somebody else does, or has removed it."""
     try:

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from nimbos.accounts import Accounts
+from nimbos.accounts import Accounts, Authority
 from nimbos.batches import Batches, rehearsal_source
 from nimbos.blobs import Blobs, open_blobs
 from nimbos.config import EngineSettings, Settings
@@ -20,6 +20,7 @@ from nimbos.db import Database
 from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
+from nimbos.kernel import Kernel, release_dead
 from nimbos.keys import OwnerKey, file_keys
 from nimbos.ledger import Desk, Ledger, Recovery
 from nimbos.meterfile import MeterFile
@@ -58,6 +59,7 @@ class Runtime:
     responses: Store
     background: Background
     batches: Batches
+    kernel: Kernel
 
     closing: AsyncExitStack
 
@@ -104,6 +106,7 @@ async def _made(
     closing.callback(meter_file.close)
     ledger = Ledger(server_id=meter_file.path.stem)
     recovery = Recovery(database=database, ledger=ledger, run_dir=settings.run_dir)
+    await release_dead(database, await recovery.dead())  # before their files are gone
     await recovery.recover()
     recovery.start()
     closing.push_async_callback(recovery.close)
@@ -124,6 +127,16 @@ async def _made(
     batches = Batches(database, blobs, settings.batches, server_id=server_id)
     await batches.start()
     closing.push_async_callback(batches.close)
+    kernel = Kernel(
+        database=database,
+        blobs=blobs,
+        service=service,
+        home=Path(settings.home),
+        server=ledger.server_id,
+        resolve=Authority(database).check,
+    )
+    closing.push_async_callback(kernel.close)
+    await kernel.start()
     return Runtime(
         settings=settings,
         server_id=server_id,
@@ -141,6 +154,7 @@ async def _made(
         responses=responses,
         background=background,
         batches=batches,
+        kernel=kernel,
         closing=closing.pop_all(),
     )
 

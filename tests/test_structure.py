@@ -137,6 +137,7 @@ DOORS = {
         "mcp_state",
         "pack",
         "read_folder",
+        "release_dead",
         "unpack",
     },
     "ledger": {

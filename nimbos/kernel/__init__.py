@@ -8,6 +8,7 @@ from nimbos.kernel.mapping import A2aState, McpState, a2a_state, mcp_state
 from nimbos.kernel.package import pack, read_folder, unpack
 from nimbos.kernel.processes import Head
 from nimbos.kernel.programs import Listed, Program, Programs
+from nimbos.kernel.recovery import release_dead
 from nimbos.kernel.words import Reason, SignalKind, State, Verdict
 from nimbos.ledger import Allowance
 
@@ -32,5 +33,6 @@ __all__ = [
     "mcp_state",
     "pack",
     "read_folder",
+    "release_dead",
     "unpack",
 ]

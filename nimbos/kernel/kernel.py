@@ -1,14 +1,14 @@
 """The door to processes: spawn, signal, look, follow, and the crew that runs those that are ready.
 
-Whoever has an account sees that account's processes, and nobody else's. What a process does is behind: `runner.py`
-claims and drives, `mailbox.py` says how anything reaches it, `log.py` is what is true.
+Whoever has an account sees that account's processes, and nobody else's (`looking.py`). What a process does is behind:
+`runner.py` runs what the crew has claimed, `mailbox.py` says how anything reaches it, `log.py` is what is true.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import AbstractContextManager, aclosing, suppress
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -17,34 +17,34 @@ from nimbos.blobs import Blobs
 from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, Forbidden, InvalidRequest, NimbosError
 from nimbos.kernel import budgets, heads
-from nimbos.kernel.bells import Bells, Delta, Follower
+from nimbos.kernel.bells import Bells
 from nimbos.kernel.children import Birth, create
-from nimbos.kernel.events import Event
+from nimbos.kernel.driving import driver
+from nimbos.kernel.forks import Forks
 from nimbos.kernel.holding import Shared
 from nimbos.kernel.log import Log
+from nimbos.kernel.looking import POLL_S, Looking
 from nimbos.kernel.mailbox import KIND, Mail, Posted, post
-from nimbos.kernel.processes import Head, head_of, missing
 from nimbos.kernel.programs import Programs
-from nimbos.kernel.recovery import crew_name, release_dead
+from nimbos.kernel.recovery import crew_name
 from nimbos.kernel.runner import Drive, Resolve, Runner
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.timers import SteadyClock, Timers
-from nimbos.kernel.words import SignalKind, State
+from nimbos.kernel.tools import Workspaces
+from nimbos.kernel.words import SignalKind
 from nimbos.ledger import Allowance
 from nimbos.service import Service
 from nimbos.types import Account, AskClass, new_id
 from nimbos.work import Claim, Crew, Work
 
 PLACES = 256  # processes that one server drives at a time
-POLL_S = 1.0  # other servers ring no bell here
 NAME_CHARACTERS_MAX = 200
 ID_CHARACTERS_MAX = 300
-EVENTS_MAX = 1_000
 
 _log = structlog.get_logger(__name__)
 
 
-class Kernel:
+class Kernel(Looking):
     """`start` within the loop that it is used from; `close` hands back what runs."""
 
     def __init__(
@@ -53,21 +53,20 @@ class Kernel:
         database: Database,
         blobs: Blobs,
         service: Service,
-        programs: Programs,
+        home: Path,
         server: str,
         resolve: Resolve,
         work: Work | None = None,
         clock: SteadyClock | None = None,
         places: int = PLACES,
     ) -> None:
-        """`server`: what the ledger of this server calls it. `resolve`: what a key may do now."""
-        self.database = database
-        self.service = service
-        self.programs = programs
+        """`home`: the folder for what programs and processes have as files. `server`: what the ledger of this server
+        calls it. `resolve`: what a key may do now."""
         self.work = work or Work(database)
-        self.log = Log(database, self.work)
-        self.segments = Segments(blobs)
-        self.bells = Bells()
+        super().__init__(database, Log(database, self.work), Segments(blobs), Bells())
+        self.programs = Programs(database, blobs, home / "programs")
+        self.service = service
+        self.workspaces = Workspaces(home / "workspaces")
         self.shared = Shared(
             database=database,
             log=self.log,
@@ -80,17 +79,16 @@ class Kernel:
         self._resolve = resolve
         self._owner = crew_name(server)
         self._places = places
+        self._forks = Forks(
+            database, self.log, self.work, segments=self.segments, bells=self.bells, workspaces=self.workspaces
+        )
         self._timers = Timers(database, self.log, self.work, self.bells, self.shared.clock)
         self._crew: Crew | None = None
         self._looking: asyncio.Task[None] | None = None
 
-    async def recover(self, dead: Iterable[str]) -> None:
-        """What these servers held is free. Raises: StorageUnavailable."""
-        await self.database.run(self.work.adopt)
-        await release_dead(self.database, self.work, dead)
-
-    async def start(self, drive: Drive) -> None:
-        """`drive` runs an agent or a durable function, until it parks or exits."""
+    async def start(self, drive: Drive | None = None) -> None:
+        """`drive`: for tests; otherwise agents and durable functions are driven."""
+        drive = drive or driver(self.shared, service=self.service, programs=self.programs, workspaces=self.workspaces)
         runner = Runner(self.shared, shelf=self.programs, resolve=self._resolve, drive=drive)
         self._crew = Crew(
             self.database, self.work, places=self._places, claim=self._claim, run=runner.run, owner=self._owner
@@ -139,7 +137,7 @@ class Kernel:
             ask_class=_class_for(account, ask_class),
             detached=detached,
             key=key,
-            actor=f"user:{account.key or account.id}",
+            actor=_user(account),
         )
         allowance = budget or allowance_of(found.manifest.budget)
 
@@ -204,77 +202,21 @@ class Kernel:
         """For larger transactions; ring `bells.posted` when it is committed."""
         return post(self.log, self.work, pid, mail)
 
-    async def find(self, account: Account, pid: str) -> Head:
-        """Raises: NotFound, also for another account's."""
-        rows = await self.database.read(heads.one(pid))
-        if not rows or rows[0]["account"] != account.id:
-            raise missing(pid)
-        return head_of(rows[0])
-
-    async def list(
-        self,
-        account: Account,
-        *,
-        limit: int = 100,
-        after: str = "",
-        states: Iterable[State] = (),
-        prefix: str = "",
-    ) -> list[Head]:
-        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone.
-        `prefix`: those whose ids begin so."""
-        return [
-            head_of(row)
-            for row in await self.database.read(
-                heads.page(account.id, after=after, limit=limit, states=tuple(states), prefix=prefix)
-            )
-        ]
-
-    async def tree(self, account: Account, pid: str) -> list[Head]:
-        """The process and all below it, parents before children."""
+    async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1) -> list[str]:
+        """`n` processes that go on from the event `at` of its past, or from its last; their effects are withheld until
+        they are adopted. Raises: NotFound, InvalidRequest, Conflict, Overloaded."""
         await self.find(account, pid)
-        return [head_of(row) for row in await self.database.read(heads.family(pid))]
+        return await self._forks.fork(account, pid, at=at, n=n)
 
-    async def events(self, account: Account, pid: str, *, after: int = 0, limit: int = EVENTS_MAX) -> list[Event]:
+    async def adopt(self, account: Account, pid: str) -> None:
+        """Raises: NotFound; Conflict for what is no fork, or is over."""
         await self.find(account, pid)
-        return await self.log.read(pid, after=after, limit=min(limit, EVENTS_MAX))
+        await self._forks.adopt(pid, source=_user(account))
 
-    async def text(self, account: Account, hash: str) -> bytes:
-        """A segment's content. Raises: NotFound."""
-        return await self.segments.get_bytes(account.id, hash)
-
-    async def follow(self, account: Account, pid: str, *, after: int = 0) -> AsyncGenerator[Event | Delta, None]:
-        """The events after `after` as they come, and what running generations say meanwhile, until the process is
-        done. Close the iterator (`contextlib.aclosing`). Raises: NotFound."""
+    async def drop(self, account: Account, pid: str) -> None:
+        """Ends a fork and forgets its files. Raises: NotFound; Conflict for what is no fork."""
         await self.find(account, pid)
-        with self.bells.follow(pid) as follower:
-            while True:
-                follower.appended = False
-                head = await self.find(account, pid)  # before its events: what is done writes none any more
-                while events := await self.log.read(pid, after=after):
-                    for event in events:
-                        after = event.seq
-                        yield event
-                if head.state is State.DONE and after >= head.seq:
-                    return
-                async with aclosing(self._said(follower)) as said:
-                    async for delta in said:
-                        yield delta
-
-    async def _said(self, follower: Follower) -> AsyncGenerator[Delta, None]:
-        """Until there may be new events."""
-        while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(follower.news.wait(), POLL_S)
-            found = follower.news.is_set()
-            follower.news.clear()
-            while follower.deltas:
-                yield follower.deltas.popleft()
-            if follower.appended or not found:
-                return
-
-    def watching(self, pid: str) -> AbstractContextManager[None]:
-        """A person looks at the process for as long as this lasts."""
-        return self.bells.watching(pid)
+        await self._forks.drop(pid, source=_user(account))
 
     def _claim(self, n: int) -> Transaction[list[Claim]]:
         return self.work.claim(KIND, self._owner, n)
@@ -295,6 +237,10 @@ class Kernel:
 def allowance_of(budget: Any) -> Allowance:
     """What a manifest says."""
     return Allowance(tokens=budget.tokens, cost_micros=budget.cost_micros, seconds=budget.seconds, calls=budget.calls)
+
+
+def _user(account: Account) -> str:
+    return f"user:{account.key or account.id}"
 
 
 def _class_for(account: Account, wanted: AskClass | None) -> AskClass:

@@ -22,9 +22,10 @@ def crew_name(server: str) -> str:
     return f"{server}/process"
 
 
-async def release_dead(database: Database, work: Work, servers: Iterable[str]) -> int:
+async def release_dead(database: Database, servers: Iterable[str]) -> int:
     """Gives back what these held; of how many servers."""
-    released = 0
+    work, released = Work(database), 0
+    await database.run(work.adopt)
     for server in servers:
 
         def begin(server: str = server) -> Transaction[None]:

@@ -22,7 +22,7 @@ from nimbos.db.tables.ledger import asks, servers
 from nimbos.errors import NimbosError
 from nimbos.ledger.ledger import Ledger
 from nimbos.ledger.rows import Settlement
-from nimbos.meterfile import leftovers
+from nimbos.meterfile import is_dead, leftovers
 from nimbos.types import Usage, new_id
 
 RECOVERED = "recovered"
@@ -69,6 +69,12 @@ class Recovery:
         if recovered:
             _log.warning("ledger.recovered", asks=recovered)
         return recovered
+
+    async def dead(self) -> list[str]:
+        """Servers of this home that have ended and that `recover` has not been through. Raises: StorageUnavailable."""
+        known = await self._database.read(_SERVERS_OF_HOME(of=self._home))
+        others = [str(row["id"]) for row in known if row["id"] != self._ledger.server_id]
+        return [server for server in others if is_dead(self._run_dir / f"{server}.bin")]
 
     def start(self) -> None:
         """Says from now on that this server lives. With SQLite nobody else asks."""

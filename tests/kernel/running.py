@@ -1,4 +1,4 @@
-"""A kernel on a real database, whose programs are coroutines of the tests: what `agent.py` and `durable.py` are else."""
+"""A kernel on a real database, whose programs are coroutines of the tests, where else agents and functions drive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from nimbos.blobs import open_blobs
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Delta, Event, Head, Kernel, Programs, SignalKind, State
+from nimbos.kernel import Delta, Event, Head, Kernel, SignalKind, State
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.timers import SteadyClock
 from nimbos.types import Account, new_id
@@ -81,19 +81,17 @@ async def running(
 ) -> AsyncIterator[Place]:
     home = Path(settings.home)
     async with shop(database, home / server) as open_shop:
-        blobs = open_blobs(settings, database)
-        programs = Programs(database, blobs, home / "programs")
-        await programs.put(ACCOUNT, FILES)
         kernel = Kernel(
             database=database,
-            blobs=blobs,
+            blobs=open_blobs(settings, database),
             service=open_shop.service,
-            programs=programs,
+            home=home,
             server=server,
             resolve=resolve or _same,
             work=Work(database) if lease_s is None else Work(database, lease_s=lease_s),
             clock=clock,
         )
+        await kernel.programs.put(ACCOUNT, FILES)
         place = Place(kernel, database, {**(bodies or {})})
         if start:
             await kernel.start(place.drive)

@@ -23,10 +23,8 @@ PATIENCE_S = 30
 async def read_and_wait(holding: Holding) -> None:
     """Ends with the messages it was sent, once one of them is `enough`."""
     await holding.take_mail()
-    said = []
-    for signal in holding.view.signals:
-        if signal.signal is SignalKind.MESSAGE and signal.body is not None:
-            said.append(await holding._shared.segments.get(holding.account.id, signal.body))
+    told = [signal.body for signal in holding.view.signals if signal.signal is SignalKind.MESSAGE]
+    said = [await holding._shared.segments.get(holding.account.id, body) for body in told if body is not None]
     if "enough" not in said:
         await holding.park(State.WAITING, Reason.SIGNAL)
     await holding.exit(Reason.OK, result=await holding.put(said))

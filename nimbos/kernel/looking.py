@@ -1,0 +1,106 @@
+"""What anyone with an account may see of its processes: heads, families, events, what they say while they say it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AbstractContextManager, aclosing, suppress
+
+from nimbos.db import Database
+from nimbos.kernel import heads
+from nimbos.kernel.bells import Bells, Delta, Follower
+from nimbos.kernel.cost import Cost, cost_of
+from nimbos.kernel.events import Event
+from nimbos.kernel.log import Log
+from nimbos.kernel.processes import Head, head_of, missing
+from nimbos.kernel.segments import Segments
+from nimbos.kernel.words import State
+from nimbos.types import Account
+
+POLL_S = 1.0  # other servers ring no bell here
+EVENTS_MAX = 1_000
+
+
+class Looking:
+    """Everywhere: NotFound for a process of another account."""
+
+    def __init__(self, database: Database, log: Log, segments: Segments, bells: Bells) -> None:
+        self.database = database
+        self.log = log
+        self.segments = segments
+        self.bells = bells
+
+    async def find(self, account: Account, pid: str) -> Head:
+        """Raises: NotFound."""
+        rows = await self.database.read(heads.one(pid))
+        if not rows or rows[0]["account"] != account.id:
+            raise missing(pid)
+        return head_of(rows[0])
+
+    async def list(
+        self,
+        account: Account,
+        *,
+        limit: int = 100,
+        after: str = "",
+        states: Iterable[State] = (),
+        prefix: str = "",
+    ) -> list[Head]:
+        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone.
+        `prefix`: those whose ids begin so."""
+        page = heads.page(account.id, after=after, limit=limit, states=tuple(states), prefix=prefix)
+        return [head_of(row) for row in await self.database.read(page)]
+
+    async def tree(self, account: Account, pid: str) -> list[Head]:
+        """The process and all below it, parents before children. Raises: NotFound."""
+        await self.find(account, pid)
+        return [head_of(row) for row in await self.database.read(heads.family(pid))]
+
+    async def cost(self, account: Account, pid: str) -> Cost:
+        """Raises: NotFound."""
+        await self.find(account, pid)
+        return await cost_of(self.database, pid)
+
+    async def events(self, account: Account, pid: str, *, after: int = 0, limit: int = EVENTS_MAX) -> list[Event]:
+        """Raises: NotFound."""
+        await self.find(account, pid)
+        return await self.log.read(pid, after=after, limit=min(limit, EVENTS_MAX))
+
+    async def text(self, account: Account, hash: str) -> bytes:
+        """A segment's content. Raises: NotFound."""
+        return await self.segments.get_bytes(account.id, hash)
+
+    async def follow(self, account: Account, pid: str, *, after: int = 0) -> AsyncGenerator[Event | Delta, None]:
+        """The events after `after` as they come, and what running generations say meanwhile, until the process is
+        done. Close the iterator (`contextlib.aclosing`). Raises: NotFound."""
+        await self.find(account, pid)
+        with self.bells.follow(pid) as follower:
+            while True:
+                follower.appended = False
+                head = await self.find(account, pid)  # before its events: what is done writes none any more
+                while events := await self.log.read(pid, after=after):
+                    for event in events:
+                        after = event.seq
+                        yield event
+                if head.state is State.DONE and after >= head.seq:
+                    return
+                async with aclosing(_said(follower)) as said:
+                    async for delta in said:
+                        yield delta
+
+    def watching(self, pid: str) -> AbstractContextManager[None]:
+        """A person looks at the process for as long as this lasts."""
+        return self.bells.watching(pid)
+
+
+async def _said(follower: Follower) -> AsyncGenerator[Delta, None]:
+    """Until there may be new events."""
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(follower.news.wait(), POLL_S)
+        found = follower.news.is_set()
+        follower.news.clear()
+        while follower.deltas:
+            yield follower.deltas.popleft()
+        if follower.appended or not found:
+            return
