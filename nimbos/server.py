@@ -66,25 +66,35 @@ def make_server(app: Starlette, settings: ServerSettings) -> Server:
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
     )
-    try:
+    with _tls_errors(settings):
         config.load()
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{settings.tls_cert} and {settings.tls_key} cannot be used for TLS: {error}.") from error
     return Server(config)
 
 
 def check_bind(settings: ServerSettings) -> None:
-    """Raises: ConfigError when others could reach it in the clear without anybody having said so."""
+    """Before anything slow. Raises: ConfigError when others could reach it in the clear without anybody having said so,
+    and for a certificate or key that cannot be used."""
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise ConfigError("Give both --tls-cert and --tls-key, or neither.")
     for file in (settings.tls_cert, settings.tls_key):
         if file and not Path(file).is_file():
             raise ConfigError(f"The file {file} for TLS is not there.")
+    if settings.tls_cert:
+        with _tls_errors(settings):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
     if not is_loopback(settings.host) and not settings.tls_cert and not settings.insecure:
         raise ConfigError(
             f"{settings.host} can be reached from other machines, and keys would travel in the clear. "
             "Give --tls-cert and --tls-key, or --insecure if something in front of Nimbos encrypts."
         )
+
+
+@contextlib.contextmanager
+def _tls_errors(settings: ServerSettings) -> Iterator[None]:
+    try:
+        yield
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"{settings.tls_cert} and {settings.tls_key} cannot be used for TLS: {error}.") from error
 
 
 def keyless(settings: ServerSettings) -> ServerSettings:
