@@ -1,0 +1,36 @@
+"""How warm cities are: means of a whole year, in degrees Celsius. A table, so that the example needs no network."""
+
+from typing import Literal
+
+from nimbos.adk import tool
+
+MEANS = {
+    "Athens": 18.7,
+    "Berlin": 10.1,
+    "Cairo": 22.1,
+    "Dublin": 9.8,
+    "Helsinki": 6.5,
+    "Lisbon": 17.5,
+    "London": 11.8,
+    "Madrid": 15.0,
+    "Mumbai": 27.3,
+    "New York": 13.2,
+    "Oslo": 6.5,
+    "Paris": 12.8,
+    "Reykjavik": 5.1,
+    "Rome": 16.1,
+    "Sydney": 18.1,
+    "Tokyo": 15.8,
+    "Vienna": 11.4,
+}
+City = Literal[tuple(MEANS)]  # type: ignore[valid-type]
+
+
+@tool(effect="pure")
+def temperature(city: City) -> str:
+    """How warm a city is on average, over the whole year.
+
+    Args:
+        city: The city's English name.
+    """
+    return f"{city}: {MEANS[city]} degrees Celsius"
