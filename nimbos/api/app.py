@@ -22,6 +22,8 @@ from nimbos.api import (
     ollama,
     openapi,
     own_usage,
+    processes,
+    programs,
     rerank,
     responses,
 )
@@ -78,6 +80,8 @@ def _routes(runtime: Runtime) -> list[Route]:
         *admin.routes(runtime.accounts),
         *files.routes(runtime),
         *batches.routes(runtime),
+        *processes.routes(runtime),
+        *programs.routes(runtime),
         *moderations.routes(runtime),
     ]
 

@@ -53,6 +53,7 @@ from nimbos.api.admin import (
 )
 from nimbos.api.anthropic_body import MessagesBody
 from nimbos.api.chat_request import ChatBody
+from nimbos.api.programs import ProgramBody, ProgramList, ProgramTold
 
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
@@ -153,6 +154,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /api/push": _REFUSED,
     "POST /api/blobs/{digest}": _REFUSED,
     # ours
+    "POST /v1/programs": Operation(takes=ProgramBody, gives=ProgramTold),
+    "GET /v1/programs": Operation(gives=ProgramList),
+    "GET /v1/programs/{program}": Operation(gives=ProgramTold),
     "GET /v1/usage": Operation(gives=own_usage.OwnUsage),
     "GET /v1/organization/live": Operation(gives=live.LiveBody),
     "GET /v1/organization/usage/asks": Operation(media=("text/csv",)),

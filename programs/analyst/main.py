@@ -13,7 +13,7 @@ async def main(question: Any) -> Any:
         f"A table has the columns {', '.join(table['columns'])}.\n"
         f"Question: {question}\n"
         "Which computation answers it? Say the column with the numbers, what to do with them (sum, mean, largest, "
-        "smallest or count), the column to group by if the question compares groups, and the words that rows must have.",
+        "smallest or count), the column to group by if the question compares groups, and words that rows must have.",
         schema=query_schema(table),
         name="query",
     )
