@@ -29,7 +29,7 @@ from nimbos.runtime import Runtime
 from nimbos.types import Account, AskClass, new_id
 
 LIST_MAX = 1_000
-EVENTS_MAX = 1_000
+EVENTS_MAX = 500
 _OPEN = tuple(state for state in State if state is not State.DONE)
 _STATES = ("", "open", *(state.value for state in State))  # open: whatever is not done
 
@@ -75,7 +75,6 @@ def routes(runtime: Runtime) -> list[Route]:
         Route(f"{one}/tree", processes.tree, methods=["GET"]),
         Route(f"{one}/cost", processes.cost, methods=["GET"]),
         Route(f"{one}/verify", processes.verify, methods=["GET"]),
-        Route(f"{one}/replay", processes.replay, methods=["POST"]),
     ]
 
 

@@ -18,6 +18,7 @@ from nimbos.cli.remote import Told
 
 _DIM, _THOUGHT, _BAD, _GOOD, _CALL = "dim", "dim italic", "red", "green", "cyan"
 _CHARACTERS = 120
+_CALL_MARK = "<tool_call>"
 
 
 class Screen:
@@ -27,7 +28,7 @@ class Screen:
         self._own = sys.stdout.isatty()
         self.console = Console(stderr=not self._own, highlight=False)
         self._line_open = False  # something stands on the line that is being written
-        self._channel = ""
+        self._speaking = ("", "")
         self._said: dict[str, str] = {}  # by ask: the text that stands on the screen
         self._logged: dict[str, str] = {}  # by ask: the text that its partial events held
         self._last_words = ""
@@ -48,9 +49,9 @@ class Screen:
     def _words(self, ask: str, channel: str, text: str) -> None:
         if not text:
             return
-        if channel != self._channel and self._line_open:
+        if (ask, channel) != self._speaking:
             self._close_line()
-        self._channel = channel
+        self._speaking = (ask, channel)
         if channel == "text":
             self._said[ask] = self._said.get(ask, "") + text
         style = _THOUGHT if channel == "thinking" else ""
@@ -63,8 +64,9 @@ class Screen:
             self._line_open = False
 
     def _catch_up(self, ask: str, whole: str) -> None:
-        """What an ask has said and was not seen, because somebody looks only now, or the server was another."""
-        said = self._said.get(ask, "")
+        """What an ask has said and was not seen, because somebody looks only now, or the server was another. White
+        space around an answer is not part of it."""
+        said, whole = self._said.get(ask, "").strip(), whole.strip()
         if whole.startswith(said):
             self._words(ask, "text", whole[len(said) :])
         elif not said.startswith(whole):
@@ -82,13 +84,10 @@ class Screen:
     def _partial(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         ask = body["ask_id"]
         self._logged[ask] = self._logged.get(ask, "") + body.get("text", "")
-        if not self._said.get(ask, "").startswith(self._logged[ask]):
+        if _CALL_MARK not in self._logged[ask]:  # how a call is written is nobody's to read
             self._catch_up(ask, self._logged[ask])
 
     def _answered(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
-        if body.get("step"):
-            self._close_line()
-            return
         self._last_words = message_of(event)
         if not body.get("calls"):  # where there are calls, what was streamed held them as well
             self._catch_up(body["ask_id"], self._last_words)

@@ -25,6 +25,7 @@ from nimbos.errors import Conflict, NotFound, NotReady
 PREFIX = "proc_"
 _ID_CHARACTERS = len(PREFIX) + 32
 _PAGE = 1_000
+_EVENTS_PAGE = 500
 _STREAM_PATIENCE = httpx2.Timeout(90.0, connect=5.0)  # a silent stream has comments
 _UPLOAD_PATIENCE_S = 120.0
 _RETURN_S = 120.0  # how long a server that went away is waited for
@@ -111,7 +112,7 @@ class Remote:
     def events(self, pid: str, *, after: int = 0) -> Iterator[Told]:
         """What its log holds now."""
         while True:
-            page = self.get(place(pid, "events"), stream="false", after=after, limit=_PAGE)
+            page = self.get(place(pid, "events"), stream="false", after=after, limit=_EVENTS_PAGE)
             for event in page["data"]:
                 after = event["seq"]
                 yield Told(kind=event["kind"], body=event, seq=after)

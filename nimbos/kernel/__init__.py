@@ -2,6 +2,7 @@
 
 from nimbos.kernel.asking import Asked, asks_of
 from nimbos.kernel.bells import Delta
+from nimbos.kernel.cost import Cost, Left
 from nimbos.kernel.events import Event
 from nimbos.kernel.kernel import Kernel
 from nimbos.kernel.mapping import A2aState, McpState, a2a_state, mcp_state
@@ -16,10 +17,12 @@ __all__ = [
     "A2aState",
     "Allowance",
     "Asked",
+    "Cost",
     "Delta",
     "Event",
     "Head",
     "Kernel",
+    "Left",
     "Listed",
     "McpState",
     "Program",

@@ -37,20 +37,6 @@ class Looking:
             raise missing(pid)
         return head_of(rows[0])
 
-    async def list(
-        self,
-        account: Account,
-        *,
-        limit: int = 100,
-        after: str = "",
-        states: Iterable[State] = (),
-        prefix: str = "",
-    ) -> list[Head]:
-        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone.
-        `prefix`: those whose ids begin so."""
-        page = heads.page(account.id, after=after, limit=limit, states=tuple(states), prefix=prefix)
-        return [head_of(row) for row in await self.database.read(page)]
-
     async def tree(self, account: Account, pid: str) -> list[Head]:
         """The process and all below it, parents before children. Raises: NotFound."""
         await self.find(account, pid)
@@ -91,6 +77,20 @@ class Looking:
     def watching(self, pid: str) -> AbstractContextManager[None]:
         """A person looks at the process for as long as this lasts."""
         return self.bells.watching(pid)
+
+    async def list(
+        self,
+        account: Account,
+        *,
+        limit: int = 100,
+        after: str = "",
+        states: Iterable[State] = (),
+        prefix: str = "",
+    ) -> list[Head]:
+        """Newest first, finished ones included. `after`: the last of the page before. `states`: those alone.
+        `prefix`: those whose ids begin so."""
+        page = heads.page(account.id, after=after, limit=limit, states=tuple(states), prefix=prefix)
+        return [head_of(row) for row in await self.database.read(page)]
 
 
 async def _said(follower: Follower) -> AsyncGenerator[Delta, None]:
