@@ -99,7 +99,9 @@ class Service:
             raise NotReady("This server is shutting down. Try again in a moment.")
         await self._check_model(account, ask.model)
         async with self._sources.hold(ask.model) as held:
-            prepared = await held.source.prepare(msgspec.structs.replace(ask, account=account.id))
+            prepared = await held.source.prepare(
+                msgspec.structs.replace(ask, account=account.id, process=origin.process)
+            )
             running = await self._desk.admit(account, prepared, origin=origin, card=held.card, journal=journal)
             if admission is not None:
                 admission.prompt_tokens = prepared.prompt_tokens

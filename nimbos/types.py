@@ -130,6 +130,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     For `Kind.RERANK` `parts[0]` is the query and each further part a document; their scores come as `ScoreChunk`s.
     `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
     `weight`: its account's share of the scheduler; twice the weight is twice the computing while others wait, too.
+    `process`: whose part of a longer run it is, "" for none; the runs that have had little go first.
     """
 
     id: str
@@ -150,6 +151,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     pin_s: float = 0.0
     pin_tokens: int = 0
     weight: float = 1.0
+    process: str = ""
     min_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()

@@ -74,6 +74,7 @@ def take_in(
             limit_tokens=max(0, limit - len(emitted)),
             number=number + len(tracks),
             weight=weight_of(ask),
+            process=ask.process,
         )
         known = len(prompt) + max(0, len(emitted) - 1)
         track = Track(job, ask, answer, tally, submit, known, begun=(begun, begun_thinking))

@@ -402,7 +402,7 @@ class Loop:
         for part in chosen.slices:
             job = part.job
             share = milliseconds * part.count / chosen.rows
-            self.clock.charge(job.account, share, weight=job.weight)
+            self.clock.charge(job.account, share, weight=job.weight, process=job.process)
             self.clock.served(job.account, job.ask_class, now)
             self.counters.charge(job.account, share)
             self.tree.extend(_sequence(job), job.tokens[job.computed : job.computed + part.count])

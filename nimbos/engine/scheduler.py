@@ -12,6 +12,7 @@ the target, and work that has aged to their rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +25,7 @@ FILL = 0.75  # of the stall target: steps vary, so what may be left out is added
 NEAR_TARGET = 0.6  # of the stall target: above it, prompts would get next to nothing beside the running rows
 STRETCH, STRETCH_MOST = 1.5, 6.0  # times what the running rows take alone: so far may a waiting prompt stretch a step
 PATIENCE_MS = 4_000.0  # after which it may stretch it twice as far, then three times, up to the most
+FIRST_LEVEL_MS = 500.0  # of computing; each further level is as long as all before it together
 KERNEL_ROWS = 4  # x86 kernels for repacked weights work on multiples of four rows
 
 
@@ -41,7 +43,8 @@ class Job:
 
     `sequence`: the model's id while live, else None. `leader`: a job that is computing a prefix this one shares;
     it waits until the leader has `lead_tokens` of them. `parked`: it waits until more tokens are paid for; it keeps
-    what it has as long as nobody needs it. `weight`: its account's share, 1.0 is everybody's.
+    what it has as long as nobody needs it. `weight`: its account's share, 1.0 is everybody's. `process`: of whose
+    longer run it is a part, "" for none.
     """
 
     ask_id: str
@@ -55,6 +58,7 @@ class Job:
     running: bool = False
     parked: bool = False
     weight: float = 1.0
+    process: str = ""
     sequence: int | None = None
     leader: Job | None = None
     lead_tokens: int = 0
@@ -106,6 +110,7 @@ class FairClock:
 
     _virtual: dict[str, float] = field(default_factory=dict)
     _served_ms: dict[tuple[str, AskClass], float] = field(default_factory=dict)
+    _behind_ms: dict[str, float] = field(default_factory=dict)  # computing that each process has had, oldest use first
 
     def arrive(self, account: str, active: Iterable[str]) -> None:
         """An account without work comes back: idle time is no credit: it starts where the least active one is."""
@@ -114,9 +119,11 @@ class FairClock:
             floor = max(self._virtual.values(), default=0.0) if account not in self._virtual else self._virtual[account]
         self._virtual[account] = max(self._virtual.get(account, 0.0), floor)
 
-    def charge(self, account: str, milliseconds: float, *, weight: float = 1.0) -> None:
+    def charge(self, account: str, milliseconds: float, *, weight: float = 1.0, process: str = "") -> None:
         """An account of weight 2 pays half, and so gets twice as much as one of weight 1."""
         self._virtual[account] = self._virtual.get(account, 0.0) + milliseconds / weight
+        if process:
+            self._behind_ms[process] = self._behind_ms.pop(process, 0.0) + milliseconds
 
     def served(self, account: str, ask_class: AskClass, now_ms: float) -> None:
         self._served_ms[account, ask_class] = now_ms
@@ -128,13 +135,25 @@ class FairClock:
     def virtual(self, account: str) -> float:
         return self._virtual.get(account, 0.0)
 
+    def level(self, job: Job, rules: Rules, now_ms: float) -> int:
+        """How little work its process has left, 0 least, as far as that can be told: most programs are short, so who
+        has had little will most likely need little more (least attained service). It sinks while the job waits.
+        Source: Autellix (Luo et al., 2025)."""
+        behind_ms = self._behind_ms.get(job.process, 0.0) if job.process else 0.0
+        level = 0 if behind_ms < FIRST_LEVEL_MS else 1 + int(math.log2(behind_ms / FIRST_LEVEL_MS))
+        waited_ms = max(0.0, now_ms - max(job.arrived_ms, job.served_ms))
+        return max(0, level - int(waited_ms / rules.age_ms))
+
     def forget_idle(self, active: set[str], *, keep: int = 1024) -> None:
-        """Bounds the table: idle accounts beyond `keep` are dropped, the least served first."""
+        """Bounds the tables: idle accounts beyond `keep` are dropped, the least served first, and processes, those that
+        had nothing for longest first."""
         idle = sorted((a for a in self._virtual if a not in active), key=self._virtual.__getitem__)
         for account in idle[: max(0, len(self._virtual) - keep)]:
             del self._virtual[account]
         for account, ask_class in [key for key in self._served_ms if key[0] not in self._virtual]:
             del self._served_ms[account, ask_class]
+        for process in list(self._behind_ms)[: max(0, len(self._behind_ms) - keep)]:
+            del self._behind_ms[process]
 
 
 def rank(job: Job, clock: FairClock, rules: Rules, now_ms: float) -> int:
@@ -149,13 +168,17 @@ def rank(job: Job, clock: FairClock, rules: Rules, now_ms: float) -> int:
 def admission_order(
     waiting: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float, live: Sequence[Job] = ()
 ) -> list[Job]:
-    """Who becomes live first: by class, then by the account that had least, then by arrival."""
+    """Who becomes live first: by class, then by the account that had least, then by the program with the least work
+    left, then by arrival."""
     served = {job.account for job in live}
     if not rules.fair:
         return sorted(waiting, key=lambda j: j.number)
-    return sorted(
-        waiting, key=lambda j: (rank(j, clock, rules, now_ms), clock.virtual(j.account), j.account in served, j.number)
-    )
+
+    def key(job: Job) -> tuple[int, float, bool, int, int]:
+        own, level = rank(job, clock, rules, now_ms), clock.level(job, rules, now_ms)
+        return own, clock.virtual(job.account), job.account in served, level, job.number
+
+    return sorted(waiting, key=key)
 
 
 def may_live(job: Job, live: Sequence[Job], costs: Costs, rules: Rules) -> bool:
@@ -194,9 +217,11 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
     ready = [job for job in live if job.leader is None and job.pending > 0 and not job.parked]
     inherited = _inherited_ranks(live, clock, rules, now_ms)
 
-    def key(job: Job) -> tuple[int, bool, float, int]:
+    def key(job: Job) -> tuple[int, bool, float, int, int]:
         own = min(rank(job, clock, rules, now_ms), inherited.get(id(job), 9))
-        return own, not job.running, clock.virtual(job.account) if rules.fair else 0.0, job.number
+        if not rules.fair:
+            return own, not job.running, 0.0, 0, job.number
+        return own, not job.running, clock.virtual(job.account), clock.level(job, rules, now_ms), job.number
 
     ready.sort(key=key)
     held = [job for job in ready if job.running and job.ask_class is AskClass.INTERACTIVE]

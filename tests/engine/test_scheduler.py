@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import random
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -32,11 +35,12 @@ NUMBERS = iter(range(10**9))
 
 def job(
     ask_class: AskClass = AskClass.INTERACTIVE, *, prompt: int = 10, computed: int = 0, running: bool = False,
-    account: str = "a", arrived: float = 0.0, served: float = 0.0,
+    account: str = "a", arrived: float = 0.0, served: float = 0.0, process: str = "",
 ) -> Job:  # fmt: skip
     return Job(
         ask_id="ask", branch=0, account=account, ask_class=ask_class, arrived_ms=arrived, tokens=[0] * prompt,
         limit_tokens=64, computed=computed, running=running, sequence=1, served_ms=served, number=next(NUMBERS),
+        process=process,
     )  # fmt: skip
 
 
@@ -328,3 +332,136 @@ def test_twice_the_weight_is_twice_the_computing_while_both_have_work() -> None:
 def test_a_weight_cannot_switch_fairness_off() -> None:
     for weight, bounded in ((0.0, 0.01), (-3.0, 0.01), (1e9, 100.0), (2.5, 2.5)):
         assert weight_of(Ask(id="ask_1", account="a", model="m", weight=weight)) == bounded
+
+
+def test_the_level_of_a_process_grows_as_its_work_doubles_and_sinks_as_it_waits() -> None:
+    clock, work = FairClock(), job(AskClass.AGENT, process="p")
+    levels = []
+    for _ in range(6):
+        levels.append(clock.level(work, RULES, 0.0))
+        clock.charge("a", 400.0, process="p")
+    assert levels == [0, 0, 1, 2, 2, 3], "at 0, 400, 800, 1200, 1600 and 2000 ms"
+    assert clock.level(work, RULES, 2 * RULES.age_ms) == 1
+    assert clock.level(work, RULES, 90 * RULES.age_ms) == 0
+    assert clock.level(job(AskClass.AGENT, process="q"), RULES, 0.0) == 0
+    assert clock.level(job(AskClass.AGENT), RULES, 0.0) == 0
+
+
+def test_among_an_accounts_jobs_those_of_short_runs_go_first_until_the_others_are_old() -> None:
+    clock = FairClock()
+    clock.charge("a", 20_000.0, process="long")
+    long, short = (job(AskClass.AGENT, process=name, prompt=400) for name in ("long", "short"))
+    assert admission_order([long, short], clock, RULES, 0.0) == [short, long]
+    assert planned([long, short], clock=clock).slices[0].job is short
+    fifo = dataclasses.replace(RULES, fair=False)
+    assert admission_order([long, short], clock, fifo, 0.0) == [long, short]
+    later = 6 * RULES.age_ms
+    short.arrived_ms = later
+    assert admission_order([long, short], clock, RULES, later) == [long, short], "it has waited long enough"
+
+
+def test_a_run_of_another_account_is_not_overtaken_for_being_long() -> None:
+    clock = FairClock()
+    clock.charge("a", 20_000.0, process="long")
+    clock.charge("b", 30_000.0, process="other")
+    mine, theirs = job(AskClass.AGENT, process="long", account="a"), job(AskClass.AGENT, process="new", account="b")
+    assert admission_order([theirs, mine], clock, RULES, 0.0) == [mine, theirs]
+
+
+def test_the_table_of_processes_is_bounded() -> None:
+    clock = FairClock()
+    for number in range(3000):
+        clock.charge("a", 600.0, process=f"process {number}")
+    clock.charge("a", 600.0, process="process 0")
+    clock.forget_idle({"a"})
+    assert clock.level(job(process="process 0"), RULES, 0.0) == 2
+    assert clock.level(job(process="process 1"), RULES, 0.0) == 0
+
+
+@dataclasses.dataclass
+class Run:
+    """A program: each call brings `prompt` tokens more and wants `answer` tokens, then its tool takes `tool_ms`."""
+
+    began: float
+    calls: list[tuple[int, int, float]]
+    context: int = 512
+    took: float = 0.0
+
+
+def runs(count: int, *, gap_ms: float) -> list[Run]:
+    """70, 20 and 10 % of them with 2, 8 and 30 calls."""
+    dice, now, made = random.Random(7), 0.0, []
+    for _ in range(count):
+        now += dice.expovariate(1 / gap_ms)
+        many = dice.choices((2, 8, 30), (70, 20, 10))[0]
+        calls = [
+            (
+                max(4, int(dice.lognormvariate(4.2, 0.6))),
+                max(2, int(dice.lognormvariate(3.3, 0.6))),
+                dice.expovariate(0.002),
+            )
+            for _ in range(many)
+        ]
+        made.append(Run(now, calls))
+    return made
+
+
+def simulate(work: list[Run], rules: Rules) -> None:
+    """On a machine whose clock is the cost model, with as many places as `rules.live_jobs`."""
+    clock, now = FairClock(), 0.0
+    coming = [(run.began, number, 0) for number, run in enumerate(work)]
+    heapq.heapify(coming)
+    live: list[Job] = []
+    waiting: list[Job] = []
+    whose: dict[int, tuple[int, int]] = {}
+    left: dict[int, int] = {}
+    while coming or live or waiting:
+        while coming and (coming[0][0] <= now or not (live or waiting)):
+            now, number, call = max(now, coming[0][0]), *heapq.heappop(coming)[1:]
+            prompt, answer, _ = work[number].calls[call]
+            context = work[number].context
+            new = job(AskClass.AGENT, prompt=context + prompt, computed=context, arrived=now, process=f"{number}")
+            waiting.append(new)
+            whose[id(new)], left[id(new)] = (number, call), answer
+        for each in admission_order(waiting, clock, rules, now, live):
+            if may_live(each, live, COSTS, rules):
+                waiting.remove(each)
+                live.append(each)
+        chosen = planned(live, now=now, rules=rules, clock=clock)
+        now += chosen.predicted_ms
+        for part in chosen.slices:
+            each = part.job
+            clock.charge("a", chosen.predicted_ms * part.count / chosen.rows, process=each.process)
+            clock.served("a", each.ask_class, now)
+            each.computed += part.count
+            each.served_ms = now
+            if not part.samples:
+                continue
+            each.running = True
+            each.tokens.append(0)
+            left[id(each)] -= 1
+            if left[id(each)] == 0:
+                live.remove(each)
+                number, call = whose[id(each)]
+                work[number].context = each.computed
+                work[number].took = now - work[number].began
+                if call + 1 < len(work[number].calls):
+                    heapq.heappush(coming, (now + work[number].calls[call][2], number, call + 1))
+
+
+def test_short_programs_among_long_ones_are_done_sooner_and_the_long_ones_hardly_later() -> None:
+    took: dict[bool, list[Run]] = {}
+    for fair in (False, True):
+        took[fair] = runs(100, gap_ms=5_000)
+        simulate(took[fair], dataclasses.replace(RULES, live_jobs=4, fair=fair))
+
+    def mean(fair: bool, calls: int | None = None) -> float:
+        return statistics.fmean(run.took for run in took[fair] if calls in (None, len(run.calls)))
+
+    def last(fair: bool) -> float:
+        return max(run.began + run.took for run in took[fair])
+
+    assert mean(False, 2) > 1.5 * mean(True, 2)
+    assert mean(False) > mean(True)
+    assert max(run.took for run in took[True]) < 1.3 * max(run.took for run in took[False])
+    assert last(True) < 1.02 * last(False), "the machine did as much"
