@@ -11,6 +11,7 @@ A run ends by `park` or `exit`, or because `take_mail` found that it has to: the
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Holding:
         self.mail = asyncio.Event()
         self.closing = closing
         self._shared = shared
+        self._folding = threading.Lock()
 
     @property
     def watched(self) -> bool:
@@ -132,8 +134,8 @@ class Holding:
         return events
 
     def appending(self, *drafts: Draft) -> Transaction[list[Event]]:
-        """For a larger transaction; `refresh` when it is committed."""
-        return (yield from self._shared.log.append(self.pid, drafts, holder=self.holder))
+        """For a larger transaction; `refresh` when it is committed. Raises: Illegal for what the fold would refuse."""
+        return (yield from self._shared.log.append(self.pid, drafts, holder=self.holder, view=self._copied))
 
     async def refresh(self) -> None:
         """Folds what was appended since, by a transaction of somebody else that this process was part of."""
@@ -294,9 +296,15 @@ class Holding:
         self._shared.bells.appended(self.pid)
 
     def _apply(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if event.seq == self.view.seq + 1:
-                self.view.apply(event)
+        with self._folding:
+            for event in events:
+                if event.seq == self.view.seq + 1:
+                    self.view.apply(event)
+
+    def _copied(self) -> View:
+        """Also in the database's own thread."""
+        with self._folding:
+            return self.view.copy()
 
 
 def adopted() -> Note:

@@ -4,13 +4,13 @@
     process_events   what happened; never changed
 
 All of one transition is one transaction: `create` and `append` are parts of it. Knows the states and nothing else of
-what may follow what: `fold.py` decides that before anything is written (`View.after`).
+what may follow what: `fold.py` decides that, before anything is written.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sqlalchemy import BigInteger, Integer, Text, bindparam, select
@@ -19,10 +19,12 @@ from nimbos.db import Database, ManyRows, Row, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
 from nimbos.db.tables.processes import processes
 from nimbos.errors import Conflict
+from nimbos.kernel import heads
 from nimbos.kernel.chain import columns_of, encoded, event_of, kind_of, sealed, version_of
 from nimbos.kernel.events import Body, Event, Note, ProcCreated, ProcExited, ProcForked, ProcState
 from nimbos.kernel.faults import Illegal
-from nimbos.kernel.processes import Head, NewHead, after, first_head, insert_head, missing, store_head
+from nimbos.kernel.fold import View, fold
+from nimbos.kernel.processes import Head, NewHead, after, first_head, head_of, insert_head, missing, store_head
 from nimbos.kernel.processes import locked_head as _locked_head
 from nimbos.kernel.verify import Verified, verify
 from nimbos.kernel.words import Label, State, why_illegal
@@ -92,8 +94,16 @@ class Log:
         yield from _insert(events)
         return events
 
-    def append(self, pid: str, drafts: Sequence[Draft], *, holder: Holder | None) -> Transaction[list[Event]]:
-        """`holder` None: from outside, while nobody runs it.
+    def append(
+        self,
+        pid: str,
+        drafts: Sequence[Draft],
+        *,
+        holder: Holder | None,
+        view: Callable[[], View] | None = None,
+    ) -> Transaction[list[Event]]:
+        """`holder` None: from outside, while nobody runs it. `view`: makes a copy of what the holder has folded, so
+        that nothing is written which the fold would refuse; called wherever the transaction runs.
 
         Raises: Fenced when another has it; Conflict when it runs and `holder` is None; Illegal; NotFound.
         """
@@ -104,6 +114,8 @@ class Log:
             raise Fenced(holder.claim)
         if holder is None and head.state is State.RUNNING:
             raise Conflict(f"The process {pid} is running; send it a signal.")
+        if view is not None:
+            yield from _check(head, view(), drafts)
         events, head = _written(head, drafts)
         yield from _insert(events)
         yield from store_head(head)
@@ -135,8 +147,10 @@ class Log:
 
     async def verify(self, pid: str) -> Verified:
         """Raises: NotFound, FromNewerVersion."""
-        head = await self._database.run(lambda: self.locked_head(pid))
-        return await verify(head, self.rows(pid))
+        rows = await self._database.read(heads.one(pid))
+        if not rows:
+            raise missing(pid)
+        return await verify(head_of(rows[0]), self.rows(pid))
 
     async def spans(self, pid: str) -> list[Span]:
         """Whose events make its past, the oldest first. Raises: NotFound."""
@@ -165,6 +179,16 @@ class Log:
             yield from self._work.check(holder.claim)
         except ClaimLost as error:
             raise Fenced(holder.claim) from error
+
+
+def _check(head: Head, view: View, drafts: Sequence[Draft]) -> Transaction[None]:
+    """What was appended since the view was folded is folded first. Raises: Illegal."""
+    while view.seq < head.seq:
+        rows = yield _READ(pid=head.pid, after=view.seq, upto=head.seq, most=_PAGE)
+        if not rows:
+            raise Illegal(head.pid, "none", f"event {view.seq + 1} is missing")
+        fold((event_of(row) for row in rows), view)
+    view.go_on([draft.body for draft in drafts])
 
 
 def _forkable(pid: str, fork: ProcForked) -> Transaction[None]:

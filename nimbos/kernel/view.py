@@ -131,10 +131,13 @@ class View:
 
     def check(self, bodies: Sequence[Body]) -> None:
         """Raises: Illegal when these cannot be the next events, in this order."""
-        trial = self.copy()
+        self.copy().go_on(bodies)
+
+    def go_on(self, bodies: Sequence[Body]) -> None:
+        """As if these were the next events; for a copy. Raises: Illegal."""
         for body in bodies:
-            trial.seq += 1
-            trial._change(body, ts_ms=0, kind=kind_of(body))
+            self.seq += 1
+            self._change(body, ts_ms=0, kind=kind_of(body))
 
     def apply(self, event: Event) -> None:
         """Raises: Illegal, FromNewerVersion, Unreadable; the view is then of no use any more."""

@@ -172,7 +172,8 @@ class Story:
         moves: list[Callable[[st.DataObject], None]] = [self.note]
         if self.state is State.DONE:
             return moves
-        moves += [self.change_state, self.receive, self.change_context, self.reserve]
+        moves += [self.receive, self.change_context, self.reserve]
+        moves += [self.change_state] * (1 if self.state is State.RUNNING else 6)
         moves += [self.consume] if self.mail else []
         moves += [self.settle] if self.unsettled else []
         if self.state is State.RUNNING:
