@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from nimbos.blobs import open_blobs
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.engine.script import Script
-from nimbos.kernel import Head, Kernel, SignalKind
+from nimbos.kernel import Kernel
 from nimbos.kernel.chain import decoded
 from nimbos.kernel.events import Body, ModelPartial
 from nimbos.kernel.fold import View, fold
 from nimbos.ledger import Allowance
-from nimbos.types import Account, Usage, new_id
-from tests.kernel.running import PATIENCE_S, Place
+from nimbos.types import Account, Usage
+from tests.kernel.running import Place
 from tests.ledger.shop import Shop, ledger_of, shop
 
 ACCOUNT = Account(
@@ -76,13 +74,19 @@ class Minds(Place):
 
 @asynccontextmanager
 async def minds(
-    database: Database, settings: Settings, script: Mapping[str, Any], *, server: str = "one", start: bool = True
+    database: Database,
+    settings: Settings,
+    script: Mapping[str, Any],
+    *,
+    server: str = "one",
+    start: bool = True,
+    model_hash: str = "0" * 64,
 ) -> AsyncIterator[Minds]:
     home = Path(settings.home)
     home.mkdir(parents=True, exist_ok=True)
     (home / "demo.json").write_text(json.dumps(script))
     says, _ = Script.read(home / "demo.json")
-    async with shop(database, home / server, says=says) as open_shop:
+    async with shop(database, home / server, says=says, model_hash=model_hash) as open_shop:
         kernel = Kernel(
             database=database,
             blobs=open_blobs(settings, database),

@@ -1,4 +1,4 @@
-"""Agents: a loop that any server goes on with, tools that may be wrong, words that come in between, limits that end it."""
+"""Agents: a loop that any server goes on with, tools that may be wrong, words in the middle, limits that hold."""
 
 from __future__ import annotations
 

@@ -117,6 +117,7 @@ async def shop(
     models: tuple[Path, ...] = (),
     patience_s: float = 10.0,
     recover: bool = True,
+    model_hash: str = "0" * 64,
 ) -> AsyncIterator[Shop]:
     """`models`: GGUF files; their id is the file's stem."""
     settings = settings_in(home)
@@ -128,7 +129,7 @@ async def shop(
     )
     if recover:
         await Recovery(database=database, ledger=books.ledger, run_dir=settings.run_dir).recover()
-    demo = ScriptedSource(says or script(), model_id="demo", model_hash="0" * 64)
+    demo = ScriptedSource(says or script(), model_id="demo", model_hash=model_hash)
     demo.count_into(meters)
     hub = Hub(settings)
 

@@ -1,0 +1,117 @@
+"""A generation survives whatever ends it: it goes on behind its last token, and its tokens are paid for once."""
+
+from __future__ import annotations
+
+import pytest
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel.answering import PARTIAL_TOKENS
+from nimbos.kernel.events import BudgetExhausted, ModelDone, ModelFailed, ModelIntent, ModelPartial
+from nimbos.ledger import Allowance
+from tests.kernel.minds import ACCOUNT, Minds, minds, words
+
+PROMPT_TOKENS = 4  # "Be brief." and "go" as the scripted model counts
+LONG = 300
+SLOW = {"replies": [{"match": "^go$", **words(LONG, rate=400)}]}
+TEXT = words(LONG)["text"]
+
+
+async def emitted(place: Minds, pid: str) -> list[int]:
+    return [id for body in await place.bodies_of(pid) if isinstance(body, ModelPartial) for id in body.ids]
+
+
+async def holds(place: Minds, pid: str, *, output: int = LONG) -> None:
+    """The ledger, the log's sums and one undisturbed answer say the same."""
+    billed, view = await place.billed(pid), await place.view(pid)
+    assert (billed.input, billed.output) == (PROMPT_TOKENS, output)
+    assert view.used["tokens"] == PROMPT_TOKENS + output
+    ids = await emitted(place, pid)
+    assert ids == list(range(len(ids)))
+
+
+async def test_partials_are_written_every_few_dozen_tokens(database: Database, database_settings: Settings) -> None:
+    async with minds(database, database_settings, {"default": words(LONG)}) as place:
+        pid = await place.run(await place.program())
+        assert await place.result(pid) == TEXT
+        sizes = [len(body.ids) for body in await place.bodies_of(pid) if isinstance(body, ModelPartial)]
+        assert sizes == [PARTIAL_TOKENS] * (LONG // PARTIAL_TOKENS)
+        await holds(place, pid)
+
+
+async def test_a_pause_stops_a_generation_and_a_resume_goes_on_with_it(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, SLOW) as place:
+        pid = await place.run(await place.program())
+        for pause in range(3):
+            await place.until_partial(pid, tokens=1 + pause * PARTIAL_TOKENS)
+            await place.send(pid, SignalKind.PAUSE)
+            parked = await place.until(pid, State.PAUSED)
+            assert parked.reason is Reason.USER
+            await place.send(pid, SignalKind.RESUME)
+        assert await place.result(pid) == TEXT
+        bodies = await place.bodies_of(pid)
+        intents = [body for body in bodies if isinstance(body, ModelIntent)]
+        assert [body.continues for body in intents] == ["", *(body.ask_id for body in intents[:-1])]
+        assert all(body.again for body in bodies if isinstance(body, ModelFailed))
+        await holds(place, pid)
+
+
+@pytest.mark.parametrize(
+    ("signal", "reason"), [(SignalKind.KILL, Reason.KILLED), (SignalKind.CANCEL, Reason.CANCELLED)]
+)
+async def test_an_end_takes_effect_in_the_middle_of_a_generation(
+    database: Database, database_settings: Settings, signal: SignalKind, reason: Reason
+) -> None:
+    endless = {"default": words(5_000, rate=200)}
+    async with minds(database, database_settings, endless) as place:
+        pid = await place.run(await place.program())
+        await place.until_partial(pid)
+        await place.send(pid, signal)
+        assert (await place.over(pid)).reason is reason
+        billed, ids = await place.billed(pid), await emitted(place, pid)
+        assert len(ids) <= billed.output < 5_000
+        view = await place.view(pid)
+        assert view.used["tokens"] == billed.input + billed.output
+
+
+async def test_a_server_that_stops_hands_a_generation_to_the_next(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, SLOW, server="one") as place:
+        pid = await place.run(await place.program())
+        await place.until_partial(pid)
+    async with minds(database, database_settings, SLOW, server="two") as place:
+        assert await place.result(pid) == TEXT
+        await holds(place, pid)
+
+
+async def test_a_budget_that_ends_in_a_generation_keeps_it_and_a_top_up_goes_on(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, SLOW) as place:
+        pid = await place.run(await place.program(), budget=Allowance(tokens=100))
+        parked = await place.until(pid, State.ASKING)
+        assert parked.reason is Reason.BUDGET
+        assert len(await emitted(place, pid)) == 100 - PROMPT_TOKENS
+        await holds(place, pid, output=100 - PROMPT_TOKENS)
+        (told,) = [body for body in await place.bodies_of(pid) if isinstance(body, BudgetExhausted)]
+        assert (told.meter, told.limit, told.used) == ("tokens", 100, 100)
+        await place.kernel.top_up(ACCOUNT, pid, Allowance(tokens=1_000), source="user:test", external_id="more")
+        assert await place.result(pid) == TEXT
+        await holds(place, pid)
+
+
+async def test_a_changed_question_begins_a_new_answer(database: Database, database_settings: Settings) -> None:
+    """Another model under the same name: its token ids mean something else."""
+    async with minds(database, database_settings, SLOW, server="one") as place:
+        pid = await place.run(await place.program())
+        await place.until_partial(pid)
+    other = {"default": {"text": "something else"}}
+    async with minds(database, database_settings, other, server="two", model_hash="1" * 64) as place:
+        assert await place.result(pid) == "something else"
+        bodies = await place.bodies_of(pid)
+        assert [body.continues for body in bodies if isinstance(body, ModelIntent)] == ["", ""]
+        assert [body.model_hash for body in bodies if isinstance(body, ModelDone)] == ["1" * 64]
