@@ -47,6 +47,7 @@ class Crew:
         self._poll_s = poll_s
         self._news = asyncio.Event()
         self._running: dict[Held, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._tops: list[asyncio.Task[None]] = []
 
@@ -70,7 +71,7 @@ class Crew:
             taking, renewing = self._tops
             await asyncio.wait({taking})  # a claim that is being made must be known before it can be handed back
             renewing.cancel()
-        running = list(self._running.values())
+        running = list(self._tasks)
         for task in running:
             task.cancel()
         await asyncio.gather(*self._tops, *running, return_exceptions=True)
@@ -85,6 +86,8 @@ class Crew:
             for claim in claims:
                 task = asyncio.create_task(self._do(claim), name=f"{claim.kind} {claim.ref}")
                 self._running[claim.kind, claim.ref, claim.epoch] = task
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
             if (len(claims) < free or free <= 0) and not self._closing:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), self._poll_s)
@@ -113,7 +116,9 @@ class Crew:
         finally:
             if retry_s is not None:
                 await self._hand_back(claim, retry_s)
-            self._running.pop((claim.kind, claim.ref, claim.epoch), None)
+            held = claim.kind, claim.ref, claim.epoch
+            if self._running.get(held) is asyncio.current_task():  # work that was added anew begins at the same epoch
+                del self._running[held]
             self._news.set()
 
     async def _hand_back(self, claim: Claim, retry_s: float) -> None:
