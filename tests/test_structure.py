@@ -256,11 +256,14 @@ COMMAND_TREE = {
     "app.command()",
     "batch.register",
     "budget.register",
+    "forking.register",
     "key.register",
     "limit.register",
     "models.register",
     "native.register",
     "organisation.register",
+    "processes.register",
+    "signalling.register",
     "usage.register",
 }
 

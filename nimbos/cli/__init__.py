@@ -12,11 +12,24 @@ from typing import Annotated
 import typer
 
 from nimbos import __version__
-from nimbos.cli import batch, budget, key, limit, models, native, organisation, usage
+from nimbos.cli import (
+    batch,
+    budget,
+    forking,
+    key,
+    limit,
+    models,
+    native,
+    organisation,
+    processes,
+    signalling,
+    usage,
+)
 from nimbos.cli.backup import backup
 from nimbos.cli.bench import bench
 from nimbos.cli.chat import chat
 from nimbos.cli.doctor import doctor
+from nimbos.cli.run import run
 from nimbos.cli.top import top
 from nimbos.cli.up import up
 from nimbos.errors import NimbosError, StorageUnavailable
@@ -31,9 +44,13 @@ app = typer.Typer(
 app.command()(up)
 app.command()(top)
 app.command()(chat)
+app.command()(run)
 app.command()(bench)
 app.command()(doctor)
 app.command()(backup)
+processes.register(app)
+signalling.register(app)
+forking.register(app)
 models.register(app)
 native.register(app)
 key.register(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ _PATIENCE_S = 600.0
 
 
 def register(app: typer.Typer) -> None:
-    for command in (fork, adopt, drop, replay):
+    for command in (fork, adopt, drop):
         app.command()(command)
 
 

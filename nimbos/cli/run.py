@@ -16,7 +16,7 @@ INPUT_BYTES_MAX = 8 * 1024 * 1024
 def run(
     program: Annotated[str, typer.Argument(metavar="PATH", help="A program's folder; or the name or id of one there.")],
     words: Annotated[
-        str, typer.Argument(metavar="[INPUT]", help="What it is given. A JSON object or array is taken as one.")
+        str, typer.Argument(metavar="INPUT", help="What it is given. A JSON object or array is taken as one.")
     ] = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print its id alone and leave it.")] = False,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Instead of the program's own.")] = None,

@@ -38,7 +38,7 @@ def answer(
     words: Annotated[
         str,
         typer.Argument(
-            metavar="[ANSWER]",
+            metavar="ANSWER",
             help="Words for a question; approve or refuse; happened, did_not, retry or abandon. Without: it asks here.",
         ),
     ] = "",
