@@ -1,0 +1,131 @@
+"""What a server that is gone leaves behind between an intent and its outcome, for each effect class."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.db.statements import Statement
+from nimbos.db.tables.kernel import process_effects
+from nimbos.kernel import Reason
+from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
+from nimbos.kernel.words import Effect
+from tests.kernel.gating import Calls, Gated, gated, tool
+
+
+def test_every_effect_class_has_its_recovery_and_only_what_is_harmless_is_not_withheld() -> None:
+    assert RECOVERY.keys() == set(Effect)
+    assert set(Effect) - HARMLESS == {Effect.IDEMPOTENT, Effect.CHECKABLE, Effect.OPAQUE}
+
+
+def test_a_key_is_the_same_for_the_same_call_and_no_other() -> None:
+    assert effect_key("proc_1", "c1") == effect_key("proc_1", "c1")
+    assert len({effect_key("proc_1", "c1"), effect_key("proc_1", "c11"), effect_key("proc_11", "c1")}) == 3
+    assert bound_hash("a", b"bc") != bound_hash("ab", b"c")
+
+
+class Cut:
+    """A call that is cut off in its driver: its server stops while the tool holds; another goes on."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Cut:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._stack.aclose()
+
+    async def off(self, name: str, arguments: dict[str, Any]) -> tuple[Gated, str, Calls]:
+        syscall = tool(name, arguments)
+        async with gated(self._database, self._settings) as first:
+            first.program(syscall)
+            pid = await first.spawn()
+            await first.started(pid, name)
+            await first.place.kernel.close()
+            first.go(pid)  # what runs again shall not wait
+        second = await self._stack.enter_async_context(
+            gated(self._database, self._settings, server="meter-two", start=False)
+        )
+        calls = second.program(syscall)
+        await second.place.kernel.start(second.place.drive)
+        return second, pid, calls
+
+
+async def test_a_pure_call_is_run_again(database: Database, database_settings: Settings) -> None:
+    async with Cut(database, database_settings) as cut:
+        at, pid, calls = await cut.off("look", {"hold": True})
+        await at.place.over(pid)
+        assert await at.calls_of(pid, "c1") == ["intent", "started", "started", "done"]
+        assert calls.outcomes["c1"].value == "look is done"
+        assert await _keys(database) == []
+
+
+async def test_an_idempotent_call_is_run_again_with_the_same_key(
+    database: Database, database_settings: Settings
+) -> None:
+    async with Cut(database, database_settings) as cut:
+        at, pid, _ = await cut.off("pay", {"hold": True})
+        await at.place.over(pid)
+        key = effect_key(pid, "c1")
+        assert at.done(pid) == [f"pay {key}"] * 2
+        assert await at.calls_of(pid, "c1") == ["intent", "started", "started", "done"]
+        assert await _keys(database) == [key]
+
+
+@pytest.mark.parametrize(
+    ("known", "times", "value"), [("yes", 1, "booked before"), ("no", 2, "book is done")], ids=["it did", "it did not"]
+)
+async def test_a_checkable_call_is_verified_and_done_only_if_it_was_not(
+    database: Database, database_settings: Settings, known: str, times: int, value: str
+) -> None:
+    async with Cut(database, database_settings) as cut:
+        at, pid, calls = await cut.off("book", {"hold": True, "known": known})
+        await at.place.over(pid)
+        assert len(at.done(pid)) == times
+        assert calls.outcomes["c1"].value == value
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("mail", {"hold": True}), ("book", {"hold": True, "known": "who knows"})]
+)
+async def test_what_nobody_can_know_is_never_repeated_and_a_person_is_asked(
+    database: Database, database_settings: Settings, name: str, arguments: dict[str, Any]
+) -> None:
+    async with Cut(database, database_settings) as cut:
+        at, pid, calls = await cut.off(name, arguments)
+        head = await at.asking(pid, Reason.IN_DOUBT)
+        assert head.about == ("c1",) and len(at.done(pid)) == 1
+        assert await at.calls_of(pid, "c1") == ["intent", "started", "unknown"]
+        assert calls.outcomes == {}
+        assert head.used["calls"] == 1  # what nobody knows is settled as it was reserved
+
+
+async def test_a_tool_that_takes_its_process_along_is_run_again_a_few_times(
+    database: Database, database_settings: Settings
+) -> None:
+    async with gated(database, database_settings) as at:
+        pid, calls = await at.run(tool("dies"))
+        assert await at.calls_of(pid, "c1") == ["intent", "started", "started", "started", "done"]
+        assert calls.outcomes["c1"].value == "third time"
+
+
+async def test_an_opaque_call_stopped_at_its_deadline_is_in_doubt(
+    database: Database, database_settings: Settings
+) -> None:
+    async with gated(database, database_settings) as at:
+        at.program(tool("slow_mail"))
+        pid = await at.spawn()
+        await at.asking(pid, Reason.IN_DOUBT)
+        assert at.done(pid) == ["slow_mail -"]
+
+
+async def _keys(database: Database) -> list[str]:
+    return [row["key"] for row in await database.read(Statement(select(process_effects.c.key))())]
