@@ -29,16 +29,14 @@ from nimbos.kernel.events import ProcForked
 from nimbos.kernel.fold import fold
 from nimbos.kernel.holding import adopted
 from nimbos.kernel.log import Draft, Log
-from nimbos.kernel.mailbox import KIND, Mail, post
+from nimbos.kernel.mailbox import KIND, Mail, post, wake
 from nimbos.kernel.processes import Head, NewHead, head_of, locked_head
-from nimbos.kernel.segments import Segments
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind, State
 from nimbos.types import Account, new_id
 from nimbos.work import Work
 
 FORKS_MAX = 64  # at once
-_NAMES_TOLD = 20
 _EXIT_PATIENCE_S = 10.0
 _EXIT_TICK_S = 0.1
 
@@ -51,13 +49,10 @@ class _Told:
 
 
 class Forks:
-    def __init__(
-        self, database: Database, log: Log, work: Work, *, segments: Segments, bells: Bells, workspaces: Workspaces
-    ) -> None:
+    def __init__(self, database: Database, log: Log, work: Work, *, bells: Bells, workspaces: Workspaces) -> None:
         self._database = database
         self._log = log
         self._work = work
-        self._segments = segments
         self._bells = bells
         self._workspaces = workspaces
 
@@ -141,27 +136,30 @@ class Forks:
         return None
 
     async def adopt(self, pid: str, *, source: str) -> None:
-        """What it does is done from now on. Where it lives and something was withheld, it is told so.
+        """What it does is done from now on, and so is what it had withheld (`releasing.py`).
 
-        Raises: NotFound; Conflict for what is no fork; StorageUnavailable.
+        Raises: NotFound; Conflict for what is no fork, and for one that is over and withheld something;
+        StorageUnavailable.
         """
         family = [head_of(row) for row in await self._database.read(heads.family(pid))]
         if family and family[0].forked_from is None:
             raise Conflict(f"The process {pid} is no fork.", param="pid")
-        withheld = [head.pid for head in family if head.withheld and (head.pid == pid or head.forked_from is None)]
-        said = {member: await self._said(member) for member in withheld}
+        withheld = [head for head in family if head.withheld and (head.pid == pid or head.forked_from is None)]
+        for head in withheld:
+            if head.state is State.DONE:
+                await self._check_nothing_is_lost(head.pid)
 
         def begin() -> Transaction[_Told]:
-            posted = []
-            for member in withheld:  # parents before their children
-                posted += yield from self._adopting(member, source, said[member])
+            posted: list[tuple[str, bool]] = []
+            for head in withheld:  # parents before their children
+                posted += yield from self._adopting(head.pid, source)
             return _Told(posted=tuple(posted))
 
         told = await self._database.run(begin, durable=True)
         for member, woken in told.posted:
             self._bells.posted(member, woken=woken)
 
-    def _adopting(self, pid: str, source: str, said: str | None) -> Transaction[list[tuple[str, bool]]]:
+    def _adopting(self, pid: str, source: str) -> Transaction[list[tuple[str, bool]]]:
         """By its own server where it runs: nobody else may append."""
         head = yield from locked_head(pid)
         if not head.withheld:
@@ -169,27 +167,24 @@ class Forks:
         if head.state is State.RUNNING:
             mail = Mail(signal=SignalKind.ADOPT, source=source, external_id="adopt")
             posted = yield from post(self._log, self._work, pid, mail)
-        else:
-            yield from self._log.append(pid, [Draft(body=adopted(), actor=source)], holder=None)
-            posted = None
-        rung = [(pid, posted.woken if posted is not None else False)]
-        if said is not None and head.state is not State.DONE:
-            mail = Mail(signal=SignalKind.MESSAGE, source=source, external_id="adopt: what was withheld", body=said)
-            rung.append((pid, (yield from post(self._log, self._work, pid, mail)).woken))
-        return rung
+            return [(pid, posted.woken)]
+        yield from self._log.append(pid, [Draft(body=adopted(), actor=source)], holder=None)
+        if head.state in (State.WAITING, State.ASKING):
+            yield from wake(self._log, self._work, pid, actor=source)
+            return [(pid, True)]
+        return [(pid, False)]
 
-    async def _said(self, pid: str) -> str | None:
-        """A segment with what it only seemed to do; None: nothing."""
-        view = fold([event async for event in self._log.all(pid)])
-        names = [call.resource or call.verb.value for call in view.syscalls.withheld.values()]
-        if not names or view.state is State.DONE:
-            return None
-        more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
-        return await self._segments.put(
-            view.account,
-            f"From now on what you call is done. These calls were withheld and have not happened: "
-            f"{', '.join(names[:_NAMES_TOLD])}{more}. Call again what is still wanted.",
-        )
+    async def _check_nothing_is_lost(self, pid: str) -> None:
+        """Raises: Conflict."""
+        events = [event async for event in self._log.all(pid)]
+        withheld = fold(events).syscalls.withheld
+        if withheld:
+            first = next(event.seq for event in events if event.kind == "call.intent" and event.call_id in withheld)
+            raise Conflict(
+                f"The fork {pid} is over, and what it withheld can happen no more ({len(withheld)} calls). "
+                f"`nimbos fork {pid} --at {first - 1}` makes one that can be adopted.",
+                param="pid",
+            )
 
     async def drop(self, pid: str, *, source: str) -> None:
         """Of a fork that was not adopted. Its log stays.

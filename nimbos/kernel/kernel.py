@@ -79,9 +79,7 @@ class Kernel(Looking):
         self._resolve = resolve
         self._owner = crew_name(server)
         self._places = places
-        self._forks = Forks(
-            database, self.log, self.work, segments=self.segments, bells=self.bells, workspaces=self.workspaces
-        )
+        self._forks = Forks(database, self.log, self.work, bells=self.bells, workspaces=self.workspaces)
         self._timers = Timers(database, self.log, self.work, self.bells, self.shared.clock)
         self._crew: Crew | None = None
         self._looking: asyncio.Task[None] | None = None
