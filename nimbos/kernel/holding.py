@@ -224,7 +224,7 @@ class Holding:
         drafts: list[Draft] = []
         for mail in mails:
             drafts.append(mailbox.received(mail))
-            if mail.signal in CONTROL or mail.signal is SignalKind.ADOPT:
+            if mail.signal in CONTROL or mail.signal in (SignalKind.ADOPT, SignalKind.TOP_UP):
                 received = head.seq + len(drafts)
                 drafts.append(Draft(body=SignalConsumed(received=received), cause=received))
             if mail.signal is SignalKind.ADOPT:
