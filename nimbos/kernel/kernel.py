@@ -225,6 +225,8 @@ class Kernel(Looking):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.bells.look.wait(), POLL_S if self.bells.running else None)
             self.bells.look.clear()
+            if not self.bells.running:
+                continue
             try:
                 for row in await self.database.read(heads.running_with_mail()):
                     self.bells.posted(row["id"], woken=False)

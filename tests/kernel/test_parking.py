@@ -1,0 +1,95 @@
+"""Parking costs nothing: no task, no thread, no place of the crew, no statement of the database."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+
+import pytest
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel.holding import Holding
+from tests.kernel.running import running
+
+MANY = 1_000
+OWN_TASKS_MAX = 20  # of the test, the crew, timers, mail
+OWN_THREADS_MAX = 20  # the database's, and the loop's pool
+
+
+@pytest.mark.parametrize("database_settings", ["sqlite"], indirect=True)
+async def test_a_thousand_parked_processes_hold_nothing_and_wake(
+    database: Database, database_settings: Settings
+) -> None:
+    parked, over = asyncio.Event(), asyncio.Event()
+    counts = {"parked": 0, "over": 0}
+
+    async def ask(holding: Holding) -> None:
+        await holding.take_mail()
+        if holding.view.signals:
+            counts["over"] += 1
+            if counts["over"] == MANY:
+                over.set()
+            await holding.exit(Reason.OK)
+        counts["parked"] += 1
+        if counts["parked"] == MANY:
+            parked.set()
+        await holding.park(*STATES[counts["parked"] % 2])
+
+    async with running(database, database_settings, {"plain": ask}) as place:
+        pids = await asyncio.gather(*(place.spawn() for _ in range(MANY)))
+        await parked.wait()
+        for pid in pids:
+            await place.until(pid, STATES_OF[(await place.head(pid)).state])
+        crew = place.kernel._crew
+        assert crew is not None
+        async with asyncio.timeout(30):
+            while crew.holding("process"):
+                await asyncio.sleep(0)
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("process proc_")]
+        assert len(asyncio.all_tasks()) < OWN_TASKS_MAX
+        assert threading.active_count() < OWN_THREADS_MAX
+        assert place.kernel.bells.running == ()
+        gc.collect()
+        assert not [one for one in gc.get_objects() if isinstance(one, Holding)]
+        await asyncio.gather(*(place.send(pid, SignalKind.MESSAGE, body="wake") for pid in pids))
+        await over.wait()
+        assert {head.state for head in [await place.over(pid) for pid in pids]} == {State.DONE}
+
+
+STATES = ((State.WAITING, Reason.SIGNAL), (State.ASKING, Reason.INPUT))
+STATES_OF = {State.RUNNING: State.WAITING, State.WAITING: State.WAITING, State.ASKING: State.ASKING}
+
+
+async def test_a_server_with_nothing_but_parked_processes_asks_the_database_for_work_alone(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(holding: Holding) -> None:
+        await holding.park(State.ASKING, Reason.INPUT)
+
+    async with running(database, database_settings, {"plain": ask}) as place:
+        pids = [await place.spawn() for _ in range(5)]
+        for pid in pids:
+            await place.until(pid, State.ASKING)
+        reads: list[str] = []
+        plain_read = database.read
+
+        async def counted(query: object) -> object:
+            reads.append(str(query))
+            return await plain_read(query)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(database, "read", counted)
+        claimed = asyncio.Event()
+        plain_claim = place.kernel.work.claim
+
+        def claim(*arguments: object) -> object:
+            claimed.set()
+            return plain_claim(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(place.kernel.work, "claim", claim)
+        await claimed.wait()  # the crew has polled: whoever else polls as often would have, too
+        claimed.clear()
+        await claimed.wait()
+        assert reads == []
