@@ -22,6 +22,7 @@ from nimbos.kernel.calling import Ending
 from nimbos.kernel.deciding import approval
 from nimbos.kernel.drivers.answers import Answered
 from nimbos.kernel.drivers.own import Own
+from nimbos.kernel.drivers.waiting import timed
 from nimbos.kernel.effects import HARMLESS, bound_hash, effect_key
 from nimbos.kernel.events import CallDenied, CallIntent, CallWanted
 from nimbos.kernel.fold import Call, CallStatus
@@ -117,7 +118,7 @@ class Gate:
             await self.park(holding, waits)
 
     async def _begin(self, holding: Holding, syscall: Syscall, offered: Offered, also: Also) -> Outcome | Wait:
-        arguments = syscall.arguments
+        arguments = timed(offered.verb, syscall.arguments, holding.now_ms())
         deadline_s = min(offered.deadline_s, syscall.deadline_s or offered.deadline_s)
         intent = CallIntent(
             call_id=syscall.call_id,
@@ -126,7 +127,7 @@ class Gate:
             effect=offered.effect,
             key=effect_key(holding.pid, syscall.call_id),
             arguments=await self._segments.put(holding.view.account, arguments),
-            bound_to=bound_hash(offered.definition_hash, canonical(arguments)),
+            bound_to=bound_hash(offered.definition_hash, canonical(syscall.arguments)),
             deadline_ms=round(deadline_s * 1000),
             step=syscall.step,
         )
@@ -140,7 +141,7 @@ class Gate:
             return _permission(intent)
         if offered.verb is Verb.TOOL:
             return await self._outward.begin(holding, intent, arguments, also)
-        answered = await self._own.perform(holding, intent, arguments, intended_ms=holding.now_ms())
+        answered = await self._own.perform(holding, intent, arguments)
         if isinstance(answered, Wait):
             await holding.append(said)
             return answered
@@ -168,7 +169,7 @@ class Gate:
             first = said.drafts
         if intent.verb is Verb.TOOL:
             return await self._outward.start(holding, call, arguments, also, first=first)
-        answered = await self._own.perform(holding, intent, arguments, intended_ms=call.intended_ms)
+        answered = await self._own.perform(holding, intent, arguments)
         if isinstance(answered, Answered):
             return await self._finish(holding, intent, answered, Ending(first=first), also)
         if first:

@@ -24,19 +24,11 @@ class Own:
         self._shared = shared
         self._spawning = Spawning(shared.log, shared.work, shared.segments, programs)
 
-    async def perform(
-        self, holding: Holding, intent: CallIntent, arguments: Any, *, intended_ms: int
-    ) -> Answered | Wait:
+    async def perform(self, holding: Holding, intent: CallIntent, arguments: Any) -> Answered | Wait:
         """Raises: NotFound for a segment that is gone; StorageUnavailable."""
         view, segments, call_id = holding.view, self._shared.segments, intent.call_id
         if intent.verb in WAITING:
-            at = Look(
-                call_id=call_id,
-                verb=intent.verb,
-                arguments=arguments,
-                intended_ms=intended_ms,
-                now_ms=holding.now_ms(),
-            )
+            at = Look(call_id=call_id, verb=intent.verb, arguments=arguments, now_ms=holding.now_ms())
             return await look(view, segments, at)
         if intent.verb is Verb.SPAWN:
             return await self._spawning.spawn(holding, call_id, arguments)

@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """A call that waits. `intended_ms`: dues count from there, also after a crash."""
+    """A call that waits. `arguments`: as `timed` left them."""
 
     call_id: str
     verb: Verb
     arguments: Mapping[str, Any]
-    intended_ms: int
     now_ms: int
+
+
+def timed(verb: Verb, arguments: Any, now_ms: int) -> Any:
+    """With the moment at which it is over: a sleep is no longer for a crash in the middle of it, or for a clock that
+    somebody sets."""
+    lasts_s = arguments.get({Verb.SLEEP: "seconds", Verb.WAIT: "timeout_s"}.get(verb, ""))
+    return arguments if lasts_s is None else {**arguments, "due_ms": now_ms + round(lasts_s * 1000)}
 
 
 async def look(view: View, segments: Segments, at: Look) -> Answered | Wait:
@@ -42,7 +48,7 @@ def signals_about(view: View, kind: SignalKind, about: str) -> Iterator[Received
 
 
 def _slept(view: View, at: Look) -> Answered | Wait:
-    due_ms = at.intended_ms + round(at.arguments["seconds"] * 1000)
+    due_ms = at.arguments["due_ms"]
     rung = tuple(signal.seq for signal in signals_about(view, SignalKind.TIMER, at.call_id))
     if rung or at.now_ms >= due_ms:
         return Answered(value={"slept_s": at.arguments["seconds"]}, consumed=rung, origin=Origin.USER)
@@ -66,7 +72,7 @@ async def _waited(view: View, segments: Segments, at: Look) -> Answered | Wait:
             value=f"These are no children of this process: {', '.join(strangers)[:500]}.", error="not_found"
         )
     over = {pid: view.children[pid] for pid in wanted if view.children[pid].exited is not None}
-    due_ms = _due_ms(at)
+    due_ms = at.arguments.get("due_ms")
     late = due_ms is not None and at.now_ms >= due_ms
     enough = bool(over) if at.arguments.get("mode") == "any" else len(over) == len(set(wanted))
     if not (enough or late or not wanted):
@@ -82,8 +88,3 @@ async def _waited(view: View, segments: Segments, at: Look) -> Answered | Wait:
 async def _exit(view: View, segments: Segments, child: Child) -> dict[str, Any]:
     result = await segments.get(view.account, child.result) if child.result else None
     return {"reason": child.exited, "result": result}
-
-
-def _due_ms(at: Look) -> int | None:
-    timeout_s = at.arguments.get("timeout_s")
-    return None if timeout_s is None else at.intended_ms + round(timeout_s * 1000)
