@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, get_args
+from typing import Any, Protocol, TypeAlias, get_args
 
 import msgspec
 
@@ -23,10 +23,16 @@ from nimbos.types import Usage
 BODY_BYTES = 1 << 20  # what is larger belongs into a segment
 
 Lift: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
-Columns: TypeAlias = Mapping[str, Any]
 
 VERSIONS: dict[str, int] = {}  # of kinds whose body has changed since the first
 LIFTS: dict[tuple[str, int], Lift] = {}  # (kind, version): makes a body of the next version of it
+
+
+class Columns(Protocol):
+    """A row of the log, from a database or still to be written."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
 
 _HASHED = (
     "prev_hash",
@@ -44,7 +50,7 @@ _HASHED = (
     "version",
 )
 _CANONICAL = msgspec.json.Encoder(order="sorted")
-_BODIES = msgspec.json.Decoder(Body)
+_BODIES: msgspec.json.Decoder[Body] = msgspec.json.Decoder(Body)
 KINDS = frozenset(body.__struct_config__.tag for body in get_args(Body))
 
 
@@ -84,7 +90,7 @@ def decoded(
             raw = msgspec.json.decode(event.body, type=dict[str, Any])
             for version in range(event.version, newest):
                 raw = lifts[event.kind, version](raw)
-            body = msgspec.convert(raw, Body)
+            body = msgspec.convert(raw, type=Body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Unreadable(event, why=str(error)) from error
     if kind_of(body) != event.kind:

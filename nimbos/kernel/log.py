@@ -74,22 +74,24 @@ class Span:
 
 
 class Log:
-    def __init__(self, database: Database, work: Work) -> None:
+    def __init__(self, database: Database, work: Work, *, now_ms: Callable[[], int] | None = None) -> None:
+        """`now_ms`: the wall clock, or one that goes on from it (`timers.py`)."""
         self._database = database
         self._work = work
+        self._now_ms = now_ms or _now_ms
 
     def create(self, pid: str, drafts: Sequence[Draft], *, head: NewHead) -> Transaction[list[Event]]:
         """The first events of a process or fork, and its head.
 
         Raises: Conflict for a spawn key that was used; Illegal, also for a fork of an event that is not there.
         """
-        born = first_head(pid, head, _now_ms())
+        born = first_head(pid, head, self._now_ms())
         first = drafts[0].body if drafts else None
         if isinstance(first, ProcForked):
             yield from _forkable(pid, first)
         elif not isinstance(first, ProcCreated):
             raise Illegal(pid, kind_of(first) if first else "none", "a log begins with proc.created or proc.forked")
-        events, born = _written(born, drafts)
+        events, born = _written(born, drafts, self._now_ms())
         yield from insert_head(born)
         yield from _insert(events)
         return events
@@ -116,7 +118,7 @@ class Log:
             raise Conflict(f"The process {pid} is running; send it a signal.")
         if view is not None:
             yield from _check(head, view(), drafts)
-        events, head = _written(head, drafts)
+        events, head = _written(head, drafts, self._now_ms())
         yield from _insert(events)
         yield from store_head(head)
         return events
@@ -207,8 +209,7 @@ def _forkable(pid: str, fork: ProcForked) -> Transaction[None]:
     raise Illegal(pid, kind_of(fork), f"{fork.of} has no event {fork.at_seq} with this hash")
 
 
-def _written(head: Head, drafts: Sequence[Draft]) -> tuple[list[Event], Head]:
-    now_ms = _now_ms()
+def _written(head: Head, drafts: Sequence[Draft], now_ms: int) -> tuple[list[Event], Head]:
     events = []
     for draft in drafts:
         _check_state(head, draft.body)

@@ -35,24 +35,24 @@ async def verify(head: Head, rows: AsyncIterable[Row]) -> Verified:
     Raises: FromNewerVersion.
     """
     view = View()
-    head_seen = False
+    events, hash, why = 0, "", None
     async for row in rows:
-        why = _why_broken(row, view)
-        if why is None and row["seq"] == head.seq:
-            head_seen = True
-            why = None if row["hash"] == head.hash else "its hash is not the one that the process's head has"
+        if row["seq"] == head.seq and row["hash"] != head.hash:
+            why = "its hash is not the one that the process's head has"
+        why = why or _why_broken(row, view)
         if why is not None:
-            return Verified(events=view.seq, hash=view.hash, broken_at=row["seq"], why=why)
-    if not head_seen:
-        why = f"the log ends at {view.seq}, and the process's head says {head.seq}"
-        return Verified(events=view.seq, hash=view.hash, broken_at=view.seq + 1, why=why)
-    return Verified(events=view.seq, hash=view.hash)
+            return Verified(events=events, hash=hash, broken_at=events + 1, why=why)
+        events, hash = view.seq, view.hash
+    if events < head.seq:
+        why = f"the log ends before it, and the process's head says {head.seq}"
+        return Verified(events=events, hash=hash, broken_at=events + 1, why=why)
+    return Verified(events=events, hash=hash)
 
 
 def _why_broken(row: Row, view: View) -> str | None:
     """Goes on to this event, or says why not."""
     if row["seq"] != view.seq + 1:
-        return f"event {view.seq + 1} is missing"
+        return "it is missing"
     if row["prev_hash"] != view.hash:
         return "it is not chained to the event before"
     try:
