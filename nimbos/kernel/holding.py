@@ -193,9 +193,10 @@ class Holding:
         self, reason: Reason, *, result: str | None = None, error: str = "", drafts: Sequence[Draft] = ()
     ) -> None:
         """Ends the process: children that are not detached are cancelled, its parent is told, all in one transaction.
-        `result`: a segment.
+        `result`: a segment. A process that would end well while words for it are on their way hears them first: then
+        nothing of this is written, and another run goes on.
 
-        Raises: Exited, always, if nothing else.
+        Raises: Exited or Parked, always, if nothing else.
         """
         told = result
         if told is None and error and self.view.parent is not None:
@@ -203,6 +204,8 @@ class Holding:
         body = ProcExited(reason=reason, result=result, error=error)
 
         def begin() -> Transaction[_Ended]:
+            if reason is Reason.OK and (yield from self._is_spoken_to()):
+                return (yield from self._yielding([]))
             return (yield from self._exiting(body, told, drafts))
 
         await self._settle(await self._shared.database.run(begin, durable=True))
@@ -252,11 +255,19 @@ class Holding:
         events = yield from self.appending(*drafts)
         head = yield from locked_head(self.pid)
         if body.to is not State.PAUSED and head.mail > head.taken:
-            events += yield from self.appending(Draft(body=ProcState(to=State.READY)))
-            yield from self._shared.work.release(self.holder.claim)
-            return _Ended(events=events, by=Parked, woken=True, posted=posted)
+            return (yield from self._yielding(events, posted))
         yield from self._shared.work.finish(self.holder.claim)
         return _Ended(events=events, by=Parked, posted=posted)
+
+    def _yielding(self, events: list[Event], posted: tuple[tuple[str, bool], ...] = ()) -> Transaction[_Ended]:
+        """The run ends and the process is ready at once."""
+        events += yield from self.appending(Draft(body=ProcState(to=State.READY)))
+        yield from self._shared.work.release(self.holder.claim)
+        return _Ended(events=events, by=Parked, woken=True, posted=posted)
+
+    def _is_spoken_to(self) -> Transaction[bool]:
+        head = yield from locked_head(self.pid)
+        return any(mail.signal is SignalKind.MESSAGE for mail in (yield from mailbox.unread(head)))
 
     def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
         shared = self._shared

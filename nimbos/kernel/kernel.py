@@ -63,7 +63,8 @@ class Kernel(Looking):
         """`home`: the folder for what programs and processes have as files. `server`: what the ledger of this server
         calls it. `resolve`: what a key may do now."""
         self.work = work or Work(database)
-        super().__init__(database, Log(database, self.work), Segments(blobs), Bells())
+        clock = clock or SteadyClock()
+        super().__init__(database, Log(database, self.work, now_ms=clock.now_ms), Segments(blobs), Bells())
         self.programs = Programs(database, blobs, home / "programs")
         self.service = service
         self.workspaces = Workspaces(home / "workspaces")
@@ -73,7 +74,7 @@ class Kernel(Looking):
             work=self.work,
             segments=self.segments,
             bells=self.bells,
-            clock=clock or SteadyClock(),
+            clock=clock,
             on_exit=(budgets.close,),
         )
         self._resolve = resolve

@@ -94,6 +94,22 @@ async def test_mail_that_comes_while_a_process_parks_is_not_slept_through(
         assert (head.reason, head.epoch) == (Reason.OK, 2)
 
 
+async def test_words_that_come_while_a_process_ends_well_are_heard_first(
+    database: Database, database_settings: Settings
+) -> None:
+    async with running(database, database_settings) as place:
+
+        async def end(holding: Holding) -> None:
+            if holding.holder.epoch == 1:
+                await place.send(holding.pid, SignalKind.MESSAGE, body="one more thing")
+            await holding.exit(Reason.OK, result=await holding.put(len(holding.view.signals)))
+
+        place.bodies["plain"] = end
+        pid = await place.spawn()
+        assert await result_of(place, pid) == 1
+        assert (await place.head(pid)).epoch == 2
+
+
 async def test_signals_of_many_at_once_are_all_received(database: Database, database_settings: Settings) -> None:
     async with running(database, database_settings, {"plain": read_and_wait}) as place:
         pid = await place.spawn()
