@@ -27,6 +27,7 @@ from nimbos.kernel.fold import View
 from nimbos.kernel.log import Draft, Holder, Log
 from nimbos.kernel.mailbox import CONTROL, Mail
 from nimbos.kernel.processes import locked_head
+from nimbos.kernel.releasing import to_release
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.timers import SteadyClock
 from nimbos.kernel.view import CallStatus, Received
@@ -266,8 +267,10 @@ class Holding:
         return _Ended(events=events, by=Parked, woken=True, posted=posted)
 
     def _is_spoken_to(self) -> Transaction[bool]:
+        """Or adopted, with calls that were withheld and are to be made now."""
         head = yield from locked_head(self.pid)
-        return any(mail.signal is SignalKind.MESSAGE for mail in (yield from mailbox.unread(head)))
+        unread = {mail.signal for mail in (yield from mailbox.unread(head))}
+        return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(self.view))
 
     def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
         shared = self._shared

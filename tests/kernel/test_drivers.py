@@ -242,3 +242,29 @@ def test_a_head_cuts_no_character(size: int) -> None:
     text = "a世🌍é" * 5
     head = head_of(text, handle="0" * 16, head_bytes=size).partition("\n\n[bytes 0 to ")[0]
     assert text.startswith(head) or size < 4
+
+
+@pytest.mark.parametrize("when", ["before its last mail", "behind its last mail"])
+async def test_a_fork_that_is_adopted_while_it_runs_does_what_it_withheld_before_it_ends(
+    database: Database, database_settings: Settings, when: str
+) -> None:
+    async with gated(database, database_settings) as at:
+        at.program(call(Verb.ASK, id="a", question="Go on?"))
+        pid = await at.spawn()
+        head = await at.asking(pid, Reason.INPUT)
+
+        async def forked(holding: Holding) -> None:
+            await holding.take_mail()
+            await at.gate.finish_open(holding)
+            if "m" not in holding.view.syscalls.ended:
+                await at.gate.call(holding, tool("mail", id="m"))
+                await at.place.kernel.adopt(ACCOUNT, holding.pid)
+                if when == "before its last mail":
+                    await holding.take_mail()
+            await holding.exit(Reason.OK)
+
+        at.place.bodies["plain"] = forked
+        (fork,) = await at.place.kernel.fork(ACCOUNT, pid, at=head.seq - 2)
+        assert (await at.place.over(fork)).reason is Reason.OK
+        assert at.done(fork) == ["mail -"]
+        assert await at.calls_of(fork, "m.released") == ["intent", "started", "done"]
