@@ -24,7 +24,7 @@ import msgspec
 from nimbos.adk.tools import Tool
 
 T = TypeVar("T")
-Budget: TypeAlias = Mapping[str, int]  # tokens, cost_micros, seconds, calls
+Budget: TypeAlias = Mapping[str, float]  # tokens, cost (in the currency of the prices), seconds, calls
 ChildFunction: TypeAlias = Callable[[Any], Coroutine[Any, Any, Any]]
 CHILD_MARK = "__nimbos_child__"
 CHILD_KEY = "nimbos.child"  # in the input of a child that runs a function of its parent's program
@@ -141,7 +141,9 @@ async def think(
 ) -> Any:
     """Asks the model. `prompt`: words, or messages in OpenAI's shape. `schema`: a type that the answer is an instance
     of, or a JSON Schema; `regex`: a pattern that the whole answer matches; the grammar holds both. `system`: instead of
-    the program's instructions. What is not given is as the manifest has it."""
+    the program's instructions. What is not given is as the manifest has it.
+
+    Raises: StepFailed, with the code `misfit` for an answer that its limit cut off before it was what it must be."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     typed = schema is not None and not isinstance(schema, Mapping)
     arguments: dict[str, Any] = {
@@ -156,13 +158,10 @@ async def think(
         "thinking": thinking,
     }
     given = {key: value for key, value in arguments.items() if value not in (None, "")}
-    answer = await _step("think", name, given, str)
-    if schema is None:
-        return answer
     try:
-        return msgspec.json.decode(answer, type=schema if typed else Any)
-    except msgspec.DecodeError as error:  # the answer was cut by its limit, or what the grammar holds is not all
-        raise StepFailed("not_the_schema", f"The answer is not what the schema asks for: {error}") from error
+        return await _step("think", name, given, str if schema is None else schema if typed else Any)
+    except msgspec.ValidationError as error:  # a type may hold more than its schema says
+        raise StepFailed("misfit", f"The answer is not what the type asks for: {error}") from error
 
 
 async def call(
@@ -192,24 +191,24 @@ async def spawn(
     child's name. `budget`: out of this process's own. A child that is not `detached` is cancelled when this ends."""
     if not isinstance(program, str):
         program, input = "", {CHILD_KEY: _marked(program), "input": input}
-    asked = {
-        "program": program,
-        "input": input,
-        "name": label,
-        "model": model,
-        "budget": dict(budget or {}),
-        "detached": detached,
-    }
-    given = {key: value for key, value in asked.items() if key == "input" or value not in ("", {}, False)}
-    return Child(await _step("spawn", name, given, str))
+    asked = {"program": program, "name": label, "model": model, "budget": dict(budget or {}), "detached": detached}
+    given = {key: value for key, value in asked.items() if value}
+    return Child((await _step("spawn", name, {**given, "input": input}, dict[str, str]))["pid"])
 
 
-async def wait(*children: Child | str, any_of: bool = False, name: str = "wait") -> list[Ended]:
-    """Waits until all children have ended, or any of them; gives those that have, in the order they were named."""
+async def wait(
+    *children: Child | str, any_of: bool = False, timeout_s: float | None = None, name: str = "wait"
+) -> list[Ended]:
+    """Waits until all children have ended, or any of them, or the time is up; gives those that have ended, in the order
+    they were named."""
     pids = [one.pid if isinstance(one, Child) else one for one in children]
     if not pids:
         return []
-    return await _step("wait", name, {"children": pids, "mode": "any" if any_of else "all"}, list[Ended])
+    asked: dict[str, Any] = {"children": pids, "mode": "any" if any_of else "all"}
+    if timeout_s is not None:
+        asked["timeout_s"] = timeout_s
+    exited = (await _step("wait", name, asked, dict[str, Any]))["exited"]
+    return [_ended(pid, exited[pid]) for pid in dict.fromkeys(pids) if pid in exited]
 
 
 async def ask(question: str, *, choices: Sequence[str] = (), name: str = "ask") -> Any:
@@ -243,6 +242,14 @@ async def each(
     n of best-of-n (`max(await each(draft, [topic] * 5), key=score)`). Raises: StepFailed for the first that failed."""
     children = await gather(*(spawn(program, item, budget=budget, model=model) for item in inputs))
     return [ended.value() for ended in await wait(*children)]
+
+
+def _ended(pid: str, exit: Mapping[str, Any]) -> Ended:
+    """What came of a child that did not end well is why, as words."""
+    result = exit.get("result")
+    if exit["reason"] == "ok":
+        return Ended(pid=pid, reason="ok", result=result)
+    return Ended(pid=pid, reason=exit["reason"], error=result if isinstance(result, str) else "")
 
 
 def _marked(function: ChildFunction) -> str:

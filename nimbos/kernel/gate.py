@@ -117,6 +117,13 @@ class Gate:
         if waits and not (partly and len(waits) < len(done)):
             await self.park(holding, waits)
 
+    async def release(self, holding: Holding) -> None:
+        """Does what was withheld from a fork that was adopted since; what has to wait stays open.
+
+        Raises: Parked; what `Holding.append` raises.
+        """
+        await self._release(holding)
+
     async def _begin(self, holding: Holding, syscall: Syscall, offered: Offered, also: Also) -> Outcome | Wait:
         arguments = timed(offered.verb, syscall.arguments, holding.now_ms())
         deadline_s = min(offered.deadline_s, syscall.deadline_s or offered.deadline_s)
