@@ -94,6 +94,7 @@ class _Life:
         self._running: dict[asyncio.Task[Wait | None], _Open] = {}
         self._parking = asyncio.Lock()  # never let go: whoever has it ends this life
         self._parkers: set[asyncio.Task[Any] | None] = set()
+        self._another = asyncio.Event()  # parks, too
         self._asked: dict[str, Asked] = {}
         self._occurrences = Occurrences()
         self._steps = 0
@@ -262,9 +263,15 @@ class _Life:
     async def _alone(self) -> None:
         """Until all that is under way has ended or parks, too. The first goes on, the others wait for ever."""
         self._parkers.add(asyncio.current_task())
+        self._another.set()
         await self._parking.acquire()
         while others := {task for task in self._running if task not in self._parkers and not task.done()}:
-            await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            self._another.clear()
+            another = asyncio.create_task(self._another.wait())
+            try:
+                await asyncio.wait({*others, another}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                another.cancel()
 
     # --- its end
 
