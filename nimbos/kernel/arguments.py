@@ -7,8 +7,8 @@ ends. A schema that is none at all holds nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,9 @@ from nimbos.errors import InvalidRequest
 from nimbos.kernel.segments import canonical
 
 ARGUMENTS_BYTES_MAX = 1 << 20
-_SCHEMA_BYTES_MAX = 256 << 10
+_SCHEMA_CHARACTERS_MAX = 256 << 10
+_PATTERN_BYTES_MAX = 1 << 20  # compiled
+_COMPILED_MAX = 512
 _PROBLEMS_MAX = 5
 _PROBLEM_CHARACTERS = 300
 _SHOWN_CHARACTERS = 80
@@ -45,31 +47,53 @@ def read_arguments(text: str) -> Any:
         raise WrongArguments(f"The arguments are no JSON ({str(error)[:_SHOWN_CHARACTERS]}): {shown}") from error
 
 
-def check_arguments(value: Any, schema: Mapping[str, Any], *, tool: str) -> None:
-    """Raises: WrongArguments naming the places."""
-    try:
-        canonical(value)
-    except InvalidRequest as error:
-        raise WrongArguments(error.message) from error
-    problems = [_shortened(problem) for problem in islice(_problems(value, schema), _PROBLEMS_MAX)]
-    if problems:
-        raise WrongArguments(f"The arguments do not fit the tool {tool!r}: {'; '.join(problems)}.")
+class Checker:
+    """Keeps schemas compiled, by their content: no program can change another's. One for a server."""
+
+    def __init__(self) -> None:
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+
+    def check(self, value: Any, schema: Mapping[str, Any], *, tool: str) -> None:
+        """Raises: WrongArguments naming the places."""
+        try:
+            canonical(value)
+        except InvalidRequest as error:
+            raise WrongArguments(error.message) from error
+        problems = [_shortened(problem) for problem in islice(self._problems(value, schema), _PROBLEMS_MAX)]
+        if problems:
+            raise WrongArguments(f"The arguments do not fit the tool {tool!r}: {'; '.join(problems)}.")
+
+    def _problems(self, value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
+        if not isinstance(value, dict):
+            yield f"they are {type(value).__name__} and must be an object"
+            return
+        validator = self._validator(canonical(schema).decode())
+        if validator is None:
+            return
+        try:
+            for error in validator.iter_errors(value):
+                place = ".".join(str(step)[:_SHOWN_CHARACTERS] for step in error.instance_path)
+                yield f"{place}: {error.message}" if place else error.message
+        except ValueError as error:  # numbers that the validator cannot hold
+            yield str(error)
+
+    def _validator(self, schema: str) -> Any:
+        """None for a schema that is none."""
+        if schema not in self._compiled:
+            self._compiled[schema] = _compiled(schema)
+            while len(self._compiled) > _COMPILED_MAX:
+                self._compiled.popitem(last=False)
+        return self._compiled[schema]
 
 
-def _problems(value: Any, schema: Mapping[str, Any]) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"they are {type(value).__name__} and must be an object"
-        return
-    text = canonical(schema)
-    validator = _validator(text.decode()) if len(text) <= _SCHEMA_BYTES_MAX else None
-    if validator is None:
-        return
+def _compiled(schema: str) -> Any:
+    if len(schema) > _SCHEMA_CHARACTERS_MAX:
+        return None
+    patterns = jsonschema_rs.RegexOptions(size_limit=_PATTERN_BYTES_MAX)
     try:
-        for error in validator.iter_errors(value):
-            place = ".".join(str(step)[:_SHOWN_CHARACTERS] for step in error.instance_path)
-            yield f"{place}: {error.message}" if place else error.message
-    except ValueError as error:  # numbers that the validator cannot hold
-        yield str(error)
+        return jsonschema_rs.validator_for(schema, pattern_options=patterns, offline=True)
+    except (ValueError, jsonschema_rs.ReferencingError):
+        return None
 
 
 def _shortened(problem: str) -> str:
@@ -78,14 +102,3 @@ def _shortened(problem: str) -> str:
         return problem
     half = _PROBLEM_CHARACTERS // 2
     return f"{problem[:half]} … {problem[-half:]}"
-
-
-@lru_cache(maxsize=512)
-def _validator(schema: str) -> Any:
-    """None for a schema that is none. The cache is by content, so a program cannot change another's."""
-    try:
-        return jsonschema_rs.validator_for(
-            schema, pattern_options=jsonschema_rs.RegexOptions(size_limit=1 << 20), offline=True
-        )
-    except (ValueError, jsonschema_rs.ReferencingError):
-        return None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nimbos.errors import BrokenProgram
 from nimbos.kernel import calling
-from nimbos.kernel.arguments import WrongArguments, check_arguments, read_arguments
+from nimbos.kernel.arguments import Checker, WrongArguments, read_arguments
 from nimbos.kernel.calling import Ending
 from nimbos.kernel.deciding import approval
 from nimbos.kernel.drivers.answers import Answered
@@ -51,6 +51,7 @@ class Gate:
     def __init__(self, shared: Shared, *, programs: Programs, workers: ToolWorkers) -> None:
         self._segments = shared.segments
         self._workers = workers
+        self._checker = Checker()
         self._outward = Outward(shared.segments, workers)
         self._own = Own(shared, programs)
 
@@ -89,7 +90,7 @@ class Gate:
             return await self._go_on(holding, left_open, also)
         try:
             offered = await find(holding, self._workers, syscall)
-            check_arguments(syscall.arguments, offered.parameters, tool=offered.name)
+            self._checker.check(syscall.arguments, offered.parameters, tool=offered.name)
         except NotOffered as refusal:
             return await self._deny(holding, syscall, str(refusal), "unknown_tool", also)
         except WrongArguments as wrong:

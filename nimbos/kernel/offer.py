@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from nimbos.kernel.drivers.builtin import BUILTINS, BY_VERB, Builtin
+from nimbos.kernel.drivers.builtin import BUILTINS, Builtin
 from nimbos.kernel.words import Effect, Verb
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ async def offers(holding: Holding, workers: ToolWorkers) -> dict[str, Offered]:
 
 async def find(holding: Holding, workers: ToolWorkers, syscall: Syscall) -> Offered:
     """Raises: NotOffered, BrokenProgram, StorageUnavailable, WorkerDied."""
-    if syscall.step and syscall.verb is not Verb.TOOL and syscall.verb in BY_VERB:
-        return _builtin(syscall.verb.value, BY_VERB[syscall.verb], holding)
+    if syscall.step and syscall.verb is not Verb.TOOL and syscall.verb.value in BUILTINS:
+        return _builtin(syscall.verb.value, BUILTINS[syscall.verb.value], holding)
     name = syscall.resource if syscall.verb is Verb.TOOL else syscall.verb.value
     found = await offers(holding, workers)
     offered = found.get(name)

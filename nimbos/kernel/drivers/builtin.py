@@ -26,99 +26,116 @@ class Builtin:
     parameters: Mapping[str, Any]
 
 
-def _object(properties: Mapping[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(required),
-        "additionalProperties": False,
-    }
-
-
 BUILTINS: Final[dict[str, Builtin]] = {
     "ask": Builtin(
         verb=Verb.ASK,
         effect=Effect.PURE,
         description="Ask the person you work for a question, and get their answer. Only for what you cannot find out.",
-        parameters=_object(
-            {
+        parameters={
+            "type": "object",
+            "properties": {
                 "question": _TEXT,
                 "choices": {"type": "array", "items": {"type": "string", "maxLength": 500}, "maxItems": 20},
             },
-            ("question",),
-        ),
+            "required": ["question"],
+            "additionalProperties": False,
+        },
     ),
     "pin": Builtin(
         verb=Verb.PIN,
         effect=Effect.INTERNAL,
         description="Keep a note in view for as long as you work: a goal, a promise, an open question. "
         "`release` takes the name that an earlier pin returned and lets that note go.",
-        parameters=_object({"text": {**_TEXT, "maxLength": 4_000}, "release": {"type": "string", "maxLength": 200}}),
+        parameters={
+            "type": "object",
+            "properties": {"text": {**_TEXT, "maxLength": 4_000}, "release": {"type": "string", "maxLength": 200}},
+            "required": [],
+            "additionalProperties": False,
+        },
     ),
     "read": Builtin(
         verb=Verb.READ,
         effect=Effect.PURE,
         description="Read on in a result of which you were shown the head: its handle, and the byte to begin at.",
-        parameters=_object(
-            {
+        parameters={
+            "type": "object",
+            "properties": {
                 "handle": {"type": "string", "minLength": 8, "maxLength": 64},
                 "offset": {"type": "integer", "minimum": 0, "maximum": 1 << 40},
                 "bytes": {"type": "integer", "minimum": 16, "maximum": 1 << 20},
             },
-            ("handle",),
-        ),
+            "required": ["handle"],
+            "additionalProperties": False,
+        },
     ),
     "send": Builtin(
         verb=Verb.SEND,
         effect=Effect.INTERNAL,
         description="Send a message to another process: a child, or whoever's id you know.",
-        parameters=_object({"to": _PID, "message": {}}, ("to", "message")),
+        parameters={
+            "type": "object",
+            "properties": {"to": _PID, "message": {}},
+            "required": ["to", "message"],
+            "additionalProperties": False,
+        },
     ),
     "sleep": Builtin(
         verb=Verb.SLEEP,
         effect=Effect.PURE,
         description="Do nothing for some seconds. It costs nothing.",
-        parameters=_object({"seconds": _SECONDS}, ("seconds",)),
+        parameters={
+            "type": "object",
+            "properties": {"seconds": _SECONDS},
+            "required": ["seconds"],
+            "additionalProperties": False,
+        },
     ),
     "spawn": Builtin(
         verb=Verb.SPAWN,
         effect=Effect.INTERNAL,
         description="Start a process that works on `input` beside you; returns its id. `program` names one of yours; "
         "without it, it is another of your own kind. `wait` brings its result.",
-        parameters=_object(
-            {
+        parameters={
+            "type": "object",
+            "properties": {
                 "input": {},
                 "program": {"type": "string", "maxLength": 100},
                 "name": {"type": "string", "maxLength": 200},
                 "model": {"type": "string", "maxLength": 200},
                 "detached": {"type": "boolean"},
-                "budget": _object(
-                    {
+                "budget": {
+                    "type": "object",
+                    "properties": {
                         "tokens": _COUNT,
                         "cost": {"type": "number", "exclusiveMinimum": 0, "maximum": 1_000_000_000},
                         "seconds": _COUNT,
                         "calls": _COUNT,
-                    }
-                ),
+                    },
+                    "required": [],
+                    "additionalProperties": False,
+                },
             },
-            ("input",),
-        ),
+            "required": ["input"],
+            "additionalProperties": False,
+        },
     ),
     "wait": Builtin(
         verb=Verb.WAIT,
         effect=Effect.PURE,
         description="Wait until processes that you started are over, and get their results: those named, or all; "
         "with mode `any` until the first of them is.",
-        parameters=_object(
-            {
+        parameters={
+            "type": "object",
+            "properties": {
                 "children": {"type": "array", "items": _PID, "maxItems": 1_000},
                 "mode": {"enum": ["all", "any"]},
                 "timeout_s": _SECONDS,
-            }
-        ),
+            },
+            "required": [],
+            "additionalProperties": False,
+        },
     ),
 }
 
-BY_VERB: Final[dict[Verb, Builtin]] = {builtin.verb: builtin for builtin in BUILTINS.values()}
 INTERNAL: Final = frozenset({Verb.SEND, Verb.SPAWN, Verb.PIN})
 WAITING: Final = frozenset({Verb.ASK, Verb.WAIT, Verb.SLEEP})
