@@ -224,6 +224,7 @@ PAST_DOORS = {
 PURE = {
     "ContextVar",
     "ManyRows",
+    "ParamSpec",
     "Path",
     "TypeVar",
     "auto",
@@ -270,6 +271,9 @@ COMMAND_TREE = {
 # Loop tops: they log the traceback and fail the one request. Every other broad `except` ends by raising again, or is
 # around a library that raises plain `Exception`, and raises ours from it.
 LOOP_TOPS = {
+    "adk/worker.py:_perform",  # what a program's own code raises is its result
+    "adk/worker.py:_plainly",
+    "adk/worker.py:_run",
     "db/writer.py:_perform",
     "engine/worker.py:_prepare",
     "engine/loop.py:_sample",
@@ -277,7 +281,7 @@ LOOP_TOPS = {
     "api/sse.py:_pump",
     "work/crew.py:_do",
 }
-PLAIN_EXCEPTIONS = {"engine/grammar.py:_lark_from_gbnf"}
+PLAIN_EXCEPTIONS = {"adk/loading.py:_module", "engine/grammar.py:_lark_from_gbnf"}
 
 
 def name_of(file: Path) -> str:

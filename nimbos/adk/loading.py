@@ -93,10 +93,7 @@ def told(error: BaseException, folder: Path) -> str:
     """An exception in one line: what it is, and the last place in the program's own files."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '?').name}:{error.lineno})"
-    try:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    except Exception:  # an exception whose own text cannot be made
-        text = type(error).__name__
+    text = traceback.format_exception_only(error)[-1].strip()  # also where its own text cannot be made
     places = [
         f"{Path(frame.filename).name}:{frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)
