@@ -32,6 +32,7 @@ WINDOW = 32_768
 BOOK = " ".join(f"line{number}" for number in range(40_000))
 HANDLE = hash_of(ACCOUNT.id.encode() + b"\n" + canonical(BOOK))[:16]
 MANIFEST = f'[tools]\nbuiltin = ["read", "pin"]\n[limits]\nturns = {TURNS}\nresult_bytes = 16384\n'
+SMALL = MANIFEST.replace("100", "20").replace("16384", "4096") + "[model]\ncontext_tokens = 8192\n"
 READING = {"default": calling("read", handle=HANDLE, offset=17)}
 SUMMARY = {"match": "^Below is the earlier part", "text": "I read many lines."}
 
@@ -46,6 +47,7 @@ async def bytes_by_turn(place: Minds, pid: str) -> list[int]:
     return sizes[:-1]
 
 
+@pytest.mark.parametrize("database_settings", ["sqlite"], indirect=True)
 async def test_a_hundred_turns_in_a_small_window_stay_flat(database: Database, database_settings: Settings) -> None:
     async with minds(database, database_settings, {"replies": [SUMMARY], **READING}) as place:
         pid = await place.run(await place.program(MANIFEST), BOOK)
@@ -68,7 +70,7 @@ async def test_a_prompt_only_grows_at_its_end_until_the_window_is_full(
     database: Database, database_settings: Settings
 ) -> None:
     async with minds(database, database_settings, {"replies": [SUMMARY], **READING}) as place:
-        pid = await place.run(await place.program(MANIFEST.replace("100", "20")), BOOK)
+        pid = await place.run(await place.program(SMALL), BOOK)
         await place.over(pid)
         context: list[Segment] = []
         seen: list[list[Segment]] = []
@@ -79,7 +81,7 @@ async def test_a_prompt_only_grows_at_its_end_until_the_window_is_full(
                 context = [] if body.evict else [*context, *body.add]
             elif isinstance(body, ModelIntent) and body.purpose == "turn" and context:
                 seen.append(context)
-        assert cuts == 1 and len(seen) > 10
+        assert cuts and len(seen) > 10
         grown = [after[: len(before)] == before for before, after in pairwise(seen)]
         assert grown.count(False) <= cuts
 
@@ -87,22 +89,26 @@ async def test_a_prompt_only_grows_at_its_end_until_the_window_is_full(
 async def test_what_was_evicted_can_be_read_again(database: Database, database_settings: Settings) -> None:
     """The view's handle leads to the whole text of what it stands for."""
     async with minds(database, database_settings, {"replies": [SUMMARY], **READING}) as place:
-        pid = await place.run(await place.program(MANIFEST.replace("100", "20")), BOOK)
+        pid = await place.run(await place.program(SMALL), BOOK)
         await place.over(pid)
         view = await place.view(pid)
-        (shown,) = [segment for segment in view.context if segment.kind == "view"]
-        assert shown.whole is not None and set(shown.covers) == view.evicted.keys()
-        whole = await place.kernel.segments.get(ACCOUNT.id, shown.whole)
-        assert len(whole.encode()) == shown.whole_bytes
-        assert whole.count("tool: line") == sum(segment.kind == "tool" for segment in view.evicted.values()) > 5
-        told = await place.kernel.segments.get(ACCOUNT.id, shown.hash)
-        assert "I read many lines." in told["content"] and shown.whole[:16] in told["content"]
+        segments = [*view.context, *view.evicted.values()]
+        views = [segment for segment in segments if segment.kind == "view"]
+        assert views and {id for one in views for id in one.covers} == view.evicted.keys()
+        for one in views:
+            assert one.whole is not None
+            whole = await place.kernel.segments.get(ACCOUNT.id, one.whole)
+            assert len(whole.encode()) == one.whole_bytes
+            covered = [view.evicted[id] for id in one.covers]
+            assert whole.count("tool: line") == sum(segment.kind == "tool" for segment in covered) > 3
+            told = await place.kernel.segments.get(ACCOUNT.id, one.hash)
+            assert "I read many lines." in told["content"] and one.whole[:16] in told["content"]
 
 
 async def test_room_is_made_also_when_there_is_no_summary(database: Database, database_settings: Settings) -> None:
     failing = {"replies": [{"match": "^(?!Below)", **READING["default"]}]}
     async with minds(database, database_settings, failing) as place:
-        pid = await place.run(await place.program(MANIFEST.replace("100", "20")), BOOK)
+        pid = await place.run(await place.program(SMALL), BOOK)
         assert "limits.turns" in (await place.over(pid)).error
         texts = [message["content"] for message in await place.shown(pid)]
         assert any("no longer shown" in text and "no summary" in text for text in texts)
@@ -117,7 +123,7 @@ async def test_what_is_pinned_stays(database: Database, database_settings: Setti
         **READING,
     }
     async with minds(database, database_settings, script) as place:
-        pid = await place.run(await place.program(MANIFEST.replace("100", "40")), BOOK)
+        pid = await place.run(await place.program(SMALL), BOOK)
         await place.over(pid)
         view = await place.view(pid)
         assert view.evicted
