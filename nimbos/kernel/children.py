@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Text, bindparam, func, literal_column, select
+from sqlalchemy import ColumnClause, Text, bindparam, func, literal_column, select
 
 from nimbos.db import Statement, Transaction
 from nimbos.db.tables.processes import processes
@@ -26,7 +26,7 @@ CHILDREN_MAX = 1_000  # that live, of one parent
 LIVING_MAX = 20_000  # that live, of one project
 _RETRY_AFTER_S = 5.0
 
-_LIVING = literal_column("state != 'done'")
+_LIVING: ColumnClause[bool] = literal_column("state != 'done'")
 _OF_PARENT = processes.c.parent == bindparam("of", type_=Text)
 _COUNT = Statement(select(func.count().label("living")).where(_OF_PARENT, _LIVING))
 _COUNT_ALL = Statement(

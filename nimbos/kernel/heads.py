@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Integer, Text, bindparam, literal_column, select
+from sqlalchemy import ColumnClause, Integer, Text, bindparam, literal_column, select
 
 from nimbos.db import Bound, Statement
 from nimbos.db.tables.processes import processes
@@ -45,7 +45,7 @@ def family(pid: str) -> Bound:
 
 @cache
 def _page(states: tuple[State, ...]) -> Statement:
-    wanted = [literal_column(f"'{state.value}'") for state in states]
+    wanted: list[ColumnClause[str]] = [literal_column(f"'{state.value}'") for state in states]
     return Statement(
         select(processes)
         .where(

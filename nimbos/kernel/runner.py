@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -149,7 +149,8 @@ class Runner:
         while not driving.done():
             ringing = asyncio.create_task(holding.mail.wait())
             try:
-                await asyncio.wait({driving, ringing}, return_when=asyncio.FIRST_COMPLETED)
+                both: set[asyncio.Future[Any]] = {driving, ringing}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 ringing.cancel()
             if not driving.done():

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
-from sqlalchemy import BigInteger, Integer, bindparam, func, literal_column, select
+from sqlalchemy import BigInteger, ColumnClause, Integer, bindparam, func, literal_column, select
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.processes import processes
@@ -33,7 +33,7 @@ _SOURCE = "timer"
 
 _log = structlog.get_logger(__name__)
 
-_WAITING = literal_column("due_ms IS NOT NULL")  # as the index has it
+_WAITING: ColumnClause[bool] = literal_column("due_ms IS NOT NULL")  # as the index has it
 _NEXT = Statement(select(func.min(processes.c.due_ms).label("due_ms")).where(_WAITING))
 _DUE = Statement(
     select(processes.c.id, processes.c.due_ms)

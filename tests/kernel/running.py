@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +71,7 @@ class Place:
 async def running(
     database: Database,
     settings: Settings,
-    bodies: dict[str, Body] | None = None,
+    bodies: Mapping[str, Body] | None = None,
     *,
     server: str = "meter-one",
     lease_s: float | None = None,

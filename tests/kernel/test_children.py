@@ -14,10 +14,12 @@ from nimbos.kernel import Reason, SignalKind, State, budgets, heads
 from nimbos.kernel.children import Birth, create
 from nimbos.kernel.holding import Holding
 from nimbos.types import new_id
-from tests.kernel.running import ACCOUNT, Place, running
+from tests.kernel.running import ACCOUNT, Body, Place, running
 
 
-async def bear(holding: Holding, name: str, *, detached: bool = False, **limits: int) -> str:
+async def bear(
+    holding: Holding, name: str, *, detached: bool = False, depth_most: int = 9, children_most: int = 99
+) -> str:
     """As the gate does: the child is a row of the transaction that says so."""
     shared, view = holding._shared, holding.view
     birth = Birth(
@@ -30,7 +32,8 @@ async def bear(holding: Holding, name: str, *, detached: bool = False, **limits:
         parent=holding.pid,
         detached=detached,
         key=f"{holding.pid}/{name}",
-        **limits,
+        depth_most=depth_most,
+        children_most=children_most,
     )
 
     def begin() -> Transaction[list[object]]:
@@ -52,7 +55,7 @@ async def wait_for_ever(holding: Holding) -> None:
     await holding.park(State.WAITING, Reason.SIGNAL)
 
 
-def parent_of(*names: str, then: Callable[[Holding], bool]) -> Callable[[Holding], object]:
+def parent_of(*names: str, then: Callable[[Holding], bool]) -> Body:
     """Bears children with these names, and exits once `then` says so of the exits it was told of."""
 
     async def drive(holding: Holding) -> None:
@@ -104,7 +107,7 @@ async def test_many_children_that_end_at_once_are_all_heard(database: Database, 
     names = [f"child {number}" for number in range(12)]
     parent = parent_of(*names, then=lambda holding: len(exits(holding)) == len(names))
     bodies = {"plain": parent, **dict.fromkeys(names, answer)}
-    async with running(database, database_settings, bodies) as place:  # type: ignore[arg-type]
+    async with running(database, database_settings, bodies) as place:
         pid = await place.spawn()
         assert (await place.over(pid)).reason is Reason.OK
         family = await place.kernel.tree(ACCOUNT, pid)
@@ -152,7 +155,7 @@ async def test_a_child_that_is_ended_from_outside_is_told_of(
 ) -> None:
     parent = parent_of("child", then=lambda holding: bool(exits(holding)))
     bodies = {"plain": parent, "child": wait_for_ever}
-    async with running(database, database_settings, bodies) as place:  # type: ignore[arg-type]
+    async with running(database, database_settings, bodies) as place:
         pid = await place.spawn()
         await place.until(pid, State.WAITING)
         child = (await names_of(place, pid))["child"]

@@ -7,15 +7,15 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from nimbos.config import Settings
-from nimbos.db import Database
-from nimbos.kernel import Reason, SignalKind, State, release_dead
+from nimbos.db import Database, Transaction
+from nimbos.kernel import Event, Reason, SignalKind, State, release_dead
 from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft, Fenced, Holder
@@ -24,7 +24,7 @@ from nimbos.kernel.recovery import crew_name
 from nimbos.ledger import Ledger, Recovery
 from nimbos.meterfile import MeterFile
 from nimbos.work import Work
-from tests.kernel.running import ACCOUNT, Place, running
+from tests.kernel.running import ACCOUNT, Body, Place, running
 
 PATIENCE_S = 60
 SAID = Draft(body=Note(about="said", text="a word"))
@@ -49,7 +49,7 @@ async def test_two_servers_share_the_work_and_drive_nothing_twice(
 ) -> None:
     driven: dict[str, list[str]] = {}
 
-    def driver(name: str) -> object:
+    def driver(name: str) -> Body:
         async def drive(holding: Holding) -> None:
             driven.setdefault(holding.pid, []).append(name)
             await answer(holding)
@@ -57,8 +57,8 @@ async def test_two_servers_share_the_work_and_drive_nothing_twice(
         return drive
 
     async with (
-        running(database, database_settings, {"plain": driver("one")}, server="meter-one") as one,  # type: ignore[dict-item]
-        running(database, database_settings, {"plain": driver("two")}, server="meter-two") as two,  # type: ignore[dict-item]
+        running(database, database_settings, {"plain": driver("one")}, server="meter-one") as one,
+        running(database, database_settings, {"plain": driver("two")}, server="meter-two") as two,
     ):
         pids = await asyncio.gather(*(place.spawn() for place in (one, two) * 20))
         for pid in pids:
@@ -92,17 +92,18 @@ async def test_whoever_held_it_before_writes_nothing_any_more(database: Database
     async with running(database, database_settings, start=False, lease_s=0) as place:
         pid, kernel = await place.spawn(), place.kernel
         (first,) = await database.run(lambda: kernel.work.claim(KIND, "one", 1))
-        late = Holder(pid=pid, claim=first, epoch=0)
         (second,) = await database.run(lambda: kernel.work.claim(KIND, "two", 1))
         for claim, epoch in ((first, 0), (second, 7)):
-            stale = Holder(pid=pid, claim=claim, epoch=epoch)
             with pytest.raises(Fenced):
-                await database.run(lambda stale=stale: kernel.log.append(pid, [SAID], holder=stale))
+                await database.run(appending(place, Holder(pid=pid, claim=claim, epoch=epoch)))
         assert await place.kinds(pid) == ["proc.created"]
-        now = Holder(pid=pid, claim=second, epoch=0)
-        await database.run(lambda: kernel.log.append(pid, [SAID], holder=now))
+        await database.run(appending(place, Holder(pid=pid, claim=second, epoch=0)))
         with pytest.raises(Fenced):
-            await database.run(lambda: kernel.log.append(pid, [SAID], holder=late))
+            await database.run(appending(place, Holder(pid=pid, claim=first, epoch=0)))
+
+
+def appending(place: Place, holder: Holder) -> Callable[[], Transaction[list[Event]]]:
+    return lambda: place.kernel.log.append(holder.pid, [SAID], holder=holder)
 
 
 async def test_a_run_whose_claim_was_taken_ends_and_the_other_goes_on(

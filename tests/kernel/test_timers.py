@@ -9,7 +9,7 @@ from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.timers import SteadyClock
-from tests.kernel.running import Place, running
+from tests.kernel.running import Body, Place, running
 
 HOUR_MS = 3_600_000
 START_MS = 1_800_000_000_000
@@ -30,7 +30,7 @@ class Hands:
         self.elapsed_ms += ms
 
 
-def sleeper(ms: int) -> object:
+def sleeper(ms: int) -> Body:
     async def drive(holding: Holding) -> None:
         await holding.take_mail()
         if any(signal.signal is SignalKind.TIMER for signal in holding.view.signals):
@@ -48,7 +48,7 @@ def ring(place: Place) -> None:
 async def test_a_timer_wakes_a_process_when_its_moment_has_come(
     database: Database, database_settings: Settings
 ) -> None:
-    async with running(database, database_settings, {"plain": sleeper(30)}) as place:  # type: ignore[dict-item]
+    async with running(database, database_settings, {"plain": sleeper(30)}) as place:
         pid = await place.spawn()
         assert (await place.over(pid)).epoch == 2
         kinds = await place.kinds(pid)
@@ -58,7 +58,7 @@ async def test_a_timer_wakes_a_process_when_its_moment_has_come(
 async def test_timers_are_not_rung_early_and_in_their_order(database: Database, database_settings: Settings) -> None:
     hands = Hands()
     bodies = {"soon": sleeper(HOUR_MS), "late": sleeper(2 * HOUR_MS)}
-    async with running(database, database_settings, bodies, clock=hands.clock()) as place:  # type: ignore[arg-type]
+    async with running(database, database_settings, bodies, clock=hands.clock()) as place:
         late, soon = await place.spawn("late"), await place.spawn("soon")
         for pid in (late, soon):
             await place.until(pid, State.WAITING, reason="timer")
@@ -78,14 +78,14 @@ async def test_a_timer_of_a_server_that_is_gone_is_rung_by_the_next(
 ) -> None:
     hands = Hands()
     bodies = {"plain": sleeper(HOUR_MS)}
-    async with running(database, database_settings, bodies, clock=hands.clock()) as place:  # type: ignore[arg-type]
+    async with running(database, database_settings, bodies, clock=hands.clock()) as place:
         pid = await place.spawn()
         await place.until(pid, State.WAITING)
     hands.pass_ms(HOUR_MS)
     async with running(
         database,
         database_settings,
-        bodies,  # type: ignore[arg-type]
+        bodies,
         clock=hands.clock(),
         server="meter-two",
     ) as place:
@@ -97,7 +97,7 @@ async def test_setting_the_wall_clock_ends_no_wait_and_stretches_none(
 ) -> None:
     hands = Hands()
     bodies = {"plain": sleeper(HOUR_MS)}
-    async with running(database, database_settings, bodies, clock=hands.clock()) as place:  # type: ignore[arg-type]
+    async with running(database, database_settings, bodies, clock=hands.clock()) as place:
         first = await place.spawn()
         await place.until(first, State.WAITING)
         hands.wall_ms += 10 * HOUR_MS
@@ -141,8 +141,8 @@ async def test_two_servers_ring_one_timer_once(database: Database, database_sett
     hands = Hands()
     bodies = {"plain": sleeper(HOUR_MS)}
     async with (
-        running(database, database_settings, bodies, clock=hands.clock()) as one,  # type: ignore[arg-type]
-        running(database, database_settings, bodies, clock=hands.clock(), server="meter-two") as two,  # type: ignore[arg-type]
+        running(database, database_settings, bodies, clock=hands.clock()) as one,
+        running(database, database_settings, bodies, clock=hands.clock(), server="meter-two") as two,
     ):
         pids = [await one.spawn() for _ in range(10)]
         for pid in pids:
