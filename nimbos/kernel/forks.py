@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import BigInteger, Text, bindparam, literal_column, select
+from sqlalchemy import BigInteger, Integer, Text, bindparam, literal_column, select
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
@@ -37,6 +37,8 @@ from nimbos.types import Account, new_id
 from nimbos.work import Work
 
 FORKS_MAX = 64  # at once
+_FOLLOWING = frozenset({"ctx.changed", "budget.settled", "signal.consumed"})  # what an outcome or a message brings
+_TOGETHER_MAX = 256
 _EXIT_PATIENCE_S = 10.0
 _EXIT_TICK_S = 0.1
 
@@ -57,8 +59,9 @@ class Forks:
         self._workspaces = workspaces
 
     async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1) -> list[str]:
-        """`n` processes whose past is that of `pid` up to and with event `at`; None: all there is, and of one that is
-        over, what was before its last answer. They run as soon as a server takes them.
+        """`n` processes whose past is that of `pid` up to and with event `at`, and what was written together with it;
+        None: all there is, and of one that is over, what was before its last answer. They run as soon as a server takes
+        them.
 
         Raises: NotFound, InvalidRequest, Overloaded, StorageUnavailable.
         """
@@ -87,7 +90,7 @@ class Forks:
         yield from check_project(account, more=len(made))
         at_seq, at_hash = original.seq, original.hash
         if at is not None and at != original.seq:
-            at_seq, at_hash = at, (yield from self._hash_at(pid, at))
+            at_seq, at_hash = yield from _point(pid, at)
         head = NewHead(
             account=account,
             program=original.program,
@@ -108,21 +111,6 @@ class Forks:
             yield from self._log.create(fork, [first], head=head)
             yield from self._work.add(KIND, fork)
         return original
-
-    def _hash_at(self, pid: str, seq: int) -> Transaction[str]:
-        """Of an event of the process's past, whoever it happened to. Raises: InvalidRequest."""
-        of: str | None = pid
-        while of is not None:
-            (origin,) = yield _ORIGIN(pid=of)
-            if seq > origin["forked_seq"]:
-                rows = yield _HASH(pid=of, seq=seq)
-                if rows:
-                    return str(rows[0]["hash"])
-                break
-            of = origin["forked_from"]
-        raise InvalidRequest(
-            f"The process {pid} has no event {seq}; `nimbos logs {pid}` shows which it has.", param="at"
-        )
 
     async def _last_answer(self, pid: str) -> int | None:
         """Of a process that is over: the event before it was last asked, so that there is something left to do."""
@@ -224,12 +212,33 @@ class Forks:
                     await asyncio.wait_for(follower.news.wait(), _EXIT_TICK_S)
 
 
+def _point(pid: str, seq: int) -> Transaction[tuple[int, str]]:
+    """Where a fork at this event of the process's past begins: behind what follows from it in the same transaction, as
+    without that it would be nowhere the process ever was. (seq, hash). Raises: InvalidRequest."""
+    of: str | None = pid
+    while of is not None:
+        (origin,) = yield _ORIGIN(pid=of)
+        if seq > origin["forked_seq"]:
+            rows = yield _BEHIND(pid=of, seq=seq, most=_TOGETHER_MAX)
+            if not rows or rows[0]["seq"] != seq:
+                break
+            last = rows[0]
+            for row in rows[1:]:
+                if row["kind"] not in _FOLLOWING or (row["ts_ms"], row["epoch"]) != (last["ts_ms"], last["epoch"]):
+                    break
+                last = row
+            return int(last["seq"]), str(last["hash"])
+        of = origin["forked_from"]
+    raise InvalidRequest(f"The process {pid} has no event {seq}; `nimbos logs {pid}` shows which it has.", param="at")
+
+
 _PID = bindparam("pid", type_=Text)
 _ORIGIN = Statement(select(processes.c.forked_from, processes.c.forked_seq).where(processes.c.id == _PID))
-_HASH = Statement(
-    select(process_events.c.hash).where(
-        process_events.c.pid == _PID, process_events.c.seq == bindparam("seq", type_=BigInteger)
-    )
+_BEHIND = Statement(
+    select(*(process_events.c[name] for name in ("seq", "hash", "kind", "ts_ms", "epoch")))
+    .where(process_events.c.pid == _PID, process_events.c.seq >= bindparam("seq", type_=BigInteger))
+    .order_by(process_events.c.seq)
+    .limit(bindparam("most", type_=Integer))
 )
 _LAST_ASK = Statement(
     select(process_events.c.seq)
