@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nimbos.accounts import Accounts, Authority
 from nimbos.batches import Batches, rehearsal_source
@@ -20,7 +22,6 @@ from nimbos.db import Database
 from nimbos.engine import Engine
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
-from nimbos.kernel import Kernel, release_dead
 from nimbos.keys import OwnerKey, file_keys
 from nimbos.ledger import Desk, Ledger, Recovery
 from nimbos.meterfile import MeterFile
@@ -29,8 +30,11 @@ from nimbos.responses import Background, Store
 from nimbos.service import Service
 from nimbos.sources import Sources
 from nimbos.telemetry import Telemetry, open_telemetry
-from nimbos.types import new_id
+from nimbos.types import ModelCard, new_id
 from nimbos.watching import LiveAsks
+
+if TYPE_CHECKING:
+    from nimbos.kernel import Kernel
 
 _FREE_SHARE = 0.8
 _UNKNOWN_MEMORY_BYTES = 8 << 30
@@ -41,7 +45,8 @@ _RECURRENT_SEQUENCES_MAX = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """A server's parts. Whoever called `assemble` calls `close`. `server_id`: new at each start."""
+    """A server's parts. Whoever called `assemble` calls `close`. `server_id`: new at each start. `loading`: of the
+    first model, if one was named."""
 
     settings: Settings
     server_id: str
@@ -60,6 +65,7 @@ class Runtime:
     background: Background
     batches: Batches
     kernel: Kernel
+    loading: asyncio.Task[ModelCard] | None
 
     closing: AsyncExitStack
 
@@ -75,13 +81,15 @@ async def assemble(
     hub: Hub | None = None,
     scripted: Iterable[ScriptedSource] = (),
     named: Mapping[str, LocalModel] | None = None,
+    first: str = "",
 ) -> Runtime:
-    """`named`: models outside the hub's folder, by id.
+    """`named`: models outside the hub's folder, by id. `first`: a model whose loading begins as soon as it can, while
+    the rest is being made.
 
     Raises: ConfigError for keys that cannot be read; StorageUnavailable.
     """
     async with AsyncExitStack() as closing:  # closes what was made so far when something fails
-        return await _made(settings, closing, owner, hub or Hub(settings), tuple(scripted), named)
+        return await _made(settings, closing, owner, hub or Hub(settings), tuple(scripted), named, first)
 
 
 async def _made(
@@ -91,6 +99,7 @@ async def _made(
     hub: Hub,
     scripted: tuple[ScriptedSource, ...],
     named: Mapping[str, LocalModel] | None,
+    first: str,
 ) -> Runtime:
     """`closing` is given what has to be closed, in the order it was made."""
     configured = file_keys(settings)
@@ -106,7 +115,7 @@ async def _made(
     closing.callback(meter_file.close)
     ledger = Ledger(server_id=meter_file.path.stem)
     recovery = Recovery(database=database, ledger=ledger, run_dir=settings.run_dir)
-    await release_dead(database, await recovery.dead())  # before their files are gone
+    dead = await recovery.dead()  # before their files are gone
     await recovery.recover()
     recovery.start()
     closing.push_async_callback(recovery.close)
@@ -120,6 +129,8 @@ async def _made(
         trusted_templates=frozenset({TEMPLATE_SHA256, *hub.trusted_templates}),
     )
     closing.push_async_callback(service.close)
+    loading = asyncio.create_task(service.card(first), name="first model") if first else None
+    closing.push_async_callback(_given_up, loading)
     blobs = open_blobs(settings, database)
     responses = Store(database, blobs)
     background = Background(responses, owner=server_id)
@@ -127,14 +138,7 @@ async def _made(
     batches = Batches(database, blobs, settings.batches, server_id=server_id)
     await batches.start()
     closing.push_async_callback(batches.close)
-    kernel = Kernel(
-        database=database,
-        blobs=blobs,
-        service=service,
-        home=Path(settings.home),
-        server=ledger.server_id,
-        resolve=Authority(database).check,
-    )
+    kernel = await _kernel(settings, database, blobs, service, server=ledger.server_id, dead=dead)
     closing.push_async_callback(kernel.close)
     await kernel.start()
     return Runtime(
@@ -155,8 +159,34 @@ async def _made(
         background=background,
         batches=batches,
         kernel=kernel,
+        loading=loading,
         closing=closing.pop_all(),
     )
+
+
+async def _kernel(
+    settings: Settings, database: Database, blobs: Blobs, service: Service, *, server: str, dead: Iterable[str]
+) -> Kernel:
+    """Imported in a thread, beside the first model's start."""
+    await asyncio.to_thread(import_module, "nimbos.kernel")
+    from nimbos.kernel import Kernel, release_dead
+
+    await release_dead(database, dead)
+    return Kernel(
+        database=database,
+        blobs=blobs,
+        service=service,
+        home=Path(settings.home),
+        server=server,
+        resolve=Authority(database).check,
+    )
+
+
+async def _given_up(loading: asyncio.Task[ModelCard] | None) -> None:
+    """What still loads when the server ends."""
+    if loading is not None:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
 
 
 def _sources(

@@ -27,7 +27,6 @@ from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals, traced
-from nimbos.types import ModelCard
 
 _SCRIPTED = "scripted:"
 _GARBAGE_THRESHOLDS = (20_000, 20, 100)
@@ -54,12 +53,13 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
             hub = Hub(settings)
             chosen = runner.run(choose(hub, models))
             named = {model.id: model for model in chosen.local}
-            runtime = runner.run(assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named))
-            loading, listeners = runner.run(_begin(runtime, chosen.first, bound, without_key))
+            making = assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named, first=chosen.first)
+            runtime = runner.run(making)
+            listeners = runner.run(_begin(runtime, bound, without_key))
             announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
             _collect_less()
             with stopped_by_signals(*listeners), traced(settings, url):
-                return runner.run(_serve(listeners, runtime, loading, announce))
+                return runner.run(_serve(listeners, runtime, announce))
 
 
 def _collect_less() -> None:
@@ -75,19 +75,16 @@ def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.sock
 
 
 async def _begin(
-    runtime: Runtime, first: str, bound: socket.socket, without_key: socket.socket | None
-) -> tuple[asyncio.Task[ModelCard], dict[Server, socket.socket]]:
+    runtime: Runtime, bound: socket.socket, without_key: socket.socket | None
+) -> dict[Server, socket.socket]:
     """The first model's process starts while the HTTP side is still being imported.
 
     Raises: ConfigError; the runtime is closed then.
     """
-    loading = asyncio.create_task(runtime.service.card(first))
     await asyncio.to_thread(import_module, "nimbos.api.app")
     try:
-        return loading, await _listeners(runtime, bound, without_key)
+        return await _listeners(runtime, bound, without_key)
     except NimbosError:
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
         await runtime.close()
         raise
 
@@ -144,10 +141,11 @@ async def _get(hub: Hub, name: str) -> LocalModel:
 async def _serve(
     listeners: dict[Server, socket.socket],
     runtime: Runtime,
-    loading: asyncio.Task[ModelCard],
     announce: Callable[[], None],
 ) -> int:
     """Serves while the first model loads, and until a signal comes."""
+    loading = runtime.loading
+    assert loading is not None  # a first model was named
     serving = [asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in listeners.items()]
     try:
         await asyncio.wait({*serving, loading}, return_when=asyncio.FIRST_COMPLETED)
