@@ -20,7 +20,7 @@ from sqlalchemy import BigInteger, Integer, Text, bindparam, literal_column, sel
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
-from nimbos.db.tables.processes import processes
+from nimbos.db.tables.processes import process_mailbox, processes
 from nimbos.errors import Conflict, InvalidRequest, NimbosError, StorageUnavailable
 from nimbos.kernel import budgets, heads
 from nimbos.kernel.bells import Bells
@@ -182,7 +182,8 @@ class Forks:
 
         def begin() -> Transaction[_Told]:
             head = yield from locked_head(pid)
-            if not head.withheld or head.forked_from is None:
+            adopted_soon = yield _ADOPTION(pid=pid, signal=SignalKind.ADOPT.value)
+            if not head.withheld or head.forked_from is None or adopted_soon:
                 raise Conflict(
                     f"The process {pid} is no fork that could be dropped; `nimbos kill` ends it.", param="pid"
                 )
@@ -234,6 +235,11 @@ def _point(pid: str, seq: int) -> Transaction[tuple[int, str]]:
 
 _PID = bindparam("pid", type_=Text)
 _ORIGIN = Statement(select(processes.c.forked_from, processes.c.forked_seq).where(processes.c.id == _PID))
+_ADOPTION = Statement(
+    select(process_mailbox.c.position).where(
+        process_mailbox.c.process == _PID, process_mailbox.c.signal == bindparam("signal", type_=Text)
+    )
+)
 _BEHIND = Statement(
     select(*(process_events.c[name] for name in ("seq", "hash", "kind", "ts_ms", "epoch")))
     .where(process_events.c.pid == _PID, process_events.c.seq >= bindparam("seq", type_=BigInteger))
