@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from tests.live import Live
+from tests.live import OWNER_SECRET
 
 PLAIN = {"nimbos.toml": 'name = "plain"\n', "instructions.md": "Be plain.\n"}
 CURIOUS = {
@@ -39,20 +39,20 @@ class Sent:
 
 
 class Processes:
-    """What one key sees."""
+    """What one key sees. `http`: of any server."""
 
-    def __init__(self, live: Live, secret: str | None = None) -> None:
-        self.live = live
-        self.headers = live.headers if secret is None else {"authorization": f"Bearer {secret}"}
+    def __init__(self, http: httpx2.Client, secret: str = OWNER_SECRET) -> None:
+        self.http = http
+        self.headers = {"authorization": f"Bearer {secret}"}
 
     def get(self, path: str, **query: Any) -> httpx2.Response:
-        return self.live.http.get(f"/v1/{path}", params=query, headers=self.headers)
+        return self.http.get(f"/v1/{path}", params=query, headers=self.headers)
 
     def post(self, path: str, body: Any = None) -> httpx2.Response:
-        return self.live.http.post(f"/v1/{path}", json=body if body is not None else {}, headers=self.headers)
+        return self.http.post(f"/v1/{path}", json=body if body is not None else {}, headers=self.headers)
 
     def delete(self, path: str) -> httpx2.Response:
-        return self.live.http.delete(f"/v1/{path}", headers=self.headers)
+        return self.http.delete(f"/v1/{path}", headers=self.headers)
 
     def put(self, files: dict[str, str]) -> str:
         reply = self.post("programs", {"files": files})
@@ -75,7 +75,7 @@ class Processes:
 
     def stream(self, pid: str, *, last: str = "", **query: Any) -> Iterator[Sent]:
         headers = {**self.headers, **({"last-event-id": last} if last else {})}
-        with self.live.http.stream("GET", f"/v1/processes/{pid}/events", params=query, headers=headers) as reply:
+        with self.http.stream("GET", f"/v1/processes/{pid}/events", params=query, headers=headers) as reply:
             assert reply.status_code == 200
             assert reply.headers["content-type"].startswith("text/event-stream")
             yield from sent(reply.iter_lines())

@@ -35,7 +35,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def mine(live: Live) -> Processes:
-    return Processes(live)
+    return Processes(live.http)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def others(live: Live) -> Processes:
     made = admin.admin.organization.projects.service_accounts.create(project.id, name="robot")
     admin.close()
     assert made.api_key is not None
-    return Processes(live, made.api_key.value)
+    return Processes(live.http, made.api_key.value)
 
 
 # --- what is told
@@ -401,7 +401,7 @@ def test_a_query_that_cannot_be_is_named(
 
 def test_what_is_no_event_number_is_no_place_to_go_on_from(mine: Processes, plain: str) -> None:
     pid = mine.spawn(plain)
-    reply = mine.live.http.get(f"/v1/processes/{pid}/events", headers={**mine.headers, "last-event-id": "abc"})
+    reply = mine.http.get(f"/v1/processes/{pid}/events", headers={**mine.headers, "last-event-id": "abc"})
     assert error_of(reply, 400)["param"] == "Last-Event-ID"
     error_of(mine.get("processes/proc_nowhere"), 404)
     error_of(mine.get("processes/proc_nowhere/events"), 404)

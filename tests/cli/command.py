@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from nimbos.cli import main
 from tests.live import PATIENCE_S
 
 NIMBOS = str(Path(sys.executable).with_name("nimbos"))
@@ -40,6 +43,28 @@ def run(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess
     )
 
 
+def called(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The same within this process, without a second of start-up: for tests of many commands. Not where a server runs
+    in a thread of this process, which prints as well."""
+    printed, told = io.StringIO(), io.StringIO()
+    before = dict(os.environ)
+    with open(os.devnull) as nothing, redirect_stdout(printed), redirect_stderr(told):
+        stdin, argv = sys.stdin, sys.argv
+        sys.stdin, sys.argv = nothing, [NIMBOS, *arguments]
+        os.environ.clear()
+        os.environ.update(environment(home, **more))
+        try:
+            main()
+            code = 0
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        finally:
+            sys.stdin, sys.argv = stdin, argv
+            os.environ.clear()
+            os.environ.update(before)
+    return subprocess.CompletedProcess([NIMBOS, *arguments], code, printed.getvalue(), told.getvalue())
+
+
 def document(home: Path, *arguments: str, **more: str) -> dict[str, Any]:
     """What a command that succeeds prints with `--json`; nothing else may stand on stdout."""
     done = run(home, *arguments, "--json", **more)
@@ -50,7 +75,11 @@ def document(home: Path, *arguments: str, **more: str) -> dict[str, Any]:
 
 def refusal(home: Path, *arguments: str, **more: str) -> str:
     """The one line with which a command fails."""
-    done = run(home, *arguments, **more)
+    return refused(run(home, *arguments, **more))
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line with which it failed."""
     assert done.returncode == 1, done.stdout
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

@@ -12,11 +12,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from nimbos.server import traced
-from tests.cli.command import NIMBOS, environment, make_home, refusal, run
-from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving
+from tests.batches.test_crash import Server
+from tests.cli.command import NIMBOS, called, environment, make_home, refused
+from tests.live import OWNER_SECRET, PATIENCE_S, write_script
 from tests.processing import CURIOUS, PLAIN, WEATHER, Processes
 
 SCRIPT = {
@@ -46,13 +47,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def live(home: Path) -> Iterator[Live]:
-    with serving(home, {"demo": SCRIPT}) as running, traced(running.settings, running.url):
-        yield running
+def mine(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """On a server that is a process of its own."""
+    server = Server(home, write_script(tmp_path_factory.mktemp("script"), "demo", SCRIPT), "")
+    client = server.start()
+    try:
+        with httpx2.Client(base_url=str(client.base_url).removesuffix("/v1/"), timeout=PATIENCE_S) as http:
+            yield Processes(http)
+    finally:
+        client.close()
+        server.kill()
 
 
 @pytest.fixture
-def key(live: Live) -> dict[str, str]:
+def key(mine: Processes) -> dict[str, str]:
     return {"NIMBOS_API_KEY": OWNER_SECRET}
 
 
@@ -62,23 +70,25 @@ def plain(tmp_path: Path) -> str:
 
 
 def test_a_pipe_gets_the_result_alone(home: Path, key: dict[str, str], plain: str) -> None:
-    done = run(home, "run", plain, "Say hello.", "--model", "demo", **key)
+    done = called(home, "run", plain, "Say hello.", "--model", "demo", **key)
     assert (done.returncode, done.stdout) == (0, "Hello to you.\n")
     assert PID.search(done.stderr)
     assert "✓ done" in done.stderr
 
 
-def test_detached_it_prints_the_id_alone_and_goes_on(home: Path, live: Live, key: dict[str, str], plain: str) -> None:
-    done = run(home, "run", plain, "Say hello.", "-m", "demo", "--detach", "--name", "alone", **key)
+def test_detached_it_prints_the_id_alone_and_goes_on(
+    home: Path, mine: Processes, key: dict[str, str], plain: str
+) -> None:
+    done = called(home, "run", plain, "Say hello.", "-m", "demo", "--detach", "--name", "alone", **key)
     assert (done.returncode, done.stderr) == (0, "")
     assert PID.fullmatch(done.stdout.strip())
-    told = Processes(live).over(done.stdout.strip())
+    told = mine.over(done.stdout.strip())
     assert (told["name"], told["result"]) == ("alone", "Hello to you.")
 
 
 def test_calls_and_their_results_are_shown(home: Path, tmp_path: Path, key: dict[str, str]) -> None:
     folder = write(tmp_path / "weather", WEATHER)
-    done = run(home, "run", folder, "How warm is it?", "-m", "demo", **key)
+    done = called(home, "run", folder, "How warm is it?", "-m", "demo", **key)
     assert (done.returncode, done.stdout) == (0, "21 degrees.\n")
     assert '→ weather {"city":"Oslo"}' in done.stderr
     assert '← {"city":"Oslo","degrees":21}' in done.stderr
@@ -86,25 +96,25 @@ def test_calls_and_their_results_are_shown(home: Path, tmp_path: Path, key: dict
 
 
 def test_a_program_that_is_there_runs_by_its_name(home: Path, key: dict[str, str], plain: str) -> None:
-    assert run(home, "run", plain, "x", "-m", "demo", **key).returncode == 0
-    assert run(home, "run", "plain", "x", "-m", "demo", **key).stdout == "Hello to you.\n"
+    assert called(home, "run", plain, "x", "-m", "demo", **key).returncode == 0
+    assert called(home, "run", "plain", "x", "-m", "demo", **key).stdout == "Hello to you.\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "given"), [("a.json", '{"rows": 3}', {"rows": 3}), ("a.txt", "Say hello.", "Say hello.")]
 )
 def test_what_it_is_given_may_be_a_file(
-    home: Path, live: Live, tmp_path: Path, key: dict[str, str], plain: str, name: str, content: str, given: object
+    home: Path, mine: Processes, tmp_path: Path, key: dict[str, str], plain: str, name: str, content: str, given: object
 ) -> None:
     file = tmp_path / name
     file.write_text(content)
-    done = run(home, "run", plain, "--input-file", str(file), "-m", "demo", "-d", **key)
-    first = next(Processes(live).stream(done.stdout.strip()))
+    done = called(home, "run", plain, "--input-file", str(file), "-m", "demo", "-d", **key)
+    first = next(mine.stream(done.stdout.strip()))
     assert first.data["texts"][first.data["body"]["input"]] == given
 
 
 def test_ctrl_c_leaves_it_alone_and_says_how_to_come_back(
-    home: Path, live: Live, key: dict[str, str], plain: str
+    home: Path, mine: Processes, key: dict[str, str], plain: str
 ) -> None:
     with subprocess.Popen(
         [NIMBOS, "run", plain, "Count slowly.", "-m", "demo"],
@@ -126,7 +136,7 @@ def test_ctrl_c_leaves_it_alone_and_says_how_to_come_back(
     found = PID.search(told)
     assert found is not None
     assert f"nimbos logs {found[0]} -f" in told
-    assert Processes(live).over(found[0])["result"] == "one two three four five six seven eight nine ten"
+    assert mine.over(found[0])["result"] == "one two three four five six seven eight nine ten"
 
 
 def test_on_a_terminal_it_asks_and_takes_the_answer(home: Path, tmp_path: Path, key: dict[str, str]) -> None:
@@ -157,7 +167,7 @@ def test_without_a_terminal_it_says_how_to_answer(home: Path, tmp_path: Path, ke
             told += running.stderr.read(1)
         found = PID.search(told)
         assert found is not None
-        assert run(home, "answer", found[0], "Paris", **key).returncode == 0
+        assert called(home, "answer", found[0], "Paris", **key).returncode == 0
         assert running.stdout.read() == "It is Paris.\n"
     assert running.returncode == 0
 
@@ -197,10 +207,14 @@ def test_what_cannot_be_run_is_one_line(home: Path, tmp_path: Path, key: dict[st
     assert "nimbos up" in refusal(tmp_path / "nobody", "run", plain, "x", **key)
 
 
-def test_a_json_object_is_given_as_one(home: Path, live: Live, key: dict[str, str], plain: str) -> None:
-    done = run(home, "run", plain, json.dumps({"rows": 3}), "-m", "demo", "-d", **key)
-    first = next(Processes(live).stream(done.stdout.strip()))
+def test_a_json_object_is_given_as_one(home: Path, mine: Processes, key: dict[str, str], plain: str) -> None:
+    done = called(home, "run", plain, json.dumps({"rows": 3}), "-m", "demo", "-d", **key)
+    first = next(mine.stream(done.stdout.strip()))
     assert first.data["texts"][first.data["body"]["input"]] == {"rows": 3}
+
+
+def refusal(home: Path, *arguments: str, **key: str) -> str:
+    return refused(called(home, *arguments, **key))
 
 
 class Terminal:

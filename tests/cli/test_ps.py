@@ -1,0 +1,249 @@
+"""`nimbos ps`, `logs`, `tree`, `cost`, signals, answers and forks, as somebody at a shell uses them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.batches.test_crash import Server
+from tests.cli.command import NIMBOS, called, environment, make_home, refused
+from tests.live import OWNER_SECRET, PATIENCE_S, write_script
+from tests.processing import CURIOUS, PLAIN, WEATHER, Processes
+
+SCRIPT = {
+    "replies": [
+        {"match": "^Ask", "times": 1, "tool_calls": [{"name": "ask", "arguments": {"question": "Which city?"}}]},
+        {"match": "Paris", "text": "It is Paris."},
+        {"match": "^How warm", "times": 1, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
+        {"match": "degrees", "text": "21 degrees."},
+        {"match": "slowly", "text": " ".join(f"word{n}" for n in range(30)), "tokens_per_second": 12},
+        {"match": "for ever", "text": "word " * 2_000, "tokens_per_second": 20},
+    ],
+    "default": {"text": "Hello to you."},
+}
+KEY = {"NIMBOS_API_KEY": OWNER_SECRET}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("ps"))
+
+
+@pytest.fixture(scope="module")
+def mine(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """On a server that is a process of its own."""
+    server = Server(home, write_script(tmp_path_factory.mktemp("script"), "demo", SCRIPT), "")
+    client = server.start()
+    try:
+        with httpx2.Client(base_url=str(client.base_url).removesuffix("/v1/"), timeout=PATIENCE_S) as http:
+            processes = Processes(http)
+            for files in (PLAIN, CURIOUS, WEATHER):
+                processes.put(files)
+            yield processes
+    finally:
+        client.close()
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def done(mine: Processes) -> str:
+    pid = mine.spawn("weather", "How warm is it?")
+    mine.over(pid)
+    return pid
+
+
+@pytest.fixture
+def asking(mine: Processes) -> str:
+    pid = mine.spawn("curious", "Ask me.")
+    mine.until(pid, "asking")
+    return pid
+
+
+@pytest.fixture
+def busy(mine: Processes) -> Iterator[str]:
+    pid = mine.spawn("plain", "Talk for ever.")
+    next(one for one in mine.stream(pid) if one.kind == "delta")
+    yield pid
+    mine.signal(pid, "kill")
+    mine.over(pid)
+
+
+def document(home: Path, *arguments: str) -> Any:
+    shown = called(home, *arguments, "--json", **KEY)
+    assert shown.returncode == 0, shown.stderr
+    return json.loads(shown.stdout)
+
+
+def shell(home: Path, *arguments: str) -> str:
+    """What a command that succeeds prints."""
+    shown = called(home, *arguments, **KEY)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def refusal(home: Path, *arguments: str) -> str:
+    return refused(called(home, *arguments, **KEY))
+
+
+def test_a_script_reads_what_the_api_tells(home: Path, mine: Processes, done: str, asking: str) -> None:
+    every = document(home, "ps", "-a")
+    assert every["data"] == sorted(every["data"], key=lambda one: one["id"], reverse=True)
+    by_id = {one["id"]: one for one in every["data"]}
+    for name in ("id", "state", "reason", "result", "usage"):
+        assert by_id[done][name] == mine.process(done)[name]
+    assert (by_id[done]["state"], by_id[done]["result"]) == ("done", "21 degrees.")
+    open_ids = [one["id"] for one in document(home, "ps")["data"]]
+    assert asking in open_ids
+    assert done not in open_ids
+
+
+def test_a_person_sees_a_table(home: Path, done: str, asking: str) -> None:
+    table = shell(home, "ps")
+    (line,) = [line for line in table.splitlines() if asking in line]
+    assert "asking (input)" in line
+    assert "curious" in line
+    assert "21 degrees." in next(line for line in shell(home, "ps", "-a").splitlines() if done in line)
+
+
+def test_a_log_is_a_line_for_each_event(home: Path, mine: Processes, done: str) -> None:
+    lines = shell(home, "logs", done).splitlines()
+    events = [one for one in mine.stream(done) if one.id]
+    assert len(lines) == len(events)
+    assert [line.split()[0] for line in lines] == [one.id for one in events]
+    for kind, words in (
+        ("proc.created", "How warm is it?"),
+        ("call.intent", 'weather {"city":"Oslo"}'),
+        ("call.done", '"degrees":21'),
+        ("model.done", "21 degrees."),
+        ("proc.exited", "ok"),
+    ):
+        assert any(kind in line and words in line for line in lines), kind
+    raw = [json.loads(line) for line in shell(home, "logs", done, "--json").splitlines()]
+    assert raw == [one.data for one in events]
+
+
+def test_a_log_that_is_followed_ends_with_its_process(home: Path, mine: Processes) -> None:
+    pid = mine.spawn("plain", "Count slowly.")
+    shown = called(home, "logs", pid, "-f", **KEY)
+    assert shown.returncode == 0
+    assert "proc.exited" in shown.stdout.splitlines()[-1]
+    assert len(shown.stdout.splitlines()) == mine.process(pid)["events"]
+
+
+def test_a_log_that_was_altered_is_found(home: Path, mine: Processes) -> None:
+    pid = mine.spawn("plain", "Say hello.")
+    events = mine.over(pid)["events"]
+    assert shell(home, "logs", pid, "--verify").startswith(f"{events} events")
+    with sqlite3.connect(home / "nimbos.db", timeout=PATIENCE_S) as database:
+        database.execute("UPDATE process_events SET actor = 'nobody' WHERE pid = ? AND seq = 3", (pid,))
+    database.close()
+    assert "event 3" in refusal(home, "logs", pid, "--verify")
+
+
+def test_a_beginning_of_an_id_is_enough_where_it_is_the_only_one(home: Path, mine: Processes, done: str) -> None:
+    for given in (done[:-1], done.removeprefix("proc_")[:-1], done.removeprefix("proc_")):
+        assert shell(home, "tree", given).startswith(done)
+    assert "Several" in refusal(home, "tree", "proc_0")
+    assert "no process" in refusal(home, "tree", "proc_zz")
+    assert "no process" in refusal(home, "logs", f"proc_{'0' * 32}")
+
+
+def test_tree_and_cost_show_who_spent_what(home: Path, mine: Processes, done: str) -> None:
+    assert "weather" in shell(home, "tree", done)
+    assert [one["id"] for one in document(home, "tree", done)["data"]] == [done]
+    cost = document(home, "cost", done)
+    assert cost["total"]["calls"] == 1
+    shown = shell(home, "cost", done)
+    assert f"{cost['total']['output']:,}" in next(line for line in shown.splitlines() if line.startswith("total"))
+
+
+def test_pause_resume_and_kill(home: Path, mine: Processes, busy: str) -> None:
+    assert busy in shell(home, "pause", busy)
+    paused = mine.until(busy, "paused")
+    assert busy in shell(home, "resume", busy)
+    mine.until(busy, "running", last=str(paused["events"]))
+    assert busy in shell(home, "kill", busy)
+    assert mine.over(busy)["reason"] == "killed"
+    for command in ("pause", "resume", "kill"):
+        assert "over" in refusal(home, command, busy)
+
+
+def test_an_answer_is_given_once(home: Path, mine: Processes, asking: str, busy: str) -> None:
+    assert "Which city?" in refusal(home, "answer", asking)
+    assert asking in shell(home, "answer", asking, "Paris")
+    assert mine.over(asking)["result"] == "It is Paris."
+    assert "asks nothing; it is done (ok)" in refusal(home, "answer", asking, "Paris")
+    assert "asks nothing; it is running" in refusal(home, "answer", busy, "Paris")
+
+
+def test_a_budget_is_topped_up(home: Path, mine: Processes) -> None:
+    pid = mine.spawn("plain", "Count slowly.", budget={"tokens": 12})
+    mine.until(pid, "asking")
+    assert "--tokens" in refusal(home, "answer", pid, "more")
+    assert "not both" in refusal(home, "answer", pid, "more", "--tokens", "5")
+    assert "more to spend" in shell(home, "answer", pid, "--tokens", "5000")
+    assert mine.over(pid)["reason"] == "ok"
+
+
+def test_forks_are_made_adopted_and_dropped(home: Path, mine: Processes, asking: str) -> None:
+    at = mine.process(asking)["events"]
+    kept, dropped = shell(home, "fork", asking, "-n", "2", "--at", str(at)).split()
+    for fork in (kept, dropped):
+        mine.until(fork, "asking", last=str(at))
+    assert kept in shell(home, "adopt", kept)
+    assert not mine.process(kept)["withheld"]
+    assert dropped in shell(home, "drop", dropped)
+    assert mine.over(dropped)["reason"] == "killed"
+    assert "no fork" in refusal(home, "adopt", asking)
+    assert "no fork" in refusal(home, "drop", asking)
+    assert "no event" in refusal(home, "fork", asking, "--at", "9999")
+
+
+def test_without_a_server_every_command_says_so(tmp_path: Path) -> None:
+    for words in (("ps",), ("logs", "proc_1"), ("kill", "proc_1"), ("answer", "proc_1", "x"), ("fork", "proc_1")):
+        assert "nimbos up" in refusal(tmp_path, *words)
+
+
+def test_a_run_outlives_the_server_that_began_it(tmp_path: Path) -> None:
+    """Killed in the middle of a sentence and started again: the one who watches sees the sentence once, and whole."""
+    home = make_home(tmp_path)
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name, text in PLAIN.items():
+        (folder / name).write_text(text)
+    server = Server(home, write_script(tmp_path, "demo", SCRIPT), "")
+    server.start().close()
+    try:
+        with subprocess.Popen(
+            [NIMBOS, "run", str(folder), "Count slowly.", "-m", "demo"],
+            env=environment(home, **KEY),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            assert running.stderr is not None
+            assert running.stdout is not None
+            told = ""
+            while "word9" not in told:
+                told += running.stderr.read(1)
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+            server.start().close()
+            told += running.stderr.read()
+            assert running.stdout.read() == f"{SCRIPT['replies'][4]['text']}\n"
+        assert running.returncode == 0
+    finally:
+        server.kill()
+    words = re.findall(r"word\d+", told)
+    assert words[-1] == "word29"
+    assert len(words) < 2 * 30
