@@ -39,7 +39,7 @@ class Bells:
     """Used from the server's event loop alone."""
 
     def __init__(self) -> None:
-        self._mail: dict[str, asyncio.Event] = {}
+        self._running: dict[str, Callable[[], None]] = {}
         self._followers: defaultdict[str, set[Follower]] = defaultdict(set)
         self._watching: defaultdict[str, int] = defaultdict(int)
         self._on_work: list[Callable[[], None]] = []
@@ -48,7 +48,7 @@ class Bells:
 
     @property
     def running(self) -> tuple[str, ...]:
-        return tuple(self._mail)
+        return tuple(self._running)
 
     def answer(
         self, *, work: Callable[[], None] | None = None, timer: Callable[[str, int], None] | None = None
@@ -59,19 +59,20 @@ class Bells:
         if timer is not None:
             self._on_timer.append(timer)
 
-    def run(self, pid: str, mail: asyncio.Event) -> None:
-        self._mail[pid] = mail
+    def run(self, pid: str, ring: Callable[[], None]) -> None:
+        """`ring` is called for mail, until `ran`."""
+        self._running[pid] = ring
         self.look.set()
 
     def ran(self, pid: str) -> None:
-        self._mail.pop(pid, None)
+        self._running.pop(pid, None)
 
     def posted(self, pid: str, *, woken: bool) -> None:
         """A signal is committed."""
         if woken:
             self.work()
-        elif (mail := self._mail.get(pid)) is not None:
-            mail.set()
+        elif (ring := self._running.get(pid)) is not None:
+            ring()
         self.appended(pid)
 
     def work(self) -> None:

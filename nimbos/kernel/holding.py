@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from nimbos.db import Database, Transaction
@@ -45,6 +46,14 @@ class Parked(Exception):
 
 class Exited(Exception):
     """The run is over, and so is the process."""
+
+
+class Stop(StrEnum):
+    """Whether what is in the mailbox ends the run before it ends by itself."""
+
+    NO = "no"
+    AFTER_CALLS = "after calls"  # a call goes on whose outcome would be unknown if it were cut off
+    NOW = "now"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +94,14 @@ class Holding:
         self.view = view
         self.holder = holder
         self.mail = asyncio.Event()
+        self.rung = asyncio.Event()  # the runner's own, who alone clears it
         self.closing = closing
         self._shared = shared
         self._folding = threading.Lock()
+
+    def ring(self) -> None:
+        self.mail.set()
+        self.rung.set()
 
     @property
     def watched(self) -> bool:
@@ -159,13 +173,15 @@ class Holding:
             await self._settle(ended)
         return [signal for signal in self.view.signals if signal.seq > begun]
 
-    async def urgent(self) -> bool:
-        """Whether something waits in the mailbox for which the run must stop. Nothing is taken."""
+    async def must_stop(self) -> Stop:
+        """For what waits in the mailbox; nothing is taken."""
         rows = await self._shared.database.read(mailbox.PEEK(process=self.pid, most=mailbox.UNREAD_MAX))
         signals = {SignalKind(row["signal"]) for row in rows}
         if signals & {SignalKind.KILL, SignalKind.CANCEL}:
-            return True
-        return SignalKind.PAUSE in signals and not self._in_the_world()
+            return Stop.NOW
+        if SignalKind.PAUSE not in signals:
+            return Stop.NO
+        return Stop.AFTER_CALLS if self.in_the_world() else Stop.NOW
 
     async def park(
         self,
@@ -211,7 +227,7 @@ class Holding:
 
         await self._settle(await self._shared.database.run(begin, durable=True))
 
-    def _in_the_world(self) -> bool:
+    def in_the_world(self) -> bool:
         """Whether a call is going on whose outcome would be unknown if it were cut off."""
         calls = self.view.calls.values()
         return any(call.status is CallStatus.STARTED and call.intent.effect not in HARMLESS for call in calls)

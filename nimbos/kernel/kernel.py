@@ -83,12 +83,13 @@ class Kernel(Looking):
         self._forks = Forks(database, self.log, self.work, bells=self.bells, workspaces=self.workspaces)
         self._timers = Timers(database, self.log, self.work, self.bells, self.shared.clock)
         self._crew: Crew | None = None
+        self._runner: Runner | None = None
         self._looking: asyncio.Task[None] | None = None
 
     async def start(self, drive: Drive | None = None) -> None:
         """`drive`: for tests; otherwise agents and durable functions are driven."""
         drive = drive or driver(self.shared, service=self.service, programs=self.programs, workspaces=self.workspaces)
-        runner = Runner(self.shared, shelf=self.programs, resolve=self._resolve, drive=drive)
+        self._runner = runner = Runner(self.shared, shelf=self.programs, resolve=self._resolve, drive=drive)
         self._crew = Crew(
             self.database, self.work, places=self._places, claim=self._claim, run=runner.run, owner=self._owner
         )
@@ -103,6 +104,8 @@ class Kernel(Looking):
             self._looking.cancel()
             await asyncio.wait({self._looking})
         await self._timers.close()
+        if self._runner is not None:
+            self._runner.closing = True
         if self._crew is not None:
             await self._crew.close()
 

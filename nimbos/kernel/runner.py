@@ -1,6 +1,6 @@
 """Runs a process that this server has claimed: folds its log, drives it until it parks or exits, and obeys signals.
 
-    claim ─▶ seize (running, a new epoch) ─▶ fold ─▶ key still good? ─▶ drive ─▶ park or exit, in their transactions
+    claim ─▶ fold ─▶ seize (running, a new epoch) ─▶ key still good? ─▶ drive ─▶ park or exit, in their transactions
                                                        │  mail rings: pause, cancel, kill stop the driving
 
 Anything else that ends a run leaves the process running in the eyes of the log; whoever claims it next makes it ready
@@ -19,9 +19,9 @@ import structlog
 from nimbos.db import Transaction
 from nimbos.errors import NotFound, NotReady, StorageUnavailable, Unauthorized
 from nimbos.kernel.events import Event, ProcState
-from nimbos.kernel.faults import FromNewerVersion, Illegal
+from nimbos.kernel.faults import FromNewerVersion, Illegal, Unreadable
 from nimbos.kernel.fold import fold
-from nimbos.kernel.holding import Exited, Holding, Parked, Shared
+from nimbos.kernel.holding import Exited, Holding, Parked, Shared, Stop
 from nimbos.kernel.log import Draft, Holder
 from nimbos.kernel.processes import Head, locked_head, raise_epoch
 from nimbos.kernel.programs import Program
@@ -31,6 +31,10 @@ from nimbos.types import Account
 from nimbos.work import Claim, ClaimLost
 
 FAILURES_MAX = 5  # runs of a process that end by a fault of ours, one after the other
+UNREADABLE_RETRY_S = 60.0  # a newer version may have come meanwhile
+LONG_LOG = 2_000  # events that are folded beside the loop
+CALLS_TICK_S = 0.1
+CALLS_GRACE_S = 5.0
 _FAILURES_KEPT = 10_000
 
 _log = structlog.get_logger(__name__)
@@ -52,6 +56,7 @@ class Runner:
         self._shelf = shelf
         self._resolve = resolve
         self._drive = drive
+        self.closing = False  # the server stops
         self._over: dict[str, asyncio.Event] = {}
         self._failures: dict[str, int] = {}
 
@@ -68,48 +73,65 @@ class Runner:
             over.set()
 
     async def _run(self, claim: Claim) -> None:
-        seized = await self._shared.database.run(lambda: self._seize(claim), durable=True)
+        try:
+            view = await self._folded(claim.ref)
+        except (FromNewerVersion, Unreadable, Illegal) as error:
+            _log.error("process.unreadable", process=claim.ref, code=error.code)
+            await self._shared.database.run(lambda: self._shared.work.release(claim, delay_s=UNREADABLE_RETRY_S))
+            return
+        seized = await self._shared.database.run(lambda: self._seize(claim, view), durable=True)
         if seized is None:
             return
-        head, holder = seized
+        head, holder, events = seized
+        fold(events, view)
         self._shared.bells.appended(head.pid)
         async with AsyncExitStack() as closing:
             try:
-                holding = await self._holding(head, holder, closing)
+                holding = await self._holding(head, holder, view, closing)
                 await self._until_it_ends(holding)
             except (Parked, Exited):
                 self._failures.pop(head.pid, None)
             except asyncio.CancelledError:
                 await self._hand_back(holder)
                 raise
-            except (ClaimLost, StorageUnavailable, NotReady, FromNewerVersion):
+            except (ClaimLost, StorageUnavailable, NotReady):
                 raise  # no fault of the process
             except Exception:
                 self._note_failure(head.pid)
                 raise
 
-    def _seize(self, claim: Claim) -> Transaction[tuple[Head, Holder] | None]:
+    async def _folded(self, pid: str) -> View:
+        """Before anything is written, so that a log which this version cannot read stays as it is. Of a process that
+        is gone: nothing."""
+        try:
+            events = [event async for event in self._shared.log.all(pid)]
+        except NotFound:
+            return View()
+        return await asyncio.to_thread(fold, events) if len(events) > LONG_LOG else fold(events)
+
+    def _seize(self, claim: Claim, view: View) -> Transaction[tuple[Head, Holder, list[Event]] | None]:
         """None: there is nothing to run, and the claim is ended."""
         yield from self._shared.work.check(claim)
-        try:
-            head = yield from locked_head(claim.ref)
-        except NotFound:
-            head = None
-        if head is None or head.state not in (State.READY, State.RUNNING):
+        if not view.seq:
             yield from self._shared.work.finish(claim)
             return None
+        head = yield from locked_head(claim.ref)
+        if head.state not in (State.READY, State.RUNNING):
+            yield from self._shared.work.finish(claim)
+            return None
+        if head.seq != view.seq:  # a holder that lost it was just writing
+            raise ClaimLost(claim)
         holder = Holder(pid=head.pid, claim=claim, epoch=(yield from raise_epoch(head.pid)))
         drafts = [Draft(body=ProcState(to=State.RUNNING))]
         if head.state is State.RUNNING:  # its server died, or lost it
             drafts.insert(0, Draft(body=ProcState(to=State.READY)))
-        yield from self._shared.log.append(head.pid, drafts, holder=holder)
-        return head, holder
+        events = yield from self._shared.log.append(head.pid, drafts, holder=holder)
+        return head, holder, events
 
-    async def _holding(self, head: Head, holder: Holder, closing: AsyncExitStack) -> Holding:
+    async def _holding(self, head: Head, holder: Holder, view: View, closing: AsyncExitStack) -> Holding:
         """Raises: Parked for a key that does not hold any more; Exited for a program that is gone."""
-        view = await self._folded(head.pid)
         holding = Holding(self._shared, account=head.spawner, view=view, holder=holder, closing=closing)
-        self._shared.bells.run(head.pid, holding.mail)
+        self._shared.bells.run(head.pid, holding.ring)
         closing.callback(self._shared.bells.ran, head.pid)
         await holding.take_mail()
         if self._failures.get(head.pid, 0) >= FAILURES_MAX:
@@ -127,16 +149,15 @@ class Runner:
             await holding.exit(Reason.FAILED, error=error.message)
         return holding
 
-    async def _folded(self, pid: str) -> View:
-        events: list[Event] = [event async for event in self._shared.log.all(pid)]
-        return await asyncio.to_thread(fold, events) if len(events) > 2_000 else fold(events)
-
     async def _until_it_ends(self, holding: Holding) -> None:
         """Raises: Parked, Exited, and whatever the driving raises."""
         while True:
             driving = asyncio.ensure_future(self._drive(holding))
             try:
                 await self._until_it_must_stop(holding, driving)
+            except asyncio.CancelledError:
+                await self._let_calls_end(holding, driving)
+                raise
             finally:
                 await _stopped(driving)
             if not driving.cancelled():
@@ -146,17 +167,28 @@ class Runner:
             await holding.take_mail()  # which parks or exits, unless it was resumed meanwhile
 
     async def _until_it_must_stop(self, holding: Holding, driving: asyncio.Future[None]) -> None:
+        stop = Stop.NO
         while not driving.done():
-            ringing = asyncio.create_task(holding.mail.wait())
+            ringing = asyncio.create_task(holding.rung.wait())
+            both: set[asyncio.Future[Any]] = {driving, ringing}
+            timeout_s = None if stop is Stop.NO else CALLS_TICK_S
             try:
-                both: set[asyncio.Future[Any]] = {driving, ringing}
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(both, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 ringing.cancel()
             if not driving.done():
-                holding.mail.clear()
-                if await holding.urgent():
+                holding.rung.clear()
+                stop = await holding.must_stop()
+                if stop is Stop.NOW:
                     return
+
+    async def _let_calls_end(self, holding: Holding, driving: asyncio.Future[None]) -> None:
+        """When the server stops, a call whose outcome would be unknown is given a moment to have one."""
+        if self.closing:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CALLS_GRACE_S):
+                    while holding.in_the_world() and not driving.done():
+                        await asyncio.wait({driving}, timeout=CALLS_TICK_S)
 
     async def _hand_back(self, holder: Holder) -> None:
         """This server stops, or has lost the claim already."""
@@ -179,3 +211,5 @@ async def _stopped(driving: asyncio.Future[None]) -> None:
     """Waits until what it started is put away."""
     driving.cancel()
     await asyncio.wait({driving})
+    if not driving.cancelled():
+        driving.exception()  # which somebody raises, or nobody asks for any more

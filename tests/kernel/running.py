@@ -13,8 +13,12 @@ from nimbos.blobs import open_blobs
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Delta, Event, Head, Kernel, SignalKind, State
+from nimbos.kernel.effects import effect_key
+from nimbos.kernel.events import CallIntent, CallStarted
 from nimbos.kernel.holding import Holding
+from nimbos.kernel.log import Draft
 from nimbos.kernel.timers import SteadyClock
+from nimbos.kernel.words import Effect, Verb
 from nimbos.types import Account, new_id
 from nimbos.work import Work
 from tests.ledger.shop import shop
@@ -99,6 +103,20 @@ async def running(
             yield place
         finally:
             await kernel.close()
+
+
+async def begin_call(holding: Holding, call_id: str, effect: Effect) -> None:
+    """Until a driver has it, as the gate does."""
+    intent = CallIntent(
+        call_id=call_id,
+        verb=Verb.TOOL,
+        resource="send",
+        effect=effect,
+        key=effect_key(holding.pid, call_id),
+        arguments=await holding.put({}),
+    )
+    started = CallStarted(call_id=call_id, attempt=1)
+    await holding.append(Draft(body=intent, call_id=call_id), Draft(body=started, call_id=call_id))
 
 
 async def told(place: Place, pid: str, *, after: int = 0) -> list[Event | Delta]:

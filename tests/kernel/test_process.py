@@ -6,16 +6,21 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
+from sqlalchemy import update
 
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Statement, Transaction
+from nimbos.db.tables.kernel import process_events
 from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unauthorized
 from nimbos.kernel import Delta, Event, Reason, SignalKind, State
-from nimbos.kernel.events import Note
+from nimbos.kernel.events import CallDone, Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
+from nimbos.kernel.runner import FAILURES_MAX
+from nimbos.kernel.words import Effect
 from nimbos.types import Account, AskClass
-from tests.kernel.running import ACCOUNT, OTHER, running, told
+from nimbos.work import Claim, crew
+from tests.kernel.running import ACCOUNT, OTHER, PATIENCE_S, begin_call, running, told
 
 SAID = Draft(body=Note(about="said", text="a word"))
 
@@ -125,6 +130,77 @@ async def test_a_program_that_ends_without_an_exit_has_failed(database: Database
         head = await place.over(await place.spawn())
         assert head.reason is Reason.FAILED
         assert "without saying" in head.error
+
+
+async def test_a_process_that_fails_by_our_fault_again_and_again_fails_in_the_end(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "RETRY_S", 0.0)
+
+    async def stumble(holding: Holding) -> None:
+        await holding.append(SAID)
+        raise ZeroDivisionError
+
+    async with running(database, database_settings, {"plain": stumble}) as place:
+        pid = await place.spawn()
+        head = await place.over(pid)
+        assert (head.reason, head.epoch) == (Reason.FAILED, FAILURES_MAX + 1)
+        assert "fault of the server" in head.error
+        assert (await place.kinds(pid)).count("note") == FAILURES_MAX
+
+
+async def test_a_log_from_a_newer_version_is_left_as_it_is(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = Statement(update(process_events).values(version=99))
+
+    def write() -> Transaction[None]:
+        yield newer()
+
+    async with running(database, database_settings, {"plain": say_and_end}, start=False) as place:
+        pid = await place.spawn()
+        before = await place.head(pid)
+        await database.run(write)
+        released = asyncio.Event()
+        release = place.kernel.work.release
+
+        def told(claim: Claim, *, delay_s: float = 0.0) -> Transaction[bool]:
+            released.set()
+            return release(claim, delay_s=delay_s)
+
+        monkeypatch.setattr(place.kernel.work, "release", told)
+        await place.kernel.start(place.drive)
+        async with asyncio.timeout(PATIENCE_S):
+            await released.wait()
+        other = await place.spawn()
+        assert (await place.over(other)).reason is Reason.OK
+        assert await place.head(pid) == before
+
+
+async def test_a_server_that_stops_lets_a_call_end_whose_outcome_would_be_unknown(
+    database: Database, database_settings: Settings
+) -> None:
+    sent, closing = asyncio.Event(), asyncio.Event()
+
+    async def send_mail(holding: Holding) -> None:
+        if holding.view.calls_made:
+            await holding.exit(Reason.OK)
+        await begin_call(holding, "one", Effect.OPAQUE)
+        sent.set()
+        await closing.wait()
+        done = CallDone(call_id="one", result=await holding.put("sent"), size_bytes=4)
+        await holding.append(Draft(body=done, call_id="one"))
+        await asyncio.Event().wait()
+
+    async with running(database, database_settings, {"plain": send_mail}) as place:
+        pid = await place.spawn()
+        await sent.wait()
+        stopping = asyncio.create_task(place.kernel.close())
+        await asyncio.wait({stopping}, timeout=0)
+        closing.set()
+        await stopping
+        assert (await place.kinds(pid))[-2:] == ["call.done", "proc.state"]
+        assert (await place.head(pid)).state is State.READY
 
 
 async def test_a_key_that_is_good_no_more_parks_the_process_and_a_resume_asks_again(

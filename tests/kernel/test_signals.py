@@ -10,12 +10,11 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel import Reason, SignalKind, State, mailbox
-from nimbos.kernel.effects import effect_key
-from nimbos.kernel.events import CallDone, CallIntent, CallStarted, Note, SignalConsumed
+from nimbos.kernel.events import CallDone, Note, SignalConsumed
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
-from nimbos.kernel.words import Effect, Verb
-from tests.kernel.running import Place, running
+from nimbos.kernel.words import Effect
+from tests.kernel.running import Place, begin_call, running
 
 PATIENCE_S = 30
 
@@ -166,17 +165,7 @@ async def test_a_pause_waits_for_a_call_whose_outcome_would_be_unknown(
     async def send_mail(holding: Holding) -> None:
         if holding.view.calls_made:
             await holding.exit(Reason.OK)
-        intent = CallIntent(
-            call_id="one",
-            verb=Verb.TOOL,
-            resource="send",
-            effect=Effect.OPAQUE,
-            key=effect_key(holding.pid, "one"),
-            arguments=await holding.put({}),
-        )
-        await holding.append(
-            Draft(body=intent, call_id="one"), Draft(body=CallStarted(call_id="one", attempt=1), call_id="one")
-        )
+        await begin_call(holding, "one", Effect.OPAQUE)
         sent.set()
         await end.wait()
         done = CallDone(call_id="one", result=await holding.put("sent"), size_bytes=4)
