@@ -123,4 +123,6 @@ def _tag(path: str) -> str:
         return "anthropic"
     if path.startswith(("/v1/organization", "/v1/console")):
         return "administration"
+    if path.startswith(("/v1/processes", "/v1/programs")):
+        return "agents"
     return "openai" if path.startswith("/v") else "server"

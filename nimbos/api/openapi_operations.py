@@ -31,6 +31,8 @@ from nimbos.api import (
     openai_embeddings,
     openai_wire,
     own_usage,
+    process_wire,
+    processes,
     rerank,
     responses_compact,
     responses_conversations,
@@ -53,6 +55,7 @@ from nimbos.api.admin import (
 )
 from nimbos.api.anthropic_body import MessagesBody
 from nimbos.api.chat_request import ChatBody
+from nimbos.api.process_signals import SignalBody
 from nimbos.api.programs import ProgramBody, ProgramList, ProgramTold
 
 EVENTS = "text/event-stream"
@@ -74,6 +77,7 @@ _CHAT = (EVENTS,)
 _RANKING = Operation(takes=rerank.RerankBody, gives=rerank.Ranking)
 _GENERATION = Operation(takes=dashscope_request.GenerationBody, gives=dashscope_wire.Reply, media=_CHAT)
 _REFUSED = Operation()
+_PROCESS = "/v1/processes/{pid}"
 
 OPERATIONS: Mapping[str, Operation] = {
     "GET /health": Operation(),
@@ -154,6 +158,18 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /api/push": _REFUSED,
     "POST /api/blobs/{digest}": _REFUSED,
     # ours
+    "POST /v1/processes": Operation(takes=processes.ProcessBody, gives=process_wire.ProcessTold),
+    "GET /v1/processes": Operation(gives=process_wire.ProcessList),
+    f"GET {_PROCESS}": Operation(gives=process_wire.ProcessTold),
+    f"DELETE {_PROCESS}": Operation(gives=process_wire.ProcessTold),
+    f"GET {_PROCESS}/events": Operation(media=(EVENTS,)),
+    f"GET {_PROCESS}/segments/{{hash}}": Operation(media=("application/octet-stream",)),
+    f"POST {_PROCESS}/signals": Operation(takes=SignalBody, gives=process_wire.SignalTold),
+    f"POST {_PROCESS}/fork": Operation(takes=processes.ForkBody, gives=process_wire.Family),
+    f"POST {_PROCESS}/adopt": Operation(gives=process_wire.ProcessTold),
+    f"GET {_PROCESS}/tree": Operation(gives=process_wire.Family),
+    f"GET {_PROCESS}/cost": Operation(gives=process_wire.CostTold),
+    f"GET {_PROCESS}/verify": Operation(gives=process_wire.VerifiedTold),
     "POST /v1/programs": Operation(takes=ProgramBody, gives=ProgramTold),
     "GET /v1/programs": Operation(gives=ProgramList),
     "GET /v1/programs/{program}": Operation(gives=ProgramTold),
