@@ -203,6 +203,12 @@ class Agent:
     def _telling(self, holding: Holding) -> _Telling:
         return _Telling(self._segments, holding)
 
+    async def next_request(self, holding: Holding) -> ThinkRequest:
+        """What the model is asked where the view stands, if it is asked there: for replays."""
+        step = decide(holding.view, turns_most=holding.view.turns + 1)
+        request, _ = await self._request(holding, corrected=isinstance(step, Think) and step.corrected)
+        return request
+
     async def _request(self, holding: Holding, *, corrected: bool) -> tuple[ThinkRequest, Window]:
         program = holding.program
         messages = await load(self._segments, holding.view.account, holding.view.context)

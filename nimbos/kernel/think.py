@@ -152,7 +152,7 @@ class Thinker:
     ) -> Thought | None:
         """None: it was ended by its budget, in its middle."""
         asked = await self.plan(holding, request)
-        fingerprint = _fingerprint(asked)
+        fingerprint = hash_of(asked)
         before = _to_go_on_with(holding.view, fingerprint, purpose=purpose, step=step)
         ask = _ask_of(holding, asked, seed=request.sampling.seed, before=before)
         if before is not None:
@@ -259,7 +259,7 @@ def _kept(request: ThinkRequest) -> Any:
     return msgspec.to_builtins(request, str_keys=True)
 
 
-def _fingerprint(asked: Asked) -> str:
+def hash_of(asked: Asked) -> str:
     """Token ids of an answer mean something to the same model alone, and behind the same question."""
     question = msgspec.json.encode(asked.request, order="deterministic")
     return hashlib.sha256(f"{asked.card.model_hash}\n".encode() + question).hexdigest()[:_FINGERPRINT_CHARACTERS]
@@ -277,7 +277,6 @@ def _ask_of(holding: Holding, asked: Asked, *, seed: int, before: Turn | None) -
     view, plan, request = holding.view, asked.plan, asked.request
     ask_id = new_id("ask")
     root = before.ask_ids[0] if before is not None else ask_id
-    chosen = _seed(root) if not seed else seed if view.forked_from is None else _seed(f"{seed}\n{view.pid}")
     return Ask(
         id=ask_id,
         account=holding.account.id,
@@ -286,7 +285,7 @@ def _ask_of(holding: Holding, asked: Asked, *, seed: int, before: Turn | None) -
         emitted={0: before.emitted} if before is not None and before.emitted else {},
         ask_class=_class_of(holding),
         limit_tokens=request.max_tokens,
-        sampling=msgspec.structs.replace(request.sampling, seed=chosen),
+        sampling=msgspec.structs.replace(request.sampling, seed=seed_for(view, seed, root)),
         stop=plan.stop,
         grammar=plan.grammar,
         thinking=plan.thinking,
@@ -298,6 +297,13 @@ def _class_of(holding: Holding) -> AskClass:
     scopes = holding.account.scopes
     may = f"class:{AskClass.INTERACTIVE}" in scopes or not any(scope.startswith("class:") for scope in scopes)
     return AskClass.INTERACTIVE if holding.watched and may else holding.view.ask_class
+
+
+def seed_for(view: View, seed: int, root: str) -> int:
+    """`seed`: as the program wants it, 0 for none. `root`: the ask with which the answer began."""
+    if not seed:
+        return _seed(root)
+    return seed if view.forked_from is None else _seed(f"{seed}\n{view.pid}")
 
 
 def _seed(word: str) -> int:
