@@ -4,8 +4,8 @@
              ├─▶ started again                      pure and idempotent; checkable, if it did not happen
              └─▶ unknown ─▶ a person's word         opaque, and what cannot be told even so
 
-A driver that loses a call while its server lives may try again a few times; a call that a dead server left behind is
-taken up again however often servers die.
+A driver that loses a call while its server lives may try again a few times. A call that a dead server left behind is
+taken up again more often, but not for ever: it may be what kills them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nimbos.kernel.tools import ToolWorkers
 from nimbos.kernel.words import Effect, Reason, State, Verdict
 
 TRIES_MAX = 3
+RECOVERIES_MAX = 20
 
 
 class Outward:
@@ -71,6 +72,8 @@ class Outward:
             return await self._verify(holding, call, arguments, also)
         if recovery is Recovery.ASK:
             return await self._lose(holding, call)
+        if call.attempts >= RECOVERIES_MAX:
+            return await self._give_up(holding, call, also)
         await calling.again(holding, call)
         return await self._run(holding, call.intent.call_id, arguments, also)
 
@@ -131,6 +134,14 @@ class Outward:
             verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
         ending = Ending(reserved_ms=calling.reserved_ms(holding, intent))
         return await calling.finish(holding, self._segments, intent.call_id, verified, ending, also=also)
+
+    async def _give_up(self, holding: Holding, call: Call, also: Also) -> Outcome | Wait:
+        if call.intent.effect is not Effect.PURE:
+            return await self._lose(holding, call)
+        why = f"The call was begun {call.attempts} times, and each time the server died before it ended."
+        ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent))
+        answered = Answered(value=why, error="died")
+        return await calling.finish(holding, self._segments, call.intent.call_id, answered, ending, also=also)
 
     async def _lose(self, holding: Holding, call: Call) -> Wait:
         await calling.lost(holding, call)

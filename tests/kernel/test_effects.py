@@ -12,7 +12,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.db.statements import Statement
 from nimbos.db.tables.kernel import process_effects
-from nimbos.kernel import Reason
+from nimbos.kernel import Reason, outward
 from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
 from nimbos.kernel.words import Effect
 from tests.kernel.gating import Calls, Gated, gated, tool
@@ -106,6 +106,21 @@ async def test_what_nobody_can_know_is_never_repeated_and_a_person_is_asked(
         assert await at.calls_of(pid, "c1") == ["intent", "started", "unknown"]
         assert calls.outcomes == {}
         assert head.used["calls"] == 1  # what nobody knows is settled as it was reserved
+
+
+@pytest.mark.parametrize(("name", "asked"), [("look", False), ("pay", True)])
+async def test_a_call_that_was_begun_too_often_is_given_up(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, asked: bool
+) -> None:
+    monkeypatch.setattr(outward, "RECOVERIES_MAX", 1)
+    async with Cut(database, database_settings) as cut:
+        at, pid, calls = await cut.off(name, {"hold": True})
+        if asked:
+            await at.asking(pid, Reason.IN_DOUBT)
+        else:
+            await at.place.over(pid)
+            assert calls.outcomes["c1"].error == "died"
+        assert len(at.done(pid)) == 1
 
 
 async def test_a_tool_that_takes_its_process_along_is_run_again_a_few_times(

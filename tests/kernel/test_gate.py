@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -203,3 +204,26 @@ async def test_a_call_has_no_more_time_than_is_left_of_its_budget(
         assert calls.outcomes["c1"].error == "deadline"
         (intent,) = [body for _, body in await at.log(pid) if isinstance(body, CallIntent)]
         assert intent.deadline_ms == 1000
+
+
+async def test_what_running_calls_hold_of_a_budget_is_waited_for(
+    database: Database, database_settings: Settings
+) -> None:
+    async with gated(database, database_settings) as at:
+        waited: list[Any] = []
+
+        async def body(holding: Holding) -> None:
+            await holding.take_mail()
+            first = asyncio.create_task(at.gate.call(holding, tool("look", {"hold": True})))
+            await at.started(holding.pid, "look")
+            waited.append(await at.gate.attempt(holding, tool("look", id="c2")))
+            at.go(holding.pid)
+            waited.append((await first).error)
+            await holding.exit(Reason.OK)
+
+        at.place.bodies["plain"] = body
+        pid = await at.spawn(budget=Allowance(calls=1))
+        await at.place.over(pid)
+        assert (waited[0].state, waited[0].reason, waited[0].about) == (State.WAITING, Reason.TOOL, ("c2",))
+        assert waited[0].due_ms is not None and waited[1] == ""
+        assert await at.calls_of(pid, "c2") == []

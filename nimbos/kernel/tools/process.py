@@ -63,7 +63,12 @@ class WorkerProcess:
             raise
         finally:
             os.close(life_theirs)
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_READ_BYTES)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours, limit=_READ_BYTES)
+        except BaseException:
+            os.close(life)  # which it does not outlive
+            await process.wait()
+            raise
         return cls(process, reader, writer, life)
 
     @property

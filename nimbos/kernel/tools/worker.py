@@ -171,7 +171,15 @@ class ToolWorker:
         return FunctionRun(self, live)
 
     async def close(self) -> None:
-        """Ends the process; calls in flight have died."""
+        """Ends the process; calls in flight have died. Cancelled, it still waits until the process is gone."""
+        closing = asyncio.create_task(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait({closing})
+            raise
+
+    async def _close(self) -> None:
         if self._live is not None:
             await self._bury(self._live, "its program was parked or ended")
         for ending in list(self._endings):
