@@ -7,7 +7,8 @@ Whoever has an account sees that account's processes, and nobody else's (`lookin
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nimbos.kernel.looking import POLL_S, Looking
 from nimbos.kernel.mailbox import KIND, Mail, Posted, post
 from nimbos.kernel.programs import Programs
 from nimbos.kernel.recovery import crew_name
+from nimbos.kernel.replay import Folded, Replayed, Replays
 from nimbos.kernel.runner import Drive, Resolve, Runner
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.timers import SteadyClock, Timers
@@ -81,6 +83,7 @@ class Kernel(Looking):
         self._owner = crew_name(server)
         self._places = places
         self._forks = Forks(database, self.log, self.work, bells=self.bells, workspaces=self.workspaces)
+        self._replays = Replays(self.shared, service=service, programs=self.programs, workspaces=self.workspaces)
         self._timers = Timers(database, self.log, self.work, self.bells, self.shared.clock)
         self._crew: Crew | None = None
         self._runner: Runner | None = None
@@ -219,6 +222,14 @@ class Kernel(Looking):
         """Ends a fork and forgets its files. Raises: NotFound; Conflict for what is no fork."""
         await self.find(account, pid)
         await self._forks.drop(pid, source=_user(account))
+
+    async def replay(self, account: Account, pid: str, *, model: str = "") -> AsyncGenerator[Replayed | Folded, None]:
+        """The process's answers, folded from its log, and what `model` says to the same questions; nothing is done.
+        Close the iterator (`contextlib.aclosing`). Raises: NotFound, ModelNotFound, Forbidden, and what asking does."""
+        head = await self.find(account, pid)
+        async with aclosing(self._replays.replay(account, head, model=model)) as replayed:
+            async for one in replayed:
+                yield one
 
     def _claim(self, n: int) -> Transaction[list[Claim]]:
         return self.work.claim(KIND, self._owner, n)

@@ -78,15 +78,16 @@ async def minds(
     settings: Settings,
     script: Mapping[str, Any],
     *,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
     server: str = "one",
     start: bool = True,
     model_hash: str = "0" * 64,
 ) -> AsyncIterator[Minds]:
     home = Path(settings.home)
     home.mkdir(parents=True, exist_ok=True)
-    (home / "demo.json").write_text(json.dumps(script))
-    says, _ = Script.read(home / "demo.json")
-    async with shop(database, home / server, says=says, model_hash=model_hash) as open_shop:
+    says = _read(home, "demo", script)
+    also = {name: _read(home, name, other) for name, other in (others or {}).items()}
+    async with shop(database, home / server, says=says, others=also, model_hash=model_hash) as open_shop:
         kernel = Kernel(
             database=database,
             blobs=open_blobs(settings, database),
@@ -112,6 +113,11 @@ def calling(name: str, **arguments: Any) -> dict[str, Any]:
 def words(count: int, *, rate: float | None = None) -> dict[str, Any]:
     """A reply of so many tokens, each another word."""
     return {"text": " ".join(f"w{number}" for number in range(count)), "tokens_per_second": rate}
+
+
+def _read(home: Path, name: str, script: Mapping[str, Any]) -> Script:
+    (home / f"{name}.json").write_text(json.dumps(script))
+    return Script.read(home / f"{name}.json")[0]
 
 
 async def _same(account: Account) -> Account:

@@ -114,12 +114,13 @@ async def shop(
     home: Path,
     *,
     says: Script | None = None,
+    others: Mapping[str, Script] | None = None,
     models: tuple[Path, ...] = (),
     patience_s: float = 10.0,
     recover: bool = True,
     model_hash: str = "0" * 64,
 ) -> AsyncIterator[Shop]:
-    """`models`: GGUF files; their id is the file's stem."""
+    """`others`: scripted models beside `demo`, by id. `models`: GGUF files; their id is the file's stem."""
     settings = settings_in(home)
     meters = MeterFile.create(settings.run_dir)
     books = Books(database, server_id=meters.path.stem)
@@ -129,8 +130,10 @@ async def shop(
     )
     if recover:
         await Recovery(database=database, ledger=books.ledger, run_dir=settings.run_dir).recover()
-    demo = ScriptedSource(says or script(), model_id="demo", model_hash=model_hash)
-    demo.count_into(meters)
+    said = {"demo": says or script(), **(others or {})}
+    scripted = tuple(ScriptedSource(one, model_id=name, model_hash=model_hash) for name, one in said.items())
+    for source in scripted:
+        source.count_into(meters)
     hub = Hub(settings)
 
     def start_engine(model: LocalModel) -> Engine:
@@ -143,7 +146,7 @@ async def shop(
         start_engine=start_engine,
         memory_needed=lambda model: 1,
         memory_budget_bytes=2**30,
-        scripted=(demo,),
+        scripted=scripted,
         named={path.stem: replace(hub.find(str(path)), id=path.stem) for path in models},
     )
     service = Service(sources=sources, desk=desk, watchers=(), trusted_templates=frozenset({TEMPLATE_SHA256}))
