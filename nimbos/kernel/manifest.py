@@ -48,11 +48,14 @@ class ModelNeeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class Tools(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`builtin`: of the kernel. `python`: of `tools.py`, None for all that stand there. `confirm`: those of either that
-    a person approves first, call by call."""
+    a person approves first, call by call. For small models, which would rather guess, or never stop: `call_first`, its
+    first answer to somebody must call one; `rounds`, after so many answers that called it has none any more."""
 
     builtin: tuple[BuiltinTool, ...] = ("read",)
     python: tuple[ToolName, ...] | None = None
     confirm: tuple[ToolName, ...] = ()
+    call_first: bool = False
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

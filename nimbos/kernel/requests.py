@@ -31,22 +31,38 @@ def request_of(
     program: Program, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, corrected: bool
 ) -> ThinkRequest:
     """`corrected`: only what the answer must be, and no tools beside it."""
-    needs, answer = program.manifest.model, program.answer
-    if corrected:
+    needs, answer, said = program.manifest.model, program.answer, program.manifest.tools
+    rounds = rounds_of(messages)
+    if corrected or (said.rounds is not None and rounds >= said.rounds):
         tools = ()
+    must_call = bool(tools) and said.call_first and rounds == 0
     grammar: Grammar | None = None
     if answer is not None and answer.kind == "regex" and not tools:  # beside tools it is looked at afterwards
         grammar = answer
     return ThinkRequest(
         messages=tuple(messages),
         tools=tuple(tools),
-        response_format=answer.source if answer is not None and answer.kind == "json_schema" else None,
+        tool_choice="required" if must_call else "auto",
+        response_format=answer.source
+        if answer is not None and answer.kind == "json_schema" and not must_call
+        else None,
         grammar=grammar,
         thinking=dial_of(needs),
         sampling=sampling_of(needs),
         max_tokens=needs.max_tokens,
         context_tokens=needs.context_tokens,
     )
+
+
+def rounds_of(messages: Sequence[Message]) -> int:
+    """How many answers called tools since somebody last spoke."""
+    rounds = 0
+    for message in messages:
+        if message["role"] == "user":
+            rounds = 0
+        elif message.get("tool_calls"):
+            rounds += 1
+    return rounds
 
 
 def sampling_of(needs: ModelNeeds) -> Sampling:

@@ -1,7 +1,5 @@
 """How warm cities are: means of a whole year, in degrees Celsius. A table, so that the example needs no network."""
 
-from typing import Literal
-
 from nimbos.adk import tool
 
 MEANS = {
@@ -23,14 +21,15 @@ MEANS = {
     "Tokyo": 15.8,
     "Vienna": 11.4,
 }
-City = Literal[tuple(MEANS)]  # type: ignore[valid-type]
 
 
 @tool(effect="pure")
-def temperature(city: City) -> str:
+def temperature(city: str) -> str:
     """How warm a city is on average, over the whole year.
 
     Args:
         city: The city's English name.
     """
-    return f"{city}: {MEANS[city]} degrees Celsius"
+    if city not in MEANS:
+        raise LookupError(f"{city} is not in the table, which has {', '.join(MEANS)}.")
+    return f"{city} has {MEANS[city]} degrees Celsius."
