@@ -26,7 +26,7 @@ def run(
     ] = None,
     budget_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens that it may use, in and out.")] = None,
     budget: Annotated[str | None, typer.Option(help="Money that it may use, such as 0.50.")] = None,
-    budget_seconds: Annotated[int | None, typer.Option(min=0, help="Seconds that its tools may take.")] = None,
+    budget_seconds: Annotated[int | None, typer.Option(min=0, help="Seconds of computing and of tools.")] = None,
     budget_calls: Annotated[int | None, typer.Option(min=0, help="Calls of tools.")] = None,
     key: Annotated[str | None, typer.Option(help="The same key never makes a second process.")] = None,
 ) -> None:

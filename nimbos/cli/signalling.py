@@ -49,7 +49,7 @@ def answer(
     result: Annotated[str | None, typer.Option(help="With `happened`: what came of it.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens more.")] = None,
     money: Annotated[str | None, typer.Option(help="So much money more, such as 0.50.")] = None,
-    seconds: Annotated[int | None, typer.Option(min=0, help="So many seconds of tools more.")] = None,
+    seconds: Annotated[int | None, typer.Option(min=0, help="So many seconds of computing and of tools more.")] = None,
     calls: Annotated[int | None, typer.Option(min=0, help="So many calls more.")] = None,
 ) -> None:
     """Answer what a process asks: a question, an approval, an effect in doubt, a budget that is spent."""
