@@ -12,7 +12,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.db.statements import Statement
 from nimbos.db.tables.kernel import process_effects
-from nimbos.kernel import Reason, outward
+from nimbos.kernel import Reason, outward, runner
 from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
 from nimbos.kernel.words import Effect
 from tests.kernel.gating import Calls, Gated, gated, tool
@@ -49,7 +49,9 @@ class Cut:
             first.program(syscall)
             pid = await first.spawn()
             await first.started(pid, name)
-            await first.place.kernel.close()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runner, "CALLS_GRACE_S", 0.0)  # as if it were killed
+                await first.place.kernel.close()
             first.go(pid)  # what runs again shall not wait
         second = await self._stack.enter_async_context(
             gated(self._database, self._settings, server="meter-two", start=False)
