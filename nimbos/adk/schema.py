@@ -7,6 +7,7 @@ section describes them, too.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ def _field(tool: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) ->
         return (name, hints[name])
     default = parameter.default
     if isinstance(default, list | dict | set | bytearray):
-        return (name, hints[name], msgspec.field(default_factory=lambda: type(default)(default)))
+        return (name, hints[name], msgspec.field(default_factory=lambda: copy.deepcopy(default)))
     return (name, hints[name], default)
 
 

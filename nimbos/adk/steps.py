@@ -190,7 +190,8 @@ async def spawn(
     """Starts a child: another program by its id or name, or a function of this one that `@child` marks. `label`: the
     child's name. `budget`: out of this process's own. A child that is not `detached` is cancelled when this ends."""
     if not isinstance(program, str):
-        program, input = "", {CHILD_KEY: _marked(program), "input": input}
+        input = {CHILD_KEY: _marked(program), "input": input}
+        program = ""
     asked = {"program": program, "name": label, "model": model, "budget": dict(budget or {}), "detached": detached}
     given = {key: value for key, value in asked.items() if value}
     return Child((await _step("spawn", name, {**given, "input": input}, dict[str, str]))["pid"])
@@ -207,7 +208,8 @@ async def wait(
     asked: dict[str, Any] = {"children": pids, "mode": "any" if any_of else "all"}
     if timeout_s is not None:
         asked["timeout_s"] = timeout_s
-    exited = (await _step("wait", name, asked, dict[str, Any]))["exited"]
+    waited: dict[str, Any] = await _step("wait", name, asked, dict[str, Any])
+    exited = waited["exited"]
     return [_ended(pid, exited[pid]) for pid in dict.fromkeys(pids) if pid in exited]
 
 

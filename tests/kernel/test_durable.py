@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel import Reason, SignalKind, State, runner
 from nimbos.kernel import durable as durables
 from nimbos.kernel.events import CallIntent, ModelIntent, Note
 from nimbos.ledger import Allowance
@@ -70,6 +72,15 @@ def function(body: str, *, also: str = "") -> dict[str, bytes]:
         "main.py": f"{head}{also}\nasync def main(input):\n{lines}\n".encode(),
         "tools.py": TOOLS.encode(),
     }
+
+
+@pytest.fixture
+async def sqlite(tmp_path: Path) -> AsyncIterator[tuple[Database, Settings]]:
+    """For what has many cases and nothing to do with the database."""
+    settings = Settings(home=str(tmp_path))
+    database = await Database.open(settings)
+    yield database, settings
+    await database.close()
 
 
 async def start(
@@ -239,7 +250,7 @@ except StepFailed as failed:
     ],
 )
 async def test_a_step_that_goes_wrong_is_an_error_that_is_the_same_when_it_runs_again(
-    database: Database, database_settings: Settings, step: str, code: str, says: str
+    sqlite: tuple[Database, Settings], step: str, code: str, says: str
 ) -> None:
     body = f"""
 try:
@@ -250,7 +261,7 @@ open("said", "a").write(repr(said) + "\\n")
 await ask("Go on?")
 return said
 """
-    async with minds(database, database_settings, SCRIPT) as place:
+    async with minds(*sqlite, SCRIPT) as place:
         pid = await start(place, body)
         await place.until(pid, State.ASKING)
         await answer(place, pid, None)
@@ -292,9 +303,9 @@ return sent
     ],
 )
 async def test_a_function_that_cannot_go_on_ends_and_says_why(
-    database: Database, database_settings: Settings, body: str, says: str
+    sqlite: tuple[Database, Settings], body: str, says: str
 ) -> None:
-    async with minds(database, database_settings, SCRIPT) as place:
+    async with minds(*sqlite, SCRIPT) as place:
         pid = await start(place, body, manifest="[limits]\ntool_deadline_s = 1.0\n")
         if not says:
             assert (await place.until(pid, State.ASKING)).reason is Reason.INPUT
@@ -321,13 +332,14 @@ except StepFailed as failed:
 
 
 async def test_another_server_goes_on_where_this_one_was_closed(
-    database: Database, database_settings: Settings
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """
 first = await think("one")
 await call("mail", to="Ada", hold=True)
 return [first, await think("two")]
 """
+    monkeypatch.setattr(runner, "CALLS_GRACE_S", 0.0)  # as if it were killed
     async with minds(database, database_settings, SCRIPT, server="first") as place:
         pid = await start(place, body)
         async with asyncio.timeout(PATIENCE_S):
@@ -343,13 +355,14 @@ return [first, await think("two")]
 
 
 async def test_an_effect_in_doubt_that_a_function_did_not_wait_for_is_asked_about_before_it_ends(
-    database: Database, database_settings: Settings
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """
 if not Path("done.txt").exists():
     await call("mail", to="Ada", hold=True)
 return "no need"
 """
+    monkeypatch.setattr(runner, "CALLS_GRACE_S", 0.0)  # as if it were killed
     async with minds(database, database_settings, SCRIPT, server="first") as place:
         pid = await start(place, body)
         async with asyncio.timeout(PATIENCE_S):
