@@ -170,6 +170,7 @@ OPERATIONS: Mapping[str, Operation] = {
     f"GET {_PROCESS}/tree": Operation(gives=process_wire.Family),
     f"GET {_PROCESS}/cost": Operation(gives=process_wire.CostTold),
     f"GET {_PROCESS}/verify": Operation(gives=process_wire.VerifiedTold),
+    f"POST {_PROCESS}/replay": Operation(takes=processes.ReplayBody, media=(EVENTS,)),
     "POST /v1/programs": Operation(takes=ProgramBody, gives=ProgramTold),
     "GET /v1/programs": Operation(gives=ProgramList),
     "GET /v1/programs/{program}": Operation(gives=ProgramTold),

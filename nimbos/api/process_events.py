@@ -14,10 +14,18 @@ import msgspec
 
 from nimbos.api import errors
 from nimbos.api import openai_wire as wire
-from nimbos.api.process_wire import DeltaTold, EventList, EventTold, LabelTold, ProcessTold
+from nimbos.api.process_wire import (
+    DeltaTold,
+    EventList,
+    EventTold,
+    FoldedTold,
+    LabelTold,
+    ProcessTold,
+    ReplayedTold,
+)
 from nimbos.api.sse import Framing
 from nimbos.errors import InvalidRequest, NimbosError
-from nimbos.kernel import Event, Kernel
+from nimbos.kernel import Event, Kernel, Replayed
 from nimbos.types import Account
 
 TEXT_BYTES_MAX = 64 * 1024  # of a segment that is told with its event
@@ -93,6 +101,15 @@ class EventTeller:
                     else:
                         yield _frame("delta", DeltaTold(pid=pid, ask_id=one.ask_id, channel=one.channel, text=one.text))
         yield _frame("end", await ended())
+
+    async def replay(self, account: Account, pid: str, *, model: str) -> AsyncGenerator[bytes, None]:
+        """Its answers, beside what `model` says now where one is named; and then the end of the fold."""
+        async with aclosing(self._kernel.replay(account, pid, model=model)) as replayed:
+            async for one in replayed:
+                if isinstance(one, Replayed):
+                    yield _frame("answer", ReplayedTold.of(one))
+                else:
+                    yield _frame("end", FoldedTold.of(pid, one))
 
 
 def failed(error: NimbosError) -> bytes:

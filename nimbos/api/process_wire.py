@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from nimbos.kernel import A2aState, Cost, Left, McpState, Reason, State
+from nimbos.kernel import A2aState, Cost, Folded, Left, McpState, Reason, Replayed, Said, State
 from nimbos.types import AskClass
 
 
@@ -198,3 +198,77 @@ class CostTold(msgspec.Struct, kw_only=True):
 def _budget(one: Left) -> BudgetTold:
     left = None if one.limit is None else max(0, one.limit - one.used - one.reserved)
     return BudgetTold(meter=one.meter, limit=one.limit, used=one.used, reserved=one.reserved, left=left)
+
+
+class CallSaid(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str
+
+
+class SaidTold(msgspec.Struct, kw_only=True):
+    """`error`: the model could not be asked this."""
+
+    text: str
+    calls: list[CallSaid]
+    error: str
+
+
+class ReplayedTold(msgspec.Struct, kw_only=True):
+    """An answer in the log, and what another model says to the same question. `seq`: of its `model.intent`. `now`: null
+    where nobody was asked. `same_question`: the log proves that the very same was asked; null: it cannot be told, as it
+    was another model. `common_characters`: of the two texts, from their beginning."""
+
+    seq: int
+    ask_id: str
+    purpose: str
+    step: str
+    model: str
+    then: SaidTold
+    now: SaidTold | None
+    same: bool
+    same_question: bool | None
+    common_characters: int
+
+    @classmethod
+    def of(cls, replayed: Replayed) -> ReplayedTold:
+        return cls(
+            seq=replayed.seq,
+            ask_id=replayed.ask_id,
+            purpose=replayed.purpose,
+            step=replayed.step,
+            model=replayed.model,
+            then=_said(replayed.then),
+            now=_said(replayed.now) if replayed.now is not None else None,
+            same=replayed.same,
+            same_question=replayed.same_question,
+            common_characters=replayed.common_characters,
+        )
+
+
+class FoldedTold(msgspec.Struct, kw_only=True):
+    """The end of a replay. `agrees`: what the log folds to is what the process is."""
+
+    id: str
+    events: int
+    state: str
+    reason: str
+    agrees: bool
+    turns: int
+    calls: int
+
+    @classmethod
+    def of(cls, pid: str, folded: Folded) -> FoldedTold:
+        return cls(
+            id=pid,
+            events=folded.events,
+            state=folded.state,
+            reason=folded.reason,
+            agrees=folded.agrees,
+            turns=folded.turns,
+            calls=folded.calls,
+        )
+
+
+def _said(said: Said) -> SaidTold:
+    calls = [CallSaid(name=name, arguments=arguments) for name, arguments in said.calls]
+    return SaidTold(text=said.text, calls=calls, error=said.error)

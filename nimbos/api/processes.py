@@ -56,6 +56,8 @@ class ForkBody(msgspec.Struct, kw_only=True):
 
 
 class ReplayBody(msgspec.Struct, kw_only=True):
+    """`model`: who is asked again; without it nobody is, and the log is only folded."""
+
     model: str | None = None
 
 
@@ -75,6 +77,7 @@ def routes(runtime: Runtime) -> list[Route]:
         Route(f"{one}/tree", processes.tree, methods=["GET"]),
         Route(f"{one}/cost", processes.cost, methods=["GET"]),
         Route(f"{one}/verify", processes.verify, methods=["GET"]),
+        Route(f"{one}/replay", processes.replay, methods=["POST"]),
     ]
 
 
@@ -200,6 +203,12 @@ class ProcessRoutes:
         return json_reply(
             VerifiedTold(id=pid, events=found.events, hash=found.hash, broken_at=found.broken_at, why=found.why)
         )
+
+    async def replay(self, request: Request) -> Response:
+        body = await self._body(request, ReplayBody)
+        account, pid = _changing(request), request.path_params["pid"]
+        told = self._events.replay(account, pid, model=body.model or "")
+        return await event_stream(request, told, headers=dict, settings=self._settings, framing=events.FRAMING)
 
     async def _now(self, account: Account, pid: str) -> ProcessTold:
         return await self._teller.one(account, await self._kernel.find(account, pid))

@@ -136,6 +136,20 @@ class Remote:
             since = since if since is not None else time.monotonic()
             self._connect_again(since)
 
+    def replay(self, pid: str, model: str | None) -> Iterator[Told]:
+        """Its answers in order, and the end. Raises: NotReady, ServerRefused."""
+        client = self._open()
+        try:
+            with client.stream(
+                "POST", place(pid, "replay"), json={"model": model}, timeout=_STREAM_PATIENCE
+            ) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _answer(response)
+                yield from _messages(response.iter_lines())
+        except (httpx2.HTTPError, _Away) as error:
+            raise NotReady(f"The server at {client.base_url} went away. Try again when it is back.") from error
+
     def _streamed(self, pid: str, after: int, watch: bool) -> Iterator[Told]:
         headers = {"last-event-id": str(after)} if after else {}
         query = {"watch": "true"} if watch else {}

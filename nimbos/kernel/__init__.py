@@ -10,6 +10,7 @@ from nimbos.kernel.package import pack, read_folder, unpack
 from nimbos.kernel.processes import Head
 from nimbos.kernel.programs import Listed, Program, Programs
 from nimbos.kernel.recovery import release_dead
+from nimbos.kernel.replay import Folded, Replayed, Said
 from nimbos.kernel.words import Reason, SignalKind, State, Verdict
 from nimbos.ledger import Allowance
 
@@ -20,6 +21,7 @@ __all__ = [
     "Cost",
     "Delta",
     "Event",
+    "Folded",
     "Head",
     "Kernel",
     "Left",
@@ -28,6 +30,8 @@ __all__ = [
     "Program",
     "Programs",
     "Reason",
+    "Replayed",
+    "Said",
     "SignalKind",
     "State",
     "Verdict",

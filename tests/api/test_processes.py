@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.live import OWNER_SECRET, Live, error_of, serving
-from tests.processing import CURIOUS, PLAIN, WEATHER, Processes
+from tests.processing import CURIOUS, PLAIN, WEATHER, Processes, Sent, sent
 
 QUESTION = "Which city?"
 SCRIPT = {
@@ -26,10 +26,12 @@ SCRIPT = {
     "default": {"text": "Hello to you."},
 }
 
+OTHER = {"default": {"text": "21 things."}}
+
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving(tmp_path_factory.mktemp("home"), {"demo": SCRIPT}) as running:
+    with serving(tmp_path_factory.mktemp("home"), {"demo": SCRIPT, "other": OTHER}) as running:
         yield running
 
 
@@ -301,6 +303,31 @@ def test_forks_share_the_past_and_are_adopted_or_dropped(mine: Processes, curiou
         assert mine.signal(process, "answer", body="Paris").status_code == 200
         assert mine.over(process)["result"] == "It is Paris."
     error_of(mine.post(f"processes/{pid}/fork", {"at": 10_000}), 400)
+
+
+def test_a_replay_folds_the_log_and_asks_another_model_the_same(live: Live, mine: Processes) -> None:
+    pid = mine.spawn(mine.put(WEATHER), "How warm is it?")
+    done = mine.over(pid)
+    *answers, end = replayed(mine, pid, {})
+    assert (end.kind, end.data["agrees"], end.data["state"]) == ("end", True, "done")
+    assert end.data["events"] == done["events"]
+    assert [one.data["then"]["text"] for one in answers] == ["", "21 degrees."]
+    assert [call["name"] for call in answers[0].data["then"]["calls"]] == ["weather"]
+    assert [one.data["now"] for one in answers] == [None, None]
+    *again, _ = replayed(mine, pid, {"model": "demo"})
+    assert [one.data["same"] for one in again] == [True, True]
+    *others, _ = replayed(mine, pid, {"model": "other"})
+    assert [one.data["same"] for one in others] == [False, False]
+    assert others[1].data["now"]["text"] == "21 things."
+    assert others[1].data["common_characters"] == len("21 ")
+    assert mine.process(pid) == done
+    error_of(mine.post(f"processes/{pid}/replay", {"model": "nowhere"}), 404)
+
+
+def replayed(mine: Processes, pid: str, body: dict[str, Any]) -> list[Sent]:
+    with mine.http.stream("POST", f"/v1/processes/{pid}/replay", json=body, headers=mine.headers) as reply:
+        assert reply.status_code == 200
+        return list(sent(reply.iter_lines()))
 
 
 # --- who may

@@ -208,6 +208,15 @@ def test_forks_are_made_adopted_and_dropped(home: Path, mine: Processes, asking:
     assert "no event" in refusal(home, "fork", asking, "--at", "9999")
 
 
+def test_a_replay_shows_where_another_model_parts(home: Path, done: str) -> None:
+    folded = shell(home, "replay", done).splitlines()
+    assert "21 degrees." in folded[-2]
+    assert "fold to done (ok), as the process says: 2 answers, 1 calls." in folded[-1]
+    again = shell(home, "replay", done, "--model", "demo").splitlines()
+    assert [line.split()[1] for line in again[:2]] == ["=", "="]
+    assert "'nobody'" in refusal(home, "replay", done, "--model", "nobody")
+
+
 def test_without_a_server_every_command_says_so(tmp_path: Path) -> None:
     for words in (("ps",), ("logs", "proc_1"), ("kill", "proc_1"), ("answer", "proc_1", "x"), ("fork", "proc_1")):
         assert "nimbos up" in refusal(tmp_path, *words)
