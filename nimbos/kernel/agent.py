@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nimbos.errors import BrokenProgram, EngineFailed, Forbidden, InvalidRequest, ModelUnusable, NotFound, PromptTooLong
+from nimbos.errors import (
+    BrokenProgram,
+    EngineFailed,
+    Forbidden,
+    InvalidRequest,
+    ModelUnusable,
+    NotFound,
+    Overloaded,
+    PromptTooLong,
+)
 from nimbos.kernel.answering import Thought
 from nimbos.kernel.answers import Misfit, value_of
 from nimbos.kernel.context import Window, load, tokens_of, window_of
@@ -27,7 +36,7 @@ from nimbos.kernel.log import Draft
 from nimbos.kernel.requests import request_of, tools_shown
 from nimbos.kernel.segments import Segments, text_of
 from nimbos.kernel.showing import CUT, MISFIT, TOOL, headed, returned, shown, spoken
-from nimbos.kernel.think import Interrupted, Thinker, ThinkRequest
+from nimbos.kernel.think import Interrupted, Thinker, ThinkRequest, wait_for_room
 from nimbos.kernel.tools import WorkerDied
 from nimbos.kernel.words import Reason, SignalKind
 from nimbos.service import Service
@@ -109,8 +118,12 @@ class Agent:
             await self._gate.finish_open(holding, also=self._telling(holding))
             while True:
                 await holding.take_mail()
-                await self._perform(holding, decide(holding.view, turns_most=holding.program.manifest.limits.turns))
-        except (InvalidRequest, NotFound, Forbidden, ModelUnusable, EngineFailed) as error:
+                step = decide(holding.view, turns_most=holding.program.manifest.limits.turns)
+                try:
+                    await self._perform(holding, step)
+                except Overloaded as error:
+                    await wait_for_room(holding, error)
+        except (InvalidRequest, NotFound, Forbidden, ModelUnusable, EngineFailed, Overloaded) as error:
             await holding.exit(Reason.FAILED, error=error.message)
         except (BrokenProgram, WorkerDied) as error:
             await holding.exit(Reason.FAILED, error=f"The program's tools cannot be used: {error}")
@@ -161,11 +174,12 @@ class Agent:
         await holding.append(*drafts)
 
     async def _begun(self, holding: Holding) -> list[Draft]:
+        """The words of a turn that was cut off, unless they were a call."""
         turn = holding.view.turn
         if turn is None or not turn.text.strip() or (turn.failed is not None and not turn.failed.again):
             return []
         id = f"{turn.ask_id}{CUT}"
-        if id in holding.view.shown.places or "<tool_call>" in turn.text:
+        if id in holding.view.shown.places or turn.text.lstrip().startswith("{") or "<tool_call>" in turn.text:
             return []
         tokens = len(turn.emitted)
         return [await spoken(self._segments, holding, f"{turn.text.rstrip()} …", "", (), id=id, tokens=tokens)]

@@ -91,12 +91,8 @@ class Answering:
         holding = self._holding
         origin = Origin(route=ROUTE, process=holding.pid)
         generated = service.generate(holding.account, self._ask, origin=origin, journal=self._journal)
-        admitted = False
         async with aclosing(generated) as chunks:
             async for chunk in chunks:
-                if not admitted:
-                    admitted = True
-                    await holding.refresh()  # its intent was written in the ledger's transaction
                 if isinstance(chunk, TokenChunk):
                     self._take(chunk)
                     if len(self._journal.growing.ids) >= PARTIAL_TOKENS:

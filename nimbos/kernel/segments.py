@@ -4,6 +4,10 @@ A segment's content begins with the account, so that no account's segments are a
 in canonical form (keys in order, no white space) or, for what is paged through, plain bytes. Put them before the
 transaction that names them: a segment that nothing names costs room and does no harm. A process's segments stay as
 long as its log. Knows no events; `context.py` says which segments a model is shown.
+
+Small ones, which is nearly all, are rows: a file for each would have to reach the disk by itself, which takes longer
+than all else that a call costs. A row need not: it reaches the disk at the latest with the transaction that names it,
+as a database writes what was committed in order.
 """
 
 from __future__ import annotations
@@ -13,20 +17,27 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from sqlalchemy import Text, bindparam, select
 
-from nimbos.blobs import Blobs
+from nimbos.blobs import Blobs, hash_of
+from nimbos.db import Database, Statement, Transaction, insert_ignored
+from nimbos.db.tables.kernel import process_segments
 from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
 
 SEGMENT_BYTES_MAX = 64 << 20
+ROW_BYTES_MAX = 16 << 10
 JSON_DEPTH_MAX = 64
 _CACHE_BYTES = 16 << 20
 _ENCODER = msgspec.json.Encoder(order="deterministic")
+_ADD = insert_ignored(process_segments, key=("hash",))
+_FIND = Statement(select(process_segments.c.content).where(process_segments.c.hash == bindparam("name", type_=Text)))
 
 
 class Segments:
     """One for a server: contexts that share a past share what was read of it."""
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database = database
         self._blobs = blobs
         self._cache: OrderedDict[str, bytes] = OrderedDict()
         self._cached_bytes = 0
@@ -46,7 +57,13 @@ class Segments:
         """Raises: PayloadTooLarge, StorageUnavailable."""
         if len(content) > SEGMENT_BYTES_MAX:
             raise PayloadTooLarge(have=len(content), limit=SEGMENT_BYTES_MAX, what="segment")
-        return self._remember(await self._blobs.put(_start(account) + content), content, account)
+        whole = _start(account) + content
+        if len(whole) > ROW_BYTES_MAX:
+            return self._remember(await self._blobs.put(whole), content, account)
+        hash = hash_of(whole)
+        if _key(account, hash) not in self._cache:
+            await self._database.run(lambda: _add(hash, whole), quick=True)
+        return self._remember(hash, content, account)
 
     async def get_bytes(self, account: str, hash: str) -> bytes:
         """Raises: NotFound, also for a segment of another account; StorageUnavailable."""
@@ -54,10 +71,11 @@ class Segments:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        whole, start = await self._blobs.get(hash), _start(account)
+        rows = await self._database.read(_FIND(name=hash))
+        whole, start = rows[0]["content"] if rows else await self._blobs.get(hash), _start(account)
         if not whole.startswith(start):
             raise NotFound("There is no such segment.")
-        content = whole[len(start) :]
+        content = bytes(whole[len(start) :])
         self._remember(hash, content, account)
         return content
 
@@ -73,6 +91,10 @@ class Segments:
             while self._cached_bytes > _CACHE_BYTES:
                 self._cached_bytes -= len(self._cache.popitem(last=False)[1])
         return hash
+
+
+def _add(hash: str, content: bytes) -> Transaction[None]:
+    yield _ADD(hash=hash, content=content)
 
 
 def canonical(value: Any) -> bytes:

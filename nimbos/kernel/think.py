@@ -97,8 +97,9 @@ class Thinker:
         """The model's answer, which is in the log when this returns, with what `also` makes of it. An answer that was
         begun goes on, if it is asked the same way. A turn ends when somebody sends the process a message.
 
-        Raises: Interrupted; Parked, when budget or engine must be waited for; PromptTooLong, InvalidRequest,
-        ModelNotFound, ModelUnusable, Forbidden, EngineFailed; what `Holding.append` raises.
+        Raises: Interrupted; Parked, when budget or engine must be waited for; Overloaded, where waiting does not help;
+        PromptTooLong, InvalidRequest, ModelNotFound, ModelUnusable, Forbidden, EngineFailed; what `Holding.append`
+        raises.
         """
         await self._tidy(holding)
         failures = 0
@@ -108,7 +109,7 @@ class Thinker:
             except BudgetExhausted as error:
                 await budgets.exhausted(holding, error)
             except Overloaded as error:
-                await _later(holding, error.retry_after_s)
+                await wait_for_room(holding, error)
             except AnswerFailed:
                 raise
             except EngineFailed:
@@ -156,7 +157,7 @@ class Thinker:
         before = _to_go_on_with(holding.view, fingerprint, purpose=purpose, step=step)
         ask = _ask_of(holding, asked, seed=request.sampling.seed, before=before)
         if before is not None:
-            ask = await self._with_what_is_paid(ask, asked.card, before)
+            ask = await self._with_what_is_paid(holding.pid, ask, asked.card, before)
         kept = None if purpose == "turn" else await self._segments.put(holding.account.id, _kept(request))
         intent = ModelIntent(
             ask_id=ask.id,
@@ -207,7 +208,6 @@ class Thinker:
     async def _told(self, holding: Holding) -> None:
         """Returns when a message waits, and nothing for which the whole run is stopped anyway."""
         while True:
-            await holding.mail.wait()
             try:
                 rows = await self._database.read(mailbox.PEEK(process=holding.pid, most=mailbox.UNREAD_MAX))
             except StorageUnavailable:
@@ -215,14 +215,18 @@ class Thinker:
             kinds = {SignalKind(row["signal"]) for row in rows}
             if SignalKind.MESSAGE in kinds and not kinds & CONTROL:
                 return
+            await holding.mail.wait()
             holding.mail.clear()
 
-    async def _with_what_is_paid(self, ask: Ask, card: ModelCard, before: Turn) -> Ask:
-        """What the asks that this one goes on with have paid for is not paid for again: the prompt, and tokens that
-        were counted and never reached the log."""
-        found = [one for one in [await self._spent(ask_id) for ask_id in before.ask_ids] if one is not None]
-        prompt = card.context_tokens if before.emitted else sum(one.usage.input for one in found)
-        lost = sum(one.usage.output for one in found) - len(before.emitted)
+    async def _with_what_is_paid(self, pid: str, ask: Ask, card: ModelCard, before: Turn) -> Ask:
+        """What this process paid for with the asks that this one goes on with is not paid for again: the prompt, and
+        tokens that were counted and never reached the log. A fork pays for its own, whatever its past has paid."""
+        found = [await self._spent(ask_id) for ask_id in before.ask_ids]
+        own = [one for one in found if one is not None and one.process == pid]
+        prompt = sum(one.usage.input for one in own)
+        if before.emitted and None in found:  # settled late, or on another server: whoever spoke had read the prompt
+            prompt = card.context_tokens
+        lost = sum(one.usage.output for one in own) - len(before.emitted) if len(own) == len(found) else 0
         return msgspec.structs.replace(
             ask, paid_prompt_tokens=min(prompt, card.context_tokens), paid_output_tokens=max(0, lost)
         )
@@ -239,7 +243,7 @@ class Thinker:
         view, drafts = holding.view, list[Draft]()
         for ask_id in [one for one, settled in view.asks.settled.items() if not settled]:
             found = await self._spent(ask_id)
-            if found is not None:
+            if found is not None and found.process == holding.pid:
                 drafts.append(settled_draft(ask_id, found.usage, found.cost_micros))
         for signal in view.signals:
             if signal.signal is SignalKind.TIMER and not signal.about:
@@ -311,8 +315,11 @@ def _seed(word: str) -> int:
     return int.from_bytes(hashlib.sha256(word.encode()).digest()[:_SEED_BYTES], "big")
 
 
-async def _later(holding: Holding, seconds: float) -> None:
-    """Raises: Parked, unless it is a moment only."""
+async def wait_for_room(holding: Holding, error: Overloaded) -> None:
+    """Raises: Parked, unless it is for a moment only; the error itself, where waiting does not mend it."""
+    seconds = error.retry_after_s
+    if seconds is None:
+        raise error
     if seconds <= WAIT_IN_PLACE_S:
         await asyncio.sleep(seconds)
     else:

@@ -11,12 +11,13 @@ from nimbos.db.tables.ledger import asks, meters
 from nimbos.ledger.rows import SETTLED
 from nimbos.types import Usage
 
-_ASK = Statement(select(asks.c.state, asks.c.cost_micros).where(asks.c.id == bindparam("of")))
+_ASK = Statement(select(asks.c.state, asks.c.process, asks.c.cost_micros).where(asks.c.id == bindparam("of")))
 _METERS = Statement(select(meters.c.meter, meters.c.quantity).where(meters.c.ask == bindparam("of")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
+    process: str
     usage: Usage
     cost_micros: int
 
@@ -35,4 +36,4 @@ def spent(ask_id: str) -> Transaction[Spent | None]:
         thinking=thinking,
         recomputed=found.get("recomputed", 0),
     )
-    return Spent(usage=usage, cost_micros=rows[0]["cost_micros"])
+    return Spent(process=rows[0]["process"], usage=usage, cost_micros=rows[0]["cost_micros"])
