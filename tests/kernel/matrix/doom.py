@@ -1,5 +1,6 @@
 """`nimbos`, but doomed: `python -m tests.kernel.matrix.doom up …` is the real server, whose database does what the file
-at `DOOM` says. The file is taken at the first commit after it appears, and commits are counted from then on.
+at `DOOM` says. The file is taken at the first commit after it appears, and commits are counted from then on; a file
+beside it says that it was done.
 
     kill     SIGKILL right after commit n
     power    SIGKILL right before commit n, after the files of the database were copied at each commit that was synced
@@ -52,7 +53,7 @@ class Fate:
 
     def next(self) -> Doom | None:
         """A commit is about to be made; what is told for now."""
-        if self.doom is None and self._file.exists():
+        if self._file.exists():
             self.doom = msgspec.json.decode(self._file.read_bytes(), type=Doom)
             self._file.unlink()
             self.commits = 0
@@ -60,7 +61,11 @@ class Fate:
             self.commits += 1
         return self.doom
 
+    def strike(self) -> None:
+        self._file.with_suffix(".done").touch()
+
     def die(self) -> None:
+        self.strike()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -72,6 +77,9 @@ class DoomedConnection(sqlite3.Connection):
 
     def cursor(self, *arguments: Any) -> Any:
         return super().cursor(DoomedCursor)
+
+    def execute(self, statement: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return self.cursor().execute(statement, parameters)  # type: ignore[no-any-return]
 
 
 class DoomedCursor(sqlite3.Cursor):
@@ -91,6 +99,7 @@ class DoomedCursor(sqlite3.Cursor):
         if doom.deed == "power" and FATE.commits == doom.at:
             FATE.die()
         if doom.deed in CODES and doom.at <= FATE.commits < doom.at + FAILURES:
+            FATE.strike()
             error = sqlite3.OperationalError(doom.deed)
             error.sqlite_errorcode = CODES[doom.deed]
             raise error
@@ -124,6 +133,7 @@ async def _doomed_run(self: PostgresqlStore, begin: Any, *, durable: bool, quick
     doom = FATE.next()
     number = FATE.commits
     if doom is not None and doom.deed == "gone" and number == doom.at:
+        FATE.strike()
         await _cut(self._url)
     result = await _run(self, begin, durable=durable, quick=quick)
     if doom is not None and doom.deed == "kill" and number == doom.at:

@@ -53,6 +53,7 @@ class House:
         self.home.mkdir(mode=0o700)
         self.world = World(self.folder / "world")
         self.doom = self.folder / "doom"
+        self.struck = self.folder / "doom.done"
         self.copy = self.folder / "copy"
         (self.folder / "demo.json").write_text(script())
 
@@ -62,24 +63,27 @@ class House:
         if self.power and self.copy.exists():
             self._back_to_the_copy()
         self.starts += 1
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.kernel.matrix.doom", "up"),
-                *("-m", f"scripted:{self.folder / 'demo.json'}", "--port", "0"),
-            ],
-            env=environment(
-                self.home,
-                NIMBOS_API_KEY=OWNER_SECRET,
-                NIMBOS_DATABASE_URL=self.url,
-                DOOM=str(self.doom),
-                DOOM_BOOT=f"boot {self.starts}" if self.power else "",
-            ),
-            stdout=(self.folder / "log").open("ab"),
-            stderr=subprocess.STDOUT,
-        )
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.kernel.matrix.doom", "up"),
+                    *("-m", f"scripted:{self.folder / 'demo.json'}", "--port", "0"),
+                ],
+                env=environment(
+                    self.home,
+                    NIMBOS_API_KEY=OWNER_SECRET,
+                    NIMBOS_DATABASE_URL=self.url,
+                    DOOM=str(self.doom),
+                    DOOM_BOOT=f"boot {self.starts}" if self.power else "",
+                ),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         deadline = time.monotonic() + PATIENCE_S
         while not running.exists():
-            assert self.process.poll() is None, f"the server ended: {(self.folder / 'log').read_text()[-2000:]}"
+            assert self.process.poll() is None, (
+                f"{self.process.returncode}: {(self.folder / 'log').read_text()[-2000:]}"
+            )
             assert time.monotonic() < deadline
             time.sleep(POLL_S)
         if self.http is not None:
@@ -97,6 +101,8 @@ class House:
         for file in self.copy.iterdir():
             shutil.copy(file, self.home)
         shutil.rmtree(self.copy)
+        for file in (self.home / "run").glob("meter*"):
+            file.unlink()
 
     def close(self) -> None:
         if self.process is not None:
@@ -111,15 +117,11 @@ class House:
 
     def arm(self, at: int, deed: Deed) -> None:
         """From the next commit on."""
+        self.struck.unlink(missing_ok=True)
         made = self.folder / "doom.making"
         made.write_bytes(msgspec.json.encode(Doom(at=at, deed=deed, copy=str(self.copy))))
         os.replace(made, self.doom)
         self.power = deed == "power"
-
-    @property
-    def disarmed(self) -> bool:
-        """Whether what it was armed with has been taken."""
-        return not self.doom.exists()
 
     def send(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """Until there is an answer. A server that died is started again."""

@@ -31,11 +31,11 @@ _PID = re.compile(r"proc_[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`processes`: one text for each, comparable. `tokens`: of each process, by its log and by the ledger. `broken`:
-    what is not as it must be whatever happened."""
+    """`processes`: one text for each, comparable. `tokens`: of each, by the ledger. `broken`: what is not as it must be
+    whatever happened."""
 
     processes: tuple[str, ...]
-    tokens: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
     broken: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ class Reader:
     def __init__(self, database: Database, settings: Settings, pids: Sequence[str]) -> None:
         self._database = database
         self._log = Log(database, Work(database))
-        self._segments = Segments(open_blobs(settings, database))
+        self._segments = Segments(database, open_blobs(settings, database))
         self._pids = pids
 
     async def read(self) -> Outcome:
@@ -65,10 +65,14 @@ class Reader:
             view = fold([event async for event in self._log.all(pid)])
             told.append(await self._told(view))
             used = [ledger_of(row) for row in rows.values() if row["process"] == pid]
-            tokens.append((view.used.get("tokens", 0), sum(one.input + one.output for one in used)))
+            by_log, by_ledger = view.used.get("tokens", 0), sum(one.input + one.output for one in used)
+            if by_log != by_ledger:
+                broken.append(f"{pid} used {by_log} tokens by its log and {by_ledger} by the ledger")
+            if view.name not in _LOOSE:
+                tokens.append(by_ledger)
             broken += await self._broken(view)
         broken += [f"ask {row['id']} is {row['state']}" for row in rows.values() if row["state"] != "settled"]
-        return Outcome(processes=tuple(sorted(told)), tokens=tuple(tokens), broken=tuple(broken))
+        return Outcome(processes=tuple(sorted(told)), tokens=tuple(sorted(tokens)), broken=tuple(broken))
 
     async def _told(self, view: View) -> str:
         loose = view.name in _LOOSE
@@ -78,7 +82,8 @@ class Reader:
             "withheld": view.withheld,
             "steps": sorted([await self._step(view, key, one) for key, one in view.steps.items()], key=json.dumps),
             "children": sorted(
-                [[child.exited, await self._value(view, child.result)] for child in view.children.values()]
+                [[child.exited, await self._value(view, child.result)] for child in view.children.values()],
+                key=json.dumps,
             ),
             "context": [] if loose else [await self._value(view, segment.hash) for segment in view.context],
             "turns": 0 if loose else view.turns,
@@ -87,7 +92,7 @@ class Reader:
             "signals": [signal.signal for signal in view.signals],
             "exhausted": view.exhausted is not None,
         }
-        return _PID.sub("<pid>", _ASK_ID.sub("<ask>", json.dumps(told, sort_keys=True)))
+        return _PID.sub("<pid>", _ASK_ID.sub("<ask>", json.dumps(_nameless(told), sort_keys=True)))
 
     async def _step(self, view: View, key: str, recorded: Recorded) -> list[Any]:
         name = key.rsplit("/", 1)[0].split("#")[0]
@@ -114,6 +119,16 @@ class Reader:
             if budget.reserved:
                 broken.append(f"{budget.reserved} {budget.meter} of {view.pid} are still reserved")
         return broken
+
+
+def _nameless(value: Any) -> Any:
+    """What stands under processes' ids stands in the order of its words instead."""
+    if isinstance(value, dict):
+        told = {name: _nameless(one) for name, one in value.items()}
+        if told and all(_PID.fullmatch(name) for name in told):
+            return sorted(told.values(), key=json.dumps)
+        return told
+    return [_nameless(one) for one in value] if isinstance(value, list) else value
 
 
 def world_is_wrong(done: Sequence[tuple[str, str, str]], pids: Sequence[str]) -> list[str]:
