@@ -226,10 +226,12 @@ async def sleep(seconds: float, *, name: str = "sleep") -> None:
     await _step("sleep", name, {"seconds": seconds}, Any)
 
 
-async def send(to: Child | str, message: Any, *, name: str = "send") -> None:
-    """A message to another process, which is given it once."""
+async def send(to: Child | str, message: Any, *, budget: Budget | None = None, name: str = "send") -> None:
+    """A message to another process, which is given it once. `budget`: so much more for a child, out of this process's
+    own."""
     pid = to.pid if isinstance(to, Child) else to
-    await _step("send", name, {"to": pid, "message": message}, Any)
+    more = {"budget": dict(budget)} if budget else {}
+    await _step("send", name, {"to": pid, "message": message, **more}, Any)
 
 
 async def gather(*steps: Awaitable[Any]) -> list[Any]:

@@ -31,14 +31,15 @@ from nimbos.kernel.fold import CallStatus
 from nimbos.kernel.gate import Gate
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
-from nimbos.kernel.releasing import is_released
+from nimbos.kernel.releasing import MARK, is_released
 from nimbos.kernel.segments import Segments
-from nimbos.kernel.steps import Asked, BadStep, Occurrences, request_of, said_of, syscall_of
+from nimbos.kernel.steps import Asked, BadStep, Occurrences, record_of, request_of, said_of, syscall_of
 from nimbos.kernel.syscall import Syscall, Wait
 from nimbos.kernel.think import Thinker
 from nimbos.kernel.tools import FunctionRun, NotJson, ToolWorkers, WorkerDied, read_value
+from nimbos.kernel.view import Recorded
 from nimbos.kernel.words import Reason
-from nimbos.toolwire import FRAME_BYTES_MAX, Quiet, RunDone, Step
+from nimbos.toolwire import FRAME_BYTES_MAX, Quiet, RunDone, Step, shortened
 from nimbos.types import new_id
 
 STEPS_MAX = 10_000  # of one run
@@ -167,7 +168,7 @@ class _Life:
     async def _step(self, run: FunctionRun, step: Step) -> None:
         self._quiet = None
         self._steps += 1
-        if self._steps > STEPS_MAX:
+        if self._steps > STEPS_MAX or len(self._holding.view.steps) > STEPS_MAX:
             await self._exit(Reason.FAILED, error=f"It asked for more than {STEPS_MAX} steps.")
         try:
             asked = self._occurrences.read(step)
@@ -175,16 +176,16 @@ class _Life:
             await run.answer(step.number, error="bad_step", message=str(bad))
             return
         self._asked[asked.key] = asked
-        if asked.key in self._holding.view.steps:
-            await self._answer(run, step.number, asked)
+        recorded = record_of(self._holding.view, asked)
+        if isinstance(recorded, Recorded):
+            await self._answer(run, step.number, asked, recorded)
         elif (left := self._open.get(asked.call_id)) is not None:  # from before the worker died
             left.number = step.number
         else:
             self._begin(asked.call_id, _Open(asked, step.number))
 
-    async def _answer(self, run: FunctionRun, number: int, asked: Asked) -> None:
-        view = self._holding.view
-        said = await said_of(view.steps[asked.key], asked, self._durable.segments, view.account)
+    async def _answer(self, run: FunctionRun, number: int, asked: Asked, recorded: Recorded) -> None:
+        said = await said_of(recorded, asked, self._durable.segments, self._holding.view.account)
         await run.answer(number, value=said.value, error=said.error, message=said.message)
 
     # --- what is done for it
@@ -197,12 +198,17 @@ class _Life:
 
     async def _perform(self, work: Asked | Syscall) -> Wait | None:
         """None: it has a record now."""
-        if isinstance(work, Asked) and work.think is not None:
-            await self._think(work)
-            return None
-        syscall = work if isinstance(work, Syscall) else syscall_of(work)
-        done = await self._durable.gate.attempt(self._holding, syscall)
-        return done if isinstance(done, Wait) else None
+        if isinstance(work, Syscall):
+            done = await self._durable.gate.attempt(self._holding, work)
+            return done if isinstance(done, Wait) else None
+        if record_of(self._holding.view, work) is None:
+            if work.think is not None:
+                await self._think(work)
+            elif isinstance(done := await self._durable.gate.attempt(self._holding, syscall_of(work)), Wait):
+                return done
+        recorded = record_of(self._holding.view, work)
+        assert recorded is not None, work.key
+        return recorded if isinstance(recorded, Wait) else None
 
     async def _think(self, asked: Asked) -> None:
         assert asked.think is not None
@@ -232,7 +238,9 @@ class _Life:
                 work, number = left.work, left.number
                 self._open.pop(work.call_id, None)
                 if isinstance(work, Asked) and number is not None:
-                    await self._answer(run, number, work)
+                    recorded = record_of(self._holding.view, work)
+                    assert isinstance(recorded, Recorded)
+                    await self._answer(run, number, work, recorded)
 
     async def _when_idle(self, run: FunctionRun) -> None:
         """Nothing is under way: mail is taken, which may end what waits; else the function is asked whether more is
@@ -292,7 +300,7 @@ class _Life:
         if waits:
             await self._durable.gate.park(self._holding, waits)
         if done.error:
-            await self._exit(Reason.FAILED, error=done.message or done.error, drafts=self._changed())
+            await self._exit(Reason.FAILED, error=shortened(done.message or done.error), drafts=self._changed())
         try:
             value = read_value(done.value, limit=FRAME_BYTES_MAX)
             result = await self._durable.segments.put(self._holding.view.account, value)
@@ -302,7 +310,7 @@ class _Life:
 
     def _changed(self) -> list[Draft]:
         """A function that ended has asked again for every step there is a record of, unless it changed."""
-        unasked = [key for key in self._holding.view.steps if key not in self._asked]
+        unasked = [key for key in self._holding.view.steps if key.removesuffix(MARK) not in self._asked]
         said = (
             f"The recorded step {key} was not asked for again: what has another name or other arguments is a new step."
             for key in unasked[:_NOTES_MAX]

@@ -30,7 +30,7 @@ from nimbos.kernel.holding import Holding, Shared
 from nimbos.kernel.log import Draft
 from nimbos.kernel.offer import NotOffered, Offered, find, needs_approval, offers, resource_of, verb_of
 from nimbos.kernel.outward import Outward
-from nimbos.kernel.releasing import is_released, telling, to_release
+from nimbos.kernel.releasing import MARK, is_released, telling, to_release
 from nimbos.kernel.segments import canonical
 from nimbos.kernel.syscall import Also, Outcome, Syscall, Wait, joined, nothing
 from nimbos.kernel.tools import ToolWorkers, WorkerDied
@@ -229,7 +229,13 @@ class Gate:
         done = []
         for call_id, intent in to_release(holding.view):
             arguments = await self._segments.get(holding.view.account, intent.arguments)
-            syscall = Syscall(call_id=call_id, verb=intent.verb, resource=intent.resource, arguments=arguments)
+            syscall = Syscall(
+                call_id=call_id,
+                verb=intent.verb,
+                resource=intent.resource,
+                arguments=arguments,
+                step=f"{intent.step}{MARK}" if intent.step else "",
+            )
             done.append(await self.attempt(holding, syscall, also=telling(holding, self._segments, intent)))
         return done
 

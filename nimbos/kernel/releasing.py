@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from nimbos.kernel.holding import Holding
     from nimbos.kernel.view import View
 
-_MARK = ".released"
+MARK = ".released"  # behind the id of a call, and behind the key of its step
 _TOKEN_BYTES = 3
 
 
 def is_released(call_id: str) -> bool:
-    return call_id.endswith(_MARK)
+    return call_id.endswith(MARK)
 
 
 def to_release(view: View) -> Iterator[tuple[str, CallIntent]]:
@@ -30,13 +30,13 @@ def to_release(view: View) -> Iterator[tuple[str, CallIntent]]:
     if view.withheld:
         return
     for call_id, intent in list(view.syscalls.withheld.items()):
-        released = f"{call_id}{_MARK}"
+        released = f"{call_id}{MARK}"
         if released not in view.syscalls.open and released not in view.syscalls.ended:
             yield released, intent
 
 
 def telling(holding: Holding, segments: Segments, intent: CallIntent) -> Also:
-    """How an agent's model is told. A durable function has its step's result already and is told nothing."""
+    """How an agent's model is told. A durable function waits at that step, and is given what comes of it."""
 
     async def tell(outcome: Outcome) -> Sequence[Draft]:
         if holding.program.entry:

@@ -19,13 +19,14 @@ from nimbos.kernel.answers import Misfit, value_of
 from nimbos.kernel.events import CallDenied, CallDone, CallResolved, ModelDone, ModelFailed
 from nimbos.kernel.manifest import Level
 from nimbos.kernel.program import Program
+from nimbos.kernel.releasing import MARK
 from nimbos.kernel.requests import dial_of, sampling_of
 from nimbos.kernel.segments import Segments, canonical, text_of
-from nimbos.kernel.syscall import Syscall
+from nimbos.kernel.syscall import Syscall, Wait
 from nimbos.kernel.think import ThinkRequest
 from nimbos.kernel.tools import read_value
-from nimbos.kernel.view import Recorded
-from nimbos.kernel.words import Verb
+from nimbos.kernel.view import Recorded, View
+from nimbos.kernel.words import Reason, State, Verb
 from nimbos.toolwire import FRAME_BYTES_MAX, MESSAGE_CHARACTERS, Step
 from nimbos.types import Grammar
 
@@ -168,6 +169,16 @@ def request_of(think: ThinkArguments, program: Program) -> ThinkRequest:
     )
 
 
+def record_of(view: View, asked: Asked) -> Recorded | Wait | None:
+    """How it ended; None: it has not. A fork waits at a step that is withheld until it is adopted, and what came of it
+    then is the step's record: a function is never told of an effect that was not."""
+    recorded = view.steps.get(asked.key)
+    if recorded is None or not (isinstance(recorded.outcome, CallDone) and recorded.outcome.withheld):
+        return recorded
+    made = view.steps.get(f"{asked.key}{MARK}")
+    return made or Wait(state=State.WAITING, reason=Reason.SIGNAL, about=(asked.call_id,))
+
+
 async def said_of(recorded: Recorded, asked: Asked, segments: Segments, account: str) -> Said:
     """The same whenever it is asked, as it is made from the record alone. Raises: NotFound, StorageUnavailable."""
     outcome = recorded.outcome
@@ -179,8 +190,6 @@ async def said_of(recorded: Recorded, asked: Asked, segments: Segments, account:
         message = await segments.get(account, outcome.message)
         return _thought(str(message.get("content") or ""), asked.think)
     value = b"null" if recorded.result is None else await segments.get_bytes(account, recorded.result)
-    if isinstance(outcome, CallDone) and outcome.withheld:
-        return Said(error="withheld", message="This process is a fork: what it does outside waits for its adoption.")
     if recorded.error:
         why = text_of(msgspec.json.decode(value))
         if isinstance(outcome, CallResolved):

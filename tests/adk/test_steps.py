@@ -55,8 +55,8 @@ async def test_each_step_says_what_it_wants_and_nothing_that_was_not_given() -> 
         await sleep(2.5)
         return [said, seen, other.pid, await ask("Sure?", choices=["yes", "no"])]
 
-    answers = {"think": ["I see"], "call": ["here"], "spawn": [{"pid": "proc_1"}], "send": [{}], "sleep": [{}]}
-    line = Line({**answers, "ask": ["yes"]})
+    answers: dict[str, list[Any]] = {"think": ["I see"], "call": ["here"], "spawn": [{"pid": "proc_1"}]}
+    line = Line({**answers, "send": [{}], "sleep": [{}], "ask": ["yes"]})
     assert await run(main, None, line) == ["I see", "here", "proc_1", "yes"]
     assert line.asked == [
         ("think", "think", {"messages": [{"role": "user", "content": "Well?"}], "max_tokens": 5}),

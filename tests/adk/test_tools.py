@@ -22,7 +22,7 @@ def double(number: int) -> int:
 def test_a_tool_is_still_the_function() -> None:
     assert isinstance(double, Tool)
     assert double(4) == 8
-    assert (double.__name__, double.__doc__, double.name) == ("double", "Twice as much.", "double")
+    assert (double.function.__name__, double.__doc__, double.name) == ("double", "Twice as much.", "double")
 
 
 def test_the_name_of_the_decorator_is_the_decorator_whatever_was_imported_before() -> None:

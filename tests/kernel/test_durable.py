@@ -392,6 +392,30 @@ return [first, len(rest[0].split()), len(rest[1].split()), rest[2]]
         assert done(place, pid) == ["mail Ada"]
 
 
+async def test_a_fork_waits_at_an_effect_until_it_is_adopted_and_then_does_it_once(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+    first = await think("one")
+    said = await ask("Go on?")
+    rest = await gather(call("mail", to=said), think("two"))
+    return [first, *rest]
+    """
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body)
+        await place.until(pid, State.ASKING)
+        (made,) = await place.kernel.fork(ACCOUNT, pid)
+        await answer(place, pid, "Ada")
+        assert await place.result(pid) == ["1", "sent to Ada", "2"]
+        await answer(place, made, "Bob")
+        assert (await place.until(made, State.WAITING)).reason is Reason.SIGNAL
+        assert done(place, made) == []
+        await place.kernel.adopt(ACCOUNT, made)
+        assert await place.result(made) == ["1", "sent to Bob", "2"]
+        assert (done(place, pid), done(place, made)) == (["mail Ada"], ["mail Bob"])
+        assert not any(isinstance(body, Note) and body.about == "changed_step" for body in await place.bodies_of(made))
+
+
 async def test_a_flood_of_steps_ends_the_process(
     database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nimbos.errors import BrokenProgram
+from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker, WorkerDied
 from nimbos.kernel.words import Effect
 from nimbos.toolwire import RunDone, Step, WorkerLimits
@@ -90,8 +91,9 @@ def returns(what: str):
     """Something odd."""
     deep = []
     for _ in range(100_000): deep = [deep]
-    return {"large": lambda: "x" * 100_000_000, "bytes": lambda: bytes([255, 254]), "text": lambda: "é".encode(),
-            "surrogate": lambda: "\\ud800", "object": object, "deep": lambda: deep, "nan": lambda: [float("nan")]}[what]()
+    odd = {"large": lambda: "x" * 100_000_000, "bytes": lambda: bytes([255, 254]), "text": lambda: "é".encode(),
+           "surrogate": lambda: "\\ud800", "object": object, "deep": lambda: deep, "nan": lambda: [float("nan")]}
+    return odd[what]()
 
 @tool(effect="pure")
 def child_process() -> int:
@@ -190,6 +192,16 @@ async def test_a_call_returns_its_value_and_what_it_prints_stays_beside(bench: B
     result = await worker.call("add", {"a": 40}, deadline_s=PATIENCE_S)
     assert (result.value, result.error, result.size_bytes) == (42, "", 2)
     assert "adding, on standard output" in bench.output()
+
+
+async def test_what_a_worker_prints_is_kept_to_its_last_part(bench: Bench) -> None:
+    worker = bench.worker(
+        "from nimbos.adk import tool\n@tool(effect='pure')\n"
+        "def talk() -> None:\n    'Talks.'\n    print('x' * 3_000_000 + ' the end')"
+    )
+    assert (await worker.call("talk", {}, deadline_s=PATIENCE_S)).error == ""
+    await worker.close()
+    assert len(bench.output()) == OUTPUT_BYTES and bench.output().endswith(" the end\n")
 
 
 async def test_calls_run_at_once_and_each_gets_its_own_answer(bench: Bench) -> None:
@@ -391,6 +403,7 @@ async def test_what_a_tool_started_ends_with_the_worker(bench: Bench) -> None:
 SERVER = """
 import asyncio, sys
 from pathlib import Path
+from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker
 
 async def main(folder: Path) -> None:

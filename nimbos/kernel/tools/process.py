@@ -22,6 +22,7 @@ from nimbos.toolwire import FRAME_BYTES_MAX, LENGTH, FromWorker, ToWorker, from_
 _KEPT = ("TZ", "SYSTEMROOT")  # what Python and the local date need
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _READ_BYTES = 1 << 20
+OUTPUT_BYTES = 1 << 20  # kept of what a process has printed
 
 
 class PipeBroken(Exception):
@@ -119,6 +120,19 @@ class WorkerProcess:
 
 
 _WHY = {"SIGXCPU": ": it has used up its processor time", "SIGSEGV": ": it crashed in C code", "SIGKILL": ""}
+
+
+def shorten(output: Path) -> None:
+    """What was printed is kept to its last part. Blocks."""
+    with contextlib.suppress(OSError):
+        size = output.stat().st_size
+        if size > OUTPUT_BYTES:
+            with output.open("r+b") as file:
+                file.seek(size - OUTPUT_BYTES)
+                last = file.read(OUTPUT_BYTES)
+                file.seek(0)
+                file.write(last)
+                file.truncate()
 
 
 def environment(workspace: Path) -> dict[str, str]:

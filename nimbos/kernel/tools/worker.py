@@ -16,7 +16,7 @@ from typing import Any
 
 from nimbos.errors import BrokenProgram
 from nimbos.kernel.segments import canonical
-from nimbos.kernel.tools.process import PipeBroken, WorkerProcess
+from nimbos.kernel.tools.process import PipeBroken, WorkerProcess, shorten
 from nimbos.kernel.tools.results import WORKER_CODES, NotJson, ToolResult, Verified, read_value
 from nimbos.kernel.tools.specs import ToolSpec, read_specs
 from nimbos.toolwire import (
@@ -41,6 +41,8 @@ from nimbos.toolwire import (
 START_S = 30.0  # imports of a program may be slow
 GRACE_S = 0.5  # for a worker to stop an async tool by itself, and live on
 STEPS_OPEN_MAX = 1024  # of a durable function, not answered yet
+STEPS_OPEN_BYTES_MAX = 64 * 1024 * 1024
+STEP_NAME_CHARACTERS = 200
 
 
 class WorkerDied(Exception):
@@ -65,11 +67,12 @@ class _Live:
     """A process that has loaded its program. `expected`: what it may answer. `steps`: from its durable function."""
 
     process: WorkerProcess
+    output: Path
     specs: tuple[ToolSpec, ...]
     expected: dict[int, asyncio.Future[FromWorker]] = field(default_factory=dict)
     steps: asyncio.Queue[Step | Quiet | RunDone | WorkerDied] | None = None
     asked: int = 0
-    open: set[int] = field(default_factory=set)
+    open: dict[int, int] = field(default_factory=dict)  # sizes of steps without an answer
     quiet: set[int] = field(default_factory=set)
     reading: asyncio.Task[None] | None = None
     died: WorkerDied | None = None
@@ -205,7 +208,7 @@ class ToolWorker:
                 folder = str(place.folder)
                 await process.send(Load(folder=folder, tools=self._tools, entry=self._entry, limits=self._limits))
                 first = await process.receive()
-            live = _Live(process=process, specs=self._specs(first))
+            live = _Live(process=process, output=place.output, specs=self._specs(first))
         except TimeoutError as error:
             await _gone(process)
             raise BrokenProgram(
@@ -251,9 +254,12 @@ class ToolWorker:
             return "it sent what nobody asked for"
         if isinstance(message, Step):
             live.asked += 1
-            if message.number != live.asked or len(live.open) >= STEPS_OPEN_MAX:
+            live.open[message.number] = len(message.arguments)
+            too_many = len(live.open) > STEPS_OPEN_MAX or sum(live.open.values()) > STEPS_OPEN_BYTES_MAX
+            if message.number != live.asked or too_many:
                 return "it asked for too many steps at once"
-            live.open.add(message.number)
+            if len(message.verb) + len(message.name) > STEP_NAME_CHARACTERS:
+                return "it asked for a step without a name"
         elif isinstance(message, Quiet):
             if message.number not in live.quiet or message.steps != live.asked:
                 return "it miscounts its steps"
@@ -274,7 +280,7 @@ class ToolWorker:
                 await self._send(live, ask(number))
                 return await waiting
         except TimeoutError as error:
-            await self._bury(live, "a tool ran over its deadline")
+            await self._bury(live, "a tool ran over its deadline", deadline=True)
             raise WorkerDied("it ran over its deadline", deadline=True) from error
         except asyncio.CancelledError:
             self._end(live, WorkerDied("the call was given up"))
@@ -306,6 +312,7 @@ class ToolWorker:
 
     async def _tell(self, live: _Live, died: WorkerDied) -> None:
         ended = await live.process.wait()
+        await asyncio.to_thread(shorten, live.output)
         told = WorkerDied(f"{died} ({ended})" if str(died) == "it ended" else str(died), deadline=died.deadline)
         for waiting in live.expected.values():
             if not waiting.done():
@@ -314,9 +321,9 @@ class ToolWorker:
         if live.steps is not None:
             live.steps.put_nowait(told)
 
-    async def _bury(self, live: _Live, why: str) -> None:
+    async def _bury(self, live: _Live, why: str, *, deadline: bool = False) -> None:
         """Ends it and waits until it is gone."""
-        self._end(live, WorkerDied(why))
+        self._end(live, WorkerDied(why, deadline=deadline))
         if live.reading is not None and live.reading is not asyncio.current_task():
             live.reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -353,7 +360,7 @@ class FunctionRun:
 
     async def answer(self, number: int, *, value: bytes = b"null", error: str = "", message: str = "") -> None:
         """Raises: WorkerDied."""
-        self._live.open.discard(number)
+        self._live.open.pop(number, None)
         done = StepDone(number=number, value=value, error=error, message=shortened(message))
         await self._worker._send(self._live, done)
 
