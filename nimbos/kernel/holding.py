@@ -26,7 +26,7 @@ from nimbos.kernel.effects import HARMLESS
 from nimbos.kernel.events import Event, Note, ProcExited, ProcState, SignalConsumed
 from nimbos.kernel.fold import View
 from nimbos.kernel.log import Draft, Holder, Log
-from nimbos.kernel.mailbox import CONTROL, Mail
+from nimbos.kernel.mailbox import CONTROL, WAKE_PAUSED, Mail
 from nimbos.kernel.processes import locked_head
 from nimbos.kernel.releasing import to_release
 from nimbos.kernel.segments import Segments
@@ -141,7 +141,7 @@ class Holding:
     async def write(self, begin: Callable[[], Transaction[list[Event]]], *, others: bool = False) -> list[Event]:
         """A transaction of which `appending` is a part, and which returns its events. `others`: it writes for other
         processes, too. Raises: as `append`."""
-        events = await self._shared.database.run(begin, durable=True)
+        events = await self._shared.database.run(begin, durable=True, quick=True)
         await self._fold(events)
         if others:  # a child may be born, or another process be sent something
             self._shared.bells.work()
@@ -271,7 +271,8 @@ class Holding:
         posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
         events = yield from self.appending(*drafts)
         head = yield from locked_head(self.pid)
-        if body.to is not State.PAUSED and head.mail > head.taken:
+        unread = yield from mailbox.unread(head)
+        if any(body.to is not State.PAUSED or mail.signal in WAKE_PAUSED for mail in unread):
             return (yield from self._yielding(events, posted))
         yield from self._shared.work.finish(self.holder.claim)
         return _Ended(events=events, by=Parked, posted=posted)

@@ -25,7 +25,7 @@ from nimbos.work import Work
 KIND = "process"  # of the work that a ready process is
 UNREAD_MAX = 1_000  # signals that a mailbox holds
 CONTROL = frozenset({SignalKind.PAUSE, SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})  # the kernel obeys
-_WAKE_PAUSED = frozenset({SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})
+WAKE_PAUSED = frozenset({SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})
 _ALWAYS = CONTROL | {SignalKind.CHILD_EXIT, SignalKind.TIMER}  # a full mailbox takes these too
 _TAKEN_AT_ONCE = 100
 _RETRY_AFTER_S = 5.0
@@ -75,7 +75,7 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
             owner=f"process {pid}",
         )
     yield from _add(head, mail)
-    if not head.parked or (head.state is State.PAUSED and mail.signal not in _WAKE_PAUSED):
+    if not head.parked or (head.state is State.PAUSED and mail.signal not in WAKE_PAUSED):
         return Posted(new=True)
     yield from wake(log, work, pid, actor=mail.source)
     return Posted(new=True, woken=True)

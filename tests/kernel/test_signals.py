@@ -157,6 +157,21 @@ async def test_what_was_resumed_before_it_paused_goes_on(database: Database, dat
         assert await result_of(place, pid) == ["enough"]
 
 
+async def test_a_resume_that_lies_far_behind_its_pause_is_heard(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailbox, "_TAKEN_AT_ONCE", 2)
+    async with running(database, database_settings, {"plain": read_and_wait}, start=False) as place:
+        pid = await place.spawn()
+        for body in ("one", "two", "three"):
+            await place.send(pid, SignalKind.MESSAGE, body=body)
+        await place.send(pid, SignalKind.PAUSE)
+        await place.send(pid, SignalKind.RESUME)
+        await place.send(pid, SignalKind.MESSAGE, body="enough")
+        await place.kernel.start(place.drive)
+        assert await result_of(place, pid) == ["one", "two", "three", "enough"]
+
+
 async def test_a_pause_waits_for_a_call_whose_outcome_would_be_unknown(
     database: Database, database_settings: Settings
 ) -> None:
