@@ -41,6 +41,7 @@ __all__ = [
     "reserve_call",
     "settle_call",
     "spent",
+    "tell",
     "top_up",
 ]
 
@@ -72,10 +73,9 @@ def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[Res
     hold = yield from allowances.reserve_call(pid, deadline_ms=deadline_ms)
     if not hold.limited:
         return Reserved(deadline_ms=hold.deadline_ms)
-    amounts = {allowances.CALLS: 1, allowances.SECONDS: hold.deadline_ms}
     drafts = tuple(
         Draft(body=events.BudgetReserved(meter=meter, amount=amount, call_id=call_id), call_id=call_id)
-        for meter, amount in amounts.items()
+        for meter, amount in hold.amounts.items()
     )
     return Reserved(deadline_ms=hold.deadline_ms, drafts=drafts)
 
@@ -129,22 +129,24 @@ def top_up(log: Log, work: Work, pid: str, allowance: Allowance, *, source: str,
     Raises: InvalidRequest, NotFound; Conflict for a process that is over.
     """
     reached = yield from allowances.top_up(pid, allowance)
-    mail = Mail(signal=SignalKind.TOP_UP, source=source, external_id=external_id)
-    return (yield from _tell_reached(log, work, reached, mail))
+    return (yield from tell(log, work, reached, source=source, external_id=external_id))
 
 
-def give(log: Log, work: Work, parent: str, child: str, allowance: Allowance, *, external_id: str) -> Transaction[Told]:
-    """More for a child, of what its parent has left; otherwise as `top_up`."""
-    reached = yield from allowances.give(parent, child, allowance)
-    mail = Mail(signal=SignalKind.TOP_UP, source=f"process:{parent}", external_id=external_id)
-    return (yield from _tell_reached(log, work, reached, mail))
+def give(parent: str, child: str, allowance: Allowance) -> Transaction[list[str]]:
+    """More for a child, of what its parent has left; whom to `tell` of it, once their parent's head is locked.
+
+    Raises: InvalidRequest, NotFound.
+    """
+    return allowances.give(parent, child, allowance)
 
 
 class GivenBefore(Exception):
     """This very signal was sent before: its transaction is undone, and nothing is given a second time."""
 
 
-def _tell_reached(log: Log, work: Work, reached: Sequence[str], mail: Mail) -> Transaction[Told]:
+def tell(log: Log, work: Work, reached: Sequence[str], *, source: str, external_id: str) -> Transaction[Told]:
+    """The first of them, and of the others those that ask for budget. Raises: GivenBefore."""
+    mail = Mail(signal=SignalKind.TOP_UP, source=source, external_id=external_id)
     told = []
     for pid in reached:
         head = yield from locked_head(pid)

@@ -73,6 +73,11 @@ class CallHold:
     deadline_ms: int
     limited: bool
 
+    @property
+    def amounts(self) -> dict[str, int]:
+        """By meter."""
+        return {CALLS: 1, SECONDS: self.deadline_ms}
+
 
 def make(process: str, allowance: Allowance, *, name: str = "", parent: str | None = None) -> Transaction[None]:
     """The rows of a new process. `parent`: the process it draws on.

@@ -288,7 +288,7 @@ def test_a_crowd_on_a_slow_machine_all_begin_soon() -> None:
     assert RULES.stall_target_ms > slow.predict(6, 6 * 128) > 0.6 * RULES.stall_target_ms
     crowd = [job(prompt=128) for _ in range(8)]
     alone_ms = 8 * slow.predict(128, 128 * 64)
-    now, begun = 0.0, {}
+    now, begun = 0.0, dict[int, float]()
     while len(begun) < len(crowd):
         chosen = plan(crowd, slow, FairClock(), RULES, now)
         now += chosen.predicted_ms

@@ -13,8 +13,10 @@ from nimbos.db import Database
 from nimbos.errors import Conflict, InvalidRequest, NotFound
 from nimbos.kernel import Head, Reason, SignalKind, State
 from nimbos.kernel.events import BudgetExhausted, BudgetSettled, ModelPartial, SignalReceived
+from nimbos.kernel.gate import Syscall
+from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance, Budget, Price, budgets_of, set_budget, set_prices
-from tests.kernel.gating import Gated, gated, tool
+from tests.kernel.gating import Gated, call, gated, tool
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
 
 HELD = State.ASKING, Reason.BUDGET
@@ -296,3 +298,40 @@ async def test_what_a_tree_cost_is_told_by_process(database: Database, database_
         left = {budget.meter: budget for budget in cost.budgets}
         assert left["tokens"].used == own.input + own.output + other.input + 40
         assert (left["tokens"].limit, left["calls"].limit) == (10_000, None)
+
+
+async def test_a_parent_gives_a_child_more_of_its_own_and_the_child_goes_on(
+    database: Database, database_settings: Settings
+) -> None:
+    async with gated(database, database_settings) as gate:
+        calls: list[Syscall] = [call(Verb.SPAWN, id="s", input={}, name="child", budget={"calls": 1})]
+        gate.program(*(tool("look", id=f"c{n}") for n in range(3)), name="child")
+        parent = gate.program(*calls, call(Verb.ASK, id="a1", question="?"), name="parent")
+        pid = await gate.spawn("parent", budget=Allowance(calls=3))
+        await gate.asking(pid, Reason.INPUT)
+        child = parent.outcomes["s"].child
+        held = await gate.asking(child, Reason.BUDGET)
+
+        more = {"to": child, "message": "go on"}
+        parent.syscalls = (
+            *parent.syscalls,
+            call(Verb.SEND, id="much", **more, budget={"calls": 3}),
+            call(Verb.SEND, id="stranger", to=pid, message="mine", budget={"calls": 1}),
+            call(Verb.SEND, id="one", **more, budget={"calls": 1}),
+            call(Verb.ASK, id="a2", question="?"),
+            call(Verb.SEND, id="another", **more, budget={"calls": 1}),
+            call(Verb.WAIT, id="w"),
+        )
+        await gate.answer(pid, "yes")
+        await gate.asking(child, Reason.BUDGET, after=held.seq)
+        assert gate.done(child) == ["look -"] * 2
+        assert "has 2 calls left, and cannot give 3" in parent.outcomes["much"].value
+        assert "only what is one's own" in parent.outcomes["stranger"].value
+        assert parent.outcomes["one"].error == ""
+        await gate.asking(pid, Reason.INPUT)
+        await gate.answer(pid, "yes")
+        assert (await gate.place.over(pid)).reason is Reason.OK
+        assert gate.done(child) == ["look -"] * 3
+        own, other = await budgets(database, pid), await budgets(database, child)
+        assert (own["calls"].limit, own["calls"].used) == (3, 3), "its own limit stays, and nothing was spent twice"
+        assert (other["calls"].limit, other["calls"].used) == (3, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ async def test_a_parent_gives_from_what_it_has_left_and_from_nothing_else(books:
     await make(books, "other")
     for giver, taker in (("other", "c"), ("c", "p"), ("p", "p")):
         with pytest.raises(InvalidRequest, match="one's own"):
-            await books.run(lambda giver=giver, taker=taker: allowances.give(giver, taker, Allowance(tokens=1)))
+            await books.run(partial(allowances.give, giver, taker, Allowance(tokens=1)))
     with pytest.raises(NotFound):
         await books.run(lambda: allowances.give("p", "nobody", Allowance(tokens=1)))
 
@@ -163,7 +164,7 @@ async def test_calls_left_open_by_a_process_that_is_over_are_settled_as_they_wer
 @pytest.mark.parametrize("wrong", [{"tokens": -1}, {"seconds": 10**13}, {"calls": -5}, {"cost_micros": 2**70}])
 async def test_amounts_out_of_bounds_name_their_field(books: Books, wrong: dict[str, int]) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        await make(books, "p", **wrong)
+        await books.run(lambda: allowances.make("p", Allowance(**wrong)))
     assert refused.value.param == f"budget.{next(iter(wrong))}"
 
 
@@ -284,7 +285,7 @@ class Family(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         for name in self.parents:
-            found = self.do(self.books.run(lambda name=name: budgets_of("process", name)))
+            found = self.do(self.books.run(partial(budgets_of, "process", name)))
             for budget in found:
                 if budget.meter in ("calls", "seconds_ms"):
                     assert (budget.reserved, budget.used) == self.sums(name)[budget.meter]

@@ -14,6 +14,17 @@ _TEXT: Final = {"type": "string", "minLength": 1, "maxLength": 20_000}
 _PID: Final = {"type": "string", "minLength": 1, "maxLength": 100}
 _SECONDS: Final = {"type": "number", "minimum": 0, "maximum": 31_536_000}
 _COUNT: Final = {"type": "integer", "minimum": 1, "maximum": 1_000_000_000_000}
+_BUDGET: Final = {
+    "type": "object",
+    "properties": {
+        "tokens": _COUNT,
+        "cost": {"type": "number", "exclusiveMinimum": 0, "maximum": 1_000_000_000},
+        "seconds": _COUNT,
+        "calls": _COUNT,
+    },
+    "required": [],
+    "additionalProperties": False,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +82,11 @@ BUILTINS: Final[dict[str, Builtin]] = {
     "send": Builtin(
         verb=Verb.SEND,
         effect=Effect.INTERNAL,
-        description="Send a message to another process: a child, or whoever's id you know.",
+        description="Send a message to another process: a child, or whoever's id you know. `budget` gives a child that "
+        "much more of your own.",
         parameters={
             "type": "object",
-            "properties": {"to": _PID, "message": {}},
+            "properties": {"to": _PID, "message": {}, "budget": _BUDGET},
             "required": ["to", "message"],
             "additionalProperties": False,
         },
@@ -103,17 +115,7 @@ BUILTINS: Final[dict[str, Builtin]] = {
                 "name": {"type": "string", "maxLength": 200},
                 "model": {"type": "string", "maxLength": 200},
                 "detached": {"type": "boolean"},
-                "budget": {
-                    "type": "object",
-                    "properties": {
-                        "tokens": _COUNT,
-                        "cost": {"type": "number", "exclusiveMinimum": 0, "maximum": 1_000_000_000},
-                        "seconds": _COUNT,
-                        "calls": _COUNT,
-                    },
-                    "required": [],
-                    "additionalProperties": False,
-                },
+                "budget": _BUDGET,
             },
             "required": ["input"],
             "additionalProperties": False,

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nimbos.db import Transaction
-from nimbos.errors import Conflict, NotFound, Overloaded
-from nimbos.kernel.drivers.answers import Answered, Undone
+from nimbos.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from nimbos.kernel import budgets
+from nimbos.kernel.budgets import Allowance
+from nimbos.kernel.drivers.answers import Answered, Undone, refused
+from nimbos.kernel.drivers.spawning import allowance_of
 from nimbos.kernel.events import CtxChanged, Segment
 from nimbos.kernel.log import Draft, Log
 from nimbos.kernel.mailbox import Mail, post
@@ -31,13 +34,26 @@ async def send(
     log: Log,
     work: Work,
 ) -> Answered:
-    """Words for another process of the same account, in its mailbox when this call is in the log.
+    """Words for another process of the same account, in its mailbox when this call is in the log. With `budget`, a
+    child gets that much more out of what this process has left, and goes on if that is what it waited for.
 
     Raises: StorageUnavailable.
     """
     to = str(arguments["to"])
+    try:
+        given = allowance_of(arguments.get("budget"))
+    except InvalidRequest as error:
+        return refused(error)
+    reached: list[str] = []
     body = await segments.put(view.account, arguments.get("message"))
     mail = Mail(signal=SignalKind.MESSAGE, source=f"process:{view.pid}", external_id=call_id, body=body)
+
+    def pay() -> Transaction[None]:
+        if given != Allowance():
+            try:
+                reached[:] = yield from budgets.give(view.pid, to, given)
+            except (NotFound, InvalidRequest) as error:
+                raise Undone(error) from error
 
     def deliver() -> Transaction[None]:
         try:
@@ -45,12 +61,13 @@ async def send(
             if head.account != view.account:
                 raise missing(to)
             yield from post(log, work, to, mail)
+            yield from budgets.tell(log, work, reached, source=mail.source, external_id=f"{call_id}.budget")
         except ClaimLost:
             raise
         except (NotFound, Conflict, Overloaded) as error:
             raise Undone(error) from error
 
-    return Answered(value={"sent": to}, also=deliver, origin=Origin.USER)
+    return Answered(value={"sent": to}, before=pay, also=deliver, origin=Origin.USER)
 
 
 async def pin(view: View, segments: Segments, call_id: str, arguments: Mapping[str, Any]) -> Answered:

@@ -35,7 +35,7 @@ class Spawning:
         """Raises: StorageUnavailable."""
         try:
             birth = await self._birth(holding, call_id, arguments)
-            allowance = _allowance(arguments.get("budget"))
+            allowance = allowance_of(arguments.get("budget"))
         except (NotFound, InvalidRequest) as error:
             return refused(error)
 
@@ -85,8 +85,8 @@ def _undoing() -> Iterator[None]:
         raise Undone(error) from error
 
 
-def _allowance(given: Any) -> Allowance:
-    """As a model or a step says it; without, it spends its parent's.
+def allowance_of(given: Any) -> Allowance:
+    """As a model or a step says it: of its own budget.
 
     Raises: InvalidRequest.
     """
