@@ -66,7 +66,7 @@ class Kernel(Looking):
         calls it. `resolve`: what a key may do now."""
         self.work = work or Work(database)
         clock = clock or SteadyClock()
-        super().__init__(database, Log(database, self.work, now_ms=clock.now_ms), Segments(blobs), Bells())
+        super().__init__(database, Log(database, self.work, now_ms=clock.now_ms), Segments(database, blobs), Bells())
         self.programs = Programs(database, blobs, home / "programs")
         self.service = service
         self.workspaces = Workspaces(home / "workspaces")

@@ -174,7 +174,7 @@ def test_an_eviction_takes_whole_turns_and_nothing_that_must_stay(
 async def test_results_stand_behind_their_calls_whatever_was_noted_between(tmp_path: Path) -> None:
     opened = await Database.open(Settings(home=str(tmp_path)))
     try:
-        segments = Segments(open_blobs(Settings(home=str(tmp_path)), opened))
+        segments = Segments(opened, open_blobs(Settings(home=str(tmp_path)), opened))
         said = [
             ("user", {"role": "user", "content": "one"}),
             ("user", {"role": "user", "content": "two"}),

@@ -1,4 +1,4 @@
-"""The logs of processes, and the keys of their effects. Heads and mailboxes are in `processes.py`.
+"""The logs of processes, their small segments and the keys of their effects. Heads and mailboxes are in `processes.py`.
 
 A row of `process_events` is never changed. The rows of a fork begin behind the event of its parent that they are
 chained to; what was before is the parent's. `nimbos/kernel/log.py` writes them, `nimbos/kernel/chain.py` says what
@@ -39,4 +39,11 @@ process_effects = Table(
     Column("call_id", Text, nullable=False),
     Column("intended_ms", BigInteger, nullable=False),
     Index(None, "pid"),
+)
+
+process_segments = Table(
+    "process_segments",
+    metadata,
+    Column("hash", Text, primary_key=True),  # of the content
+    Column("content", LargeBinary, nullable=False),  # a small one; large ones are in `blobs`
 )

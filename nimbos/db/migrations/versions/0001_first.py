@@ -350,6 +350,12 @@ def upgrade() -> None:
         ),
     )
     op.create_table(
+        "process_segments",
+        sa.Column("hash", sa.Text(), nullable=False),
+        sa.Column("content", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("hash", name=op.f("pk_process_segments")),
+    )
+    op.create_table(
         "processes",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("account", sa.Text(), nullable=False),
