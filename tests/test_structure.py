@@ -241,6 +241,7 @@ PURE = {
     "get_args",
     "hashlib.sha256",
     "len",
+    "msgspec.Meta",
     "msgspec.Raw",
     "msgspec.field",
     "msgspec.json.Decoder",
@@ -251,6 +252,7 @@ PURE = {
     "re.compile",
     "struct.Struct",
     "structlog.get_logger",
+    "typer.Argument",
 }
 PURE_METHODS = {"encode", "hexdigest", "split", "to_bytes"}
 COMMAND_TREE = {

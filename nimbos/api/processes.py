@@ -30,7 +30,7 @@ from nimbos.types import Account, AskClass, new_id
 
 LIST_MAX = 1_000
 EVENTS_MAX = 500
-_OPEN = tuple(state for state in State if state is not State.DONE)
+_OPEN = frozenset(State) - {State.DONE}
 _STATES = ("", "open", *(state.value for state in State))  # open: whatever is not done
 
 T = TypeVar("T", bound=msgspec.Struct)

@@ -26,7 +26,8 @@ PREFIX = "proc_"
 _ID_CHARACTERS = len(PREFIX) + 32
 _PAGE = 1_000
 _EVENTS_PAGE = 500
-_STREAM_PATIENCE = httpx2.Timeout(90.0, connect=5.0)  # a silent stream has comments
+_STREAM_PATIENCE_S = 90.0  # a silent stream has comments
+_CONNECT_S = 5.0
 _UPLOAD_PATIENCE_S = 120.0
 _RETURN_S = 120.0  # how long a server that went away is waited for
 _RETURN_LOOK_S = 0.25
@@ -140,9 +141,7 @@ class Remote:
         """Its answers in order, and the end. Raises: NotReady, ServerRefused."""
         client = self._open()
         try:
-            with client.stream(
-                "POST", place(pid, "replay"), json={"model": model}, timeout=_STREAM_PATIENCE
-            ) as response:
+            with client.stream("POST", place(pid, "replay"), json={"model": model}, timeout=_patience()) as response:
                 if response.status_code != 200:
                     response.read()
                     _answer(response)
@@ -154,7 +153,7 @@ class Remote:
         headers = {"last-event-id": str(after)} if after else {}
         query = {"watch": "true"} if watch else {}
         with self._open().stream(
-            "GET", place(pid, "events"), params=query, headers=headers, timeout=_STREAM_PATIENCE
+            "GET", place(pid, "events"), params=query, headers=headers, timeout=_patience()
         ) as response:
             if response.status_code != 200:
                 response.read()
@@ -192,6 +191,10 @@ class Remote:
 def place(pid: str, part: str = "") -> str:
     """The route of a process, or of something of it."""
     return f"/v1/processes/{quote(pid, safe='')}{f'/{part}' if part else ''}"
+
+
+def _patience() -> httpx2.Timeout:
+    return httpx2.Timeout(_STREAM_PATIENCE_S, connect=_CONNECT_S)
 
 
 def _messages(lines: Iterator[str]) -> Iterator[Told]:
