@@ -37,8 +37,10 @@ class Minds(Place):
         given = {"nimbos.toml": b'name = "agent"\n' + manifest.encode(), "instructions.md": b"Be brief."}
         return (await self.kernel.programs.put(ACCOUNT, {**given, **(files or {})})).hash
 
-    async def run(self, program: str, input: Any = "go", *, budget: Allowance | None = None) -> str:
-        return await self.kernel.spawn(ACCOUNT, program, input, model="demo", budget=budget)
+    async def run(
+        self, program: str, input: Any = "go", *, model: str = "demo", budget: Allowance | None = None
+    ) -> str:
+        return await self.kernel.spawn(ACCOUNT, program, input, model=model, budget=budget)
 
     async def result(self, pid: str) -> Any:
         head = await self.over(pid)
@@ -82,12 +84,14 @@ async def minds(
     server: str = "one",
     start: bool = True,
     model_hash: str = "0" * 64,
+    models: tuple[Path, ...] = (),
 ) -> AsyncIterator[Minds]:
+    """`models`: GGUF files beside the scripted model, each known by its stem."""
     home = Path(settings.home)
     home.mkdir(parents=True, exist_ok=True)
     says = _read(home, "demo", script)
     also = {name: _read(home, name, other) for name, other in (others or {}).items()}
-    async with shop(database, home / server, says=says, others=also, model_hash=model_hash) as open_shop:
+    async with shop(database, home / server, says=says, others=also, model_hash=model_hash, models=models) as open_shop:
         kernel = Kernel(
             database=database,
             blobs=open_blobs(settings, database),
