@@ -20,7 +20,7 @@ from nimbos.kernel.log import Draft
 from nimbos.ledger import Extended, Progress, Settled, Settlement
 from nimbos.types import Ask, Channel, TokenChunk, Usage
 
-TOKENS, COST = "tokens", "cost_micros"
+TOKENS, COST, SECONDS = "tokens", "cost_micros", "seconds_ms"
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +84,10 @@ class AskJournal:
             return
         drafts = self._ending(settlement) if self.done is None else self.done
         yield from self._holding.appending(
-            *drafts, settled_draft(settlement.ask_id, settlement.usage, settled.cost_micros)
+            *drafts,
+            settled_draft(
+                settlement.ask_id, settlement.usage, cost_micros=settled.cost_micros, compute_ms=settlement.compute_ms
+            ),
         )
 
     def _ending(self, settlement: Settlement) -> tuple[Draft, ...]:
@@ -96,8 +99,8 @@ class AskJournal:
         return (*kept, Draft(body=failed), *failing.after)
 
 
-def settled_draft(ask_id: str, usage: Usage, cost_micros: int) -> Draft:
+def settled_draft(ask_id: str, usage: Usage, *, cost_micros: int, compute_ms: int) -> Draft:
     """What an ask used in the end, by the meters of budgets; the event's own usage says it by kinds of tokens."""
-    used = {TOKENS: usage.input + usage.output, COST: cost_micros}
+    used = {TOKENS: usage.input + usage.output, COST: cost_micros, SECONDS: compute_ms}
     body = BudgetSettled(used={meter: amount for meter, amount in used.items() if amount}, ask_id=ask_id)
     return Draft(body=body, usage=usage)

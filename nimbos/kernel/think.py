@@ -244,7 +244,9 @@ class Thinker:
         for ask_id in [one for one, settled in view.asks.settled.items() if not settled]:
             found = await self._spent(ask_id)
             if found is not None and found.process == holding.pid:
-                drafts.append(settled_draft(ask_id, found.usage, found.cost_micros))
+                drafts.append(
+                    settled_draft(ask_id, found.usage, cost_micros=found.cost_micros, compute_ms=found.compute_ms)
+                )
         for signal in view.signals:
             if signal.signal is SignalKind.TIMER and not signal.about:
                 drafts.append(Draft(body=SignalConsumed(received=signal.seq), cause=signal.seq))

@@ -11,7 +11,9 @@ from nimbos.db.tables.ledger import asks, meters
 from nimbos.ledger.rows import SETTLED
 from nimbos.types import Usage
 
-_ASK = Statement(select(asks.c.state, asks.c.process, asks.c.cost_micros).where(asks.c.id == bindparam("of")))
+_ASK = Statement(
+    select(asks.c.state, asks.c.process, asks.c.cost_micros, asks.c.compute_ms).where(asks.c.id == bindparam("of"))
+)
 _METERS = Statement(select(meters.c.meter, meters.c.quantity).where(meters.c.ask == bindparam("of")))
 
 
@@ -20,6 +22,7 @@ class Spent:
     process: str
     usage: Usage
     cost_micros: int
+    compute_ms: int
 
 
 def spent(ask_id: str) -> Transaction[Spent | None]:
@@ -36,4 +39,9 @@ def spent(ask_id: str) -> Transaction[Spent | None]:
         thinking=thinking,
         recomputed=found.get("recomputed", 0),
     )
-    return Spent(process=rows[0]["process"], usage=usage, cost_micros=rows[0]["cost_micros"])
+    return Spent(
+        process=rows[0]["process"],
+        usage=usage,
+        cost_micros=rows[0]["cost_micros"],
+        compute_ms=rows[0]["compute_ms"],
+    )
