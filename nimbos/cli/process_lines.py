@@ -14,7 +14,7 @@ import msgspec
 from nimbos.cli.quantities import money_of
 
 LINE_CHARACTERS = 160
-_UNITS = {"cost_micros": "of money", "seconds_ms": "s of tools"}
+_UNITS = {"tokens": "tokens", "calls": "calls", "seconds_ms": "s of work", "cost_micros": "of money"}
 
 
 def safe(text: str) -> str:
@@ -43,7 +43,8 @@ def quantity(meter: str, amount: int) -> str:
 
 def amounts(used: Mapping[str, int]) -> str:
     """By meter, in words."""
-    words = [f"{quantity(meter, amount)} {_UNITS.get(meter, meter)}" for meter, amount in used.items() if amount]
+    known = sorted(used, key=lambda meter: [*_UNITS, meter].index(meter))
+    words = [f"{quantity(meter, used[meter])} {_UNITS.get(meter, meter)}" for meter in known if used[meter]]
     return " · ".join(words) or "nothing used"
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nimbos.cli.remote import Remote
 
 PID = Annotated[str, typer.Argument(metavar="PID", help="Its id, or a beginning of it that no other has.")]
+_PIPE_COLUMNS = 200
 _JSON = "Machine-readable, one document."
 _TOKENS = {"INPUT": ("input", "cached"), "CACHED": ("cached",), "OUTPUT": ("output", "thinking")}
 _OTHERS = {"CALLS": "calls", "SECONDS": "seconds_ms", "COST": "cost_micros"}
@@ -94,7 +95,9 @@ def tree(pid: PID, json: Annotated[bool, typer.Option("--json", help=_JSON)] = F
         text = f"{one['id']}  {safe(one['name'])}  {state_of(one)}  {amounts(one['usage'])}"
         parent = branches.get(one["parent"] or "")
         branches[one["id"]] = parent.add(Text(text)) if parent is not None else Tree(Text(text))
-    Console(highlight=False).print(branches[found[0]["id"]], soft_wrap=True)
+    terminal = Console(highlight=False)
+    wide = terminal if terminal.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
+    wide.print(branches[found[0]["id"]])
 
 
 def cost(pid: PID, json: Annotated[bool, typer.Option("--json", help=_JSON)] = False) -> None:
