@@ -5,7 +5,7 @@ into the view afterwards. When a write fails, or its outcome is not known, the v
 pass, and whoever claims the process next folds its log anew.
 
 A run ends by `park` or `exit`, or because `take_mail` found that it has to: they raise `Parked` or `Exited`, which only
-`runner.py` catches.
+`runner.py` catches. Their transactions are in `ending.py`.
 """
 
 from __future__ import annotations
@@ -14,38 +14,25 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from nimbos.db import Database, Transaction
+from nimbos.db import Transaction
 from nimbos.kernel import mailbox
-from nimbos.kernel.bells import Bells, Delta
-from nimbos.kernel.children import dismiss, tell_parent
+from nimbos.kernel.bells import Delta
 from nimbos.kernel.effects import HARMLESS
-from nimbos.kernel.events import Event, Note, ProcExited, ProcState, SignalConsumed
+from nimbos.kernel.ending import Ended, Endings, Exited, Parked, Shared, Tell, adopted
+from nimbos.kernel.events import Event, ProcExited, ProcState
 from nimbos.kernel.fold import View
-from nimbos.kernel.log import Draft, Holder, Log
-from nimbos.kernel.mailbox import CONTROL, WAKE_PAUSED, Mail
-from nimbos.kernel.processes import locked_head
-from nimbos.kernel.releasing import to_release
-from nimbos.kernel.segments import Segments
-from nimbos.kernel.timers import SteadyClock
+from nimbos.kernel.log import Draft, Holder
 from nimbos.kernel.view import CallStatus, Received
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.types import Account
-from nimbos.work import Work
 
 if TYPE_CHECKING:
     from nimbos.kernel.programs import Program
 
-
-class Parked(Exception):
-    """The run is over; a signal makes the process ready again."""
-
-
-class Exited(Exception):
-    """The run is over, and so is the process."""
+__all__ = ["Exited", "Holding", "Parked", "Shared", "Stop", "adopted"]
 
 
 class Stop(StrEnum):
@@ -54,30 +41,6 @@ class Stop(StrEnum):
     NO = "no"
     AFTER_CALLS = "after calls"  # a call goes on whose outcome would be unknown if it were cut off
     NOW = "now"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """What all holdings of a server have in common. `on_exit`: transactions that are part of every exit."""
-
-    database: Database
-    log: Log
-    work: Work
-    segments: Segments
-    bells: Bells
-    clock: SteadyClock
-    on_exit: tuple[Callable[[str], Transaction[None]], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ended:
-    """What became of a run, once its transaction is committed. `woken`: there is work to claim. `posted`: whose
-    mailboxes were written, and whether that woke them."""
-
-    events: list[Event]
-    by: type[Parked | Exited] | None = None
-    woken: bool = False
-    posted: tuple[tuple[str, bool], ...] = ()
 
 
 class Holding:
@@ -98,6 +61,7 @@ class Holding:
         self.closing = closing
         self._shared = shared
         self._folding = threading.Lock()
+        self._endings = Endings(shared, holder, self.appending)
 
     def ring(self) -> None:
         self.mail.set()
@@ -169,7 +133,7 @@ class Holding:
         self.mail.clear()
         begun = self.view.seq
         while await self._unread():
-            ended = await self._shared.database.run(self._taking, durable=True)
+            ended = await self._shared.database.run(lambda: self._endings.taking(self.view), durable=True)
             await self._settle(ended)
         return [signal for signal in self.view.signals if signal.seq > begun]
 
@@ -191,7 +155,7 @@ class Holding:
         due_ms: int | None = None,
         about: Sequence[str] = (),
         drafts: Sequence[Draft] = (),
-        tell: Callable[[Log, Work], Transaction[tuple[tuple[str, bool], ...]]] | None = None,
+        tell: Tell | None = None,
     ) -> None:
         """Ends the run until a signal comes; `drafts` are appended before, in the same transaction. Mail that came
         meanwhile makes the process ready at once: nothing is slept through. `tell`: part of the transaction, before
@@ -202,7 +166,7 @@ class Holding:
         body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
         await self._settle(
             await self._shared.database.run(
-                lambda: self._parking(body, [*drafts, Draft(body=body)], tell), durable=True
+                lambda: self._endings.parking(body, [*drafts, Draft(body=body)], tell), durable=True
             )
         )
 
@@ -220,10 +184,10 @@ class Holding:
             told = await self.put(error)
         body = ProcExited(reason=reason, result=result, error=error)
 
-        def begin() -> Transaction[_Ended]:
-            if reason is Reason.OK and (yield from self._is_spoken_to()):
-                return (yield from self._yielding([]))
-            return (yield from self._exiting(body, told, drafts))
+        def begin() -> Transaction[Ended]:
+            if reason is Reason.OK and (yield from self._endings.is_spoken_to(self.view)):
+                return (yield from self._endings.yielding([]))
+            return (yield from self._endings.exiting(self.view, body, told, drafts))
 
         await self._settle(await self._shared.database.run(begin, durable=True))
 
@@ -236,76 +200,7 @@ class Holding:
         (row,) = await self._shared.database.read(mailbox.COUNTS(id=self.pid))
         return bool(row["mail"] > row["taken"])
 
-    def _taking(self) -> Transaction[_Ended]:
-        head = yield from locked_head(self.pid)
-        mails = yield from mailbox.unread(head)
-        if not mails:
-            return _Ended(events=[])
-        drafts: list[Draft] = []
-        for mail in mails:
-            drafts.append(mailbox.received(mail))
-            if mail.signal in CONTROL or mail.signal in (SignalKind.ADOPT, SignalKind.TOP_UP):
-                received = head.seq + len(drafts)
-                drafts.append(Draft(body=SignalConsumed(received=received), cause=received))
-            if mail.signal is SignalKind.ADOPT:
-                drafts.append(Draft(body=adopted(), cause=received, actor=mail.source))
-        order = _order(mails)
-        if order in (SignalKind.KILL, SignalKind.CANCEL):
-            yield from mailbox.took(self.pid, len(mails))
-            reason = Reason.KILLED if order is SignalKind.KILL else Reason.CANCELLED
-            return (yield from self._exiting(ProcExited(reason=reason), None, drafts))
-        if order is SignalKind.PAUSE:
-            yield from mailbox.took(self.pid, len(mails))
-            paused = ProcState(to=State.PAUSED, reason=Reason.USER)
-            return (yield from self._parking(paused, [*drafts, Draft(body=paused)]))
-        events = yield from self.appending(*drafts)
-        yield from mailbox.took(self.pid, len(mails))
-        return _Ended(events=events)
-
-    def _parking(
-        self,
-        body: ProcState,
-        drafts: Sequence[Draft],
-        tell: Callable[[Log, Work], Transaction[tuple[tuple[str, bool], ...]]] | None = None,
-    ) -> Transaction[_Ended]:
-        posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
-        events = yield from self.appending(*drafts)
-        head = yield from locked_head(self.pid)
-        unread = yield from mailbox.unread(head)
-        if any(body.to is not State.PAUSED or mail.signal in WAKE_PAUSED for mail in unread):
-            return (yield from self._yielding(events, posted))
-        yield from self._shared.work.finish(self.holder.claim)
-        return _Ended(events=events, by=Parked, posted=posted)
-
-    def _yielding(self, events: list[Event], posted: tuple[tuple[str, bool], ...] = ()) -> Transaction[_Ended]:
-        """The run ends and the process is ready at once."""
-        events += yield from self.appending(Draft(body=ProcState(to=State.READY)))
-        yield from self._shared.work.release(self.holder.claim)
-        return _Ended(events=events, by=Parked, woken=True, posted=posted)
-
-    def _is_spoken_to(self) -> Transaction[bool]:
-        """Or adopted, with calls that were withheld and are to be made now."""
-        head = yield from locked_head(self.pid)
-        unread = {mail.signal for mail in (yield from mailbox.unread(head))}
-        return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(self.view))
-
-    def _exiting(self, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[_Ended]:
-        shared = self._shared
-        for ending in shared.on_exit:  # budgets are locked before heads
-            yield from ending(self.pid)
-        if self.view.parent is not None:
-            yield from locked_head(self.view.parent)  # parents are locked before their children
-        events = yield from self.appending(*drafts, Draft(body=body))
-        yield from shared.work.finish(self.holder.claim)
-        posted = yield from dismiss(shared.log, shared.work, self.pid)
-        if self.view.parent is not None:
-            done = yield from tell_parent(
-                shared.log, shared.work, self.view.parent, self.pid, reason=body.reason, told=told
-            )
-            posted.append((self.view.parent, done.woken))
-        return _Ended(events=events, by=Exited, posted=tuple(posted))
-
-    async def _settle(self, ended: _Ended) -> None:
+    async def _settle(self, ended: Ended) -> None:
         """After the commit. Raises: Parked, Exited."""
         await self._fold(ended.events)
         bells = self._shared.bells
@@ -336,17 +231,3 @@ class Holding:
         """Also in the database's own thread."""
         with self._folding:
             return self.view.copy()
-
-
-def adopted() -> Note:
-    """The event from which on a fork withholds nothing."""
-    return Note(about="adopted", text="What it does is done from now on.")
-
-
-def _order(mails: Sequence[Mail]) -> SignalKind | None:
-    """What the process is to do of what it was told: the last word, unless it is to end."""
-    told = [mail.signal for mail in mails if mail.signal in CONTROL]
-    for ending in (SignalKind.KILL, SignalKind.CANCEL):
-        if ending in told:
-            return ending
-    return told[-1] if told else None
