@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from nimbos.errors import BrokenProgram
+from nimbos.kernel.tools.live import WorkerDied
 from nimbos.kernel.tools.process import OUTPUT_BYTES
-from nimbos.kernel.tools.worker import Place, ToolWorker, WorkerDied
+from nimbos.kernel.tools.worker import Place, ToolWorker
 from nimbos.kernel.words import Effect
 from nimbos.toolwire import RunDone, Step, WorkerLimits
 
