@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
@@ -115,6 +116,9 @@ def dies() -> str:
         os._exit(7)
     return "third time"
 '''
+# What does not depend on the database is tested on one.
+on_sqlite = pytest.mark.parametrize("database_settings", ["sqlite"], indirect=True)
+
 FILES = {"nimbos.toml": MANIFEST, "instructions.md": b"Call.\n", "tools.py": TOOLS}
 
 

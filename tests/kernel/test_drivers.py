@@ -13,7 +13,7 @@ from nimbos.kernel.drivers.paging import head_of
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.syscall import Wait, joined
 from nimbos.kernel.words import Verb
-from tests.kernel.gating import call, gated, tool
+from tests.kernel.gating import call, gated, on_sqlite, tool
 from tests.kernel.running import ACCOUNT, OTHER
 
 
@@ -39,6 +39,7 @@ async def test_a_sleep_goes_on_counting_while_no_server_runs(database: Database,
         assert head.due_ms == due_ms
 
 
+@on_sqlite
 async def test_ask_parks_until_there_is_an_answer(database: Database, database_settings: Settings) -> None:
     async with gated(database, database_settings) as at:
         calls = at.program(call(Verb.ASK, question="Paris or Oslo?", choices=["Paris", "Oslo"]))
@@ -91,6 +92,7 @@ async def test_spawn_and_wait_bring_the_results_of_children(database: Database, 
         assert (await at.place.head(one)).parent == pid
 
 
+@on_sqlite
 async def test_wait_for_any_goes_on_with_the_first(database: Database, database_settings: Settings) -> None:
     async with gated(database, database_settings) as at:
         done: dict[str, Any] = {}
@@ -129,6 +131,7 @@ async def test_wait_for_any_goes_on_with_the_first(database: Database, database_
         assert (await at.place.over(left)).reason is Reason.CANCELLED  # it does not outlive its parent
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -178,6 +181,7 @@ async def test_send_puts_words_into_another_mailbox_once(database: Database, dat
         assert calls.outcomes["c2"].error == calls.outcomes["c3"].error == "not_found"
 
 
+@on_sqlite
 async def test_a_pinned_note_stays_in_view_until_it_is_let_go(database: Database, database_settings: Settings) -> None:
     async with gated(database, database_settings) as at:
         seen: list[Any] = []
@@ -244,6 +248,7 @@ def test_a_head_cuts_no_character(size: int) -> None:
     assert text.startswith(head) or size < 4
 
 
+@on_sqlite
 @pytest.mark.parametrize("when", ["before its last mail", "behind its last mail"])
 async def test_a_fork_that_is_adopted_while_it_runs_does_what_it_withheld_before_it_ends(
     database: Database, database_settings: Settings, when: str

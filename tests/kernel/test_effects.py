@@ -15,7 +15,7 @@ from nimbos.db.tables.kernel import process_effects
 from nimbos.kernel import Reason, outward, runner
 from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
 from nimbos.kernel.words import Effect
-from tests.kernel.gating import Calls, Gated, gated, tool
+from tests.kernel.gating import Calls, Gated, gated, on_sqlite, tool
 
 
 def test_every_effect_class_has_its_recovery_and_only_what_is_harmless_is_not_withheld() -> None:
@@ -82,6 +82,7 @@ async def test_an_idempotent_call_is_run_again_with_the_same_key(
         assert await _keys(database) == [key]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("known", "times", "value"), [("yes", 1, "booked before"), ("no", 2, "book is done")], ids=["it did", "it did not"]
 )
@@ -110,6 +111,7 @@ async def test_what_nobody_can_know_is_never_repeated_and_a_person_is_asked(
         assert head.used["calls"] == 1  # what nobody knows is settled as it was reserved
 
 
+@on_sqlite
 @pytest.mark.parametrize(("name", "asked"), [("look", False), ("pay", True)])
 async def test_a_call_that_was_begun_too_often_is_given_up(
     database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, asked: bool
@@ -125,6 +127,7 @@ async def test_a_call_that_was_begun_too_often_is_given_up(
         assert len(at.done(pid)) == 1
 
 
+@on_sqlite
 async def test_a_tool_that_takes_its_process_along_is_run_again_a_few_times(
     database: Database, database_settings: Settings
 ) -> None:
@@ -134,6 +137,7 @@ async def test_a_tool_that_takes_its_process_along_is_run_again_a_few_times(
         assert calls.outcomes["c1"].value == "third time"
 
 
+@on_sqlite
 async def test_an_opaque_call_stopped_at_its_deadline_is_in_doubt(
     database: Database, database_settings: Settings
 ) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
-
-import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Allowance, Reason, State
 from nimbos.kernel.events import CallIntent, CallWanted, CtxChanged, Segment
-from nimbos.kernel.gate import Syscall
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.words import Effect, Verb
-from tests.kernel.gating import call, gated, tool
+from tests.kernel.gating import call, gated, on_sqlite, tool
 from tests.kernel.running import ACCOUNT
 
 
@@ -34,58 +32,59 @@ async def test_the_intent_is_durable_before_the_driver_runs(database: Database, 
         assert len(intent.key) == len(intent.bound_to) == 64
 
 
-@pytest.mark.parametrize(
-    ("syscall", "error", "said"),
-    [
-        (tool("nonsense"), "unknown_tool", "There is no tool 'nonsense'. The tools are: ask, pin, read"),
-        (tool("words", {"count": "many"}), "wrong_arguments", 'count: "many" is not of type "integer"'),
-        (tool("words", {}), "wrong_arguments", '"count" is a required property'),
-        (tool("words", [1]), "wrong_arguments", "must be an object"),
-        (call(Verb.SLEEP, seconds=-1), "wrong_arguments", "seconds: -1 is less than the minimum of 0"),
-        (tool("broken", {"how": "raises"}), "raised", "no such city"),
-        (tool("broken", {"how": "not utf-8"}), "not_utf8", "UTF-8"),
-        (tool("broken", {"how": "not json"}), "not_json", "JSON"),
-        (tool("broken", {"how": "100 MB"}), "too_large", "too large"),
-        (tool("slow"), "deadline", "stopped at its deadline"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
-)
+WRONG = [
+    (tool("nonsense"), "unknown_tool", "There is no tool 'nonsense'. The tools are: ask, pin, read"),
+    (tool("words", {"count": "many"}), "wrong_arguments", 'count: "many" is not of type "integer"'),
+    (tool("words", {}), "wrong_arguments", '"count" is a required property'),
+    (tool("words", [1]), "wrong_arguments", "must be an object"),
+    (call(Verb.SLEEP, seconds=-1), "wrong_arguments", "seconds: -1 is less than the minimum of 0"),
+    (tool("broken", {"how": "raises"}), "raised", "no such city"),
+    (tool("broken", {"how": "not utf-8"}), "not_utf8", "UTF-8"),
+    (tool("broken", {"how": "not json"}), "not_json", "JSON"),
+    (tool("broken", {"how": "100 MB"}), "too_large", "too large"),
+    (tool("slow"), "deadline", "stopped at its deadline"),
+]
+
+
+@on_sqlite
 async def test_whatever_goes_wrong_the_model_is_told_and_the_process_goes_on(
-    database: Database, database_settings: Settings, syscall: Syscall, error: str, said: str
+    database: Database, database_settings: Settings
 ) -> None:
     async with gated(database, database_settings) as at:
-        _, calls = await at.run(syscall, tool("look", id="c2"))
-        outcome = calls.outcomes["c1"]
-        assert outcome.error == error
-        assert said in outcome.shown and outcome.shown.startswith(f"Error ({error}): ")
-        assert calls.outcomes["c2"].value == "look is done"
+        wrong = [replace(syscall, call_id=f"w{number}") for number, (syscall, _, _) in enumerate(WRONG)]
+        pid, calls = await at.run(*wrong, tool("look"))
+        for number, (_, error, said) in enumerate(WRONG):
+            outcome = calls.outcomes[f"w{number}"]
+            assert outcome.error == error
+            assert said in outcome.shown and outcome.shown.startswith(f"Error ({error}): ")
+            assert (await at.calls_of(pid, f"w{number}"))[-1] in ("done", "denied")
+        assert calls.outcomes["c1"].value == "look is done"
 
 
-@pytest.mark.parametrize(
-    ("wanted", "error"),
-    [
-        (CallWanted(call_id="c1", name="look", arguments='{"hold": fal'), "wrong_arguments"),
-        (CallWanted(call_id="c1", name="look", arguments="[" * 100_000), "wrong_arguments"),
-        (CallWanted(call_id="c1", name="nonsense", arguments="{}"), "unknown_tool"),
-        (CallWanted(call_id="c1", name="look", arguments=""), ""),
-    ],
-    ids=["cut", "deep", "unknown", "none"],
-)
-async def test_a_call_is_taken_as_a_model_wrote_it(
-    database: Database, database_settings: Settings, wanted: CallWanted, error: str
-) -> None:
+@on_sqlite
+async def test_a_call_is_taken_as_a_model_wrote_it(database: Database, database_settings: Settings) -> None:
+    written = {
+        '{"hold": fal': "wrong_arguments",
+        "[" * 100_000: "wrong_arguments",
+        '{"colour": "red"}': "wrong_arguments",
+        "": "",
+        "{}": "",
+    }
     async with gated(database, database_settings) as at:
         told: list[str] = []
 
         async def body(holding: Holding) -> None:
-            told.append((await at.gate.wanted(holding, wanted)).error)
+            for number, arguments in enumerate(written):
+                wanted = CallWanted(call_id=f"c{number}", name="look", arguments=arguments)
+                told.append((await at.gate.wanted(holding, wanted)).error)
             await holding.exit(Reason.OK)
 
         at.place.bodies["plain"] = body
         await at.place.over(await at.spawn())
-        assert told == [error]
+        assert told == list(written.values())
 
 
+@on_sqlite
 async def test_a_large_result_is_a_head_and_its_pages_are_the_whole(
     database: Database, database_settings: Settings
 ) -> None:
@@ -147,6 +146,7 @@ async def test_a_person_approves_each_call_of_what_the_program_says(
         assert calls.outcomes["c2"].shown == "Error (refused): A person refused this call: too furry"
 
 
+@on_sqlite
 async def test_calls_that_wait_do_not_hold_up_those_that_do_not(
     database: Database, database_settings: Settings
 ) -> None:
@@ -194,6 +194,7 @@ async def test_nothing_is_left_to_spend_and_the_call_waits_for_more(
         assert set(calls.outcomes) == {"c1", "c2"}
 
 
+@on_sqlite
 async def test_a_call_has_no_more_time_than_is_left_of_its_budget(
     database: Database, database_settings: Settings
 ) -> None:

@@ -10,10 +10,11 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.errors import Conflict
 from nimbos.kernel import Reason
-from tests.kernel.gating import gated, tool
+from tests.kernel.gating import gated, on_sqlite, tool
 from tests.kernel.test_effects import Cut
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("answer", "sent", "events", "error", "value"),
     [
@@ -48,6 +49,7 @@ async def test_a_person_says_what_came_of_it(
         )
 
 
+@on_sqlite
 async def test_a_call_that_is_tried_again_may_be_in_doubt_again(
     database: Database, database_settings: Settings
 ) -> None:
