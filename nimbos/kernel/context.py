@@ -39,8 +39,6 @@ SUMMARY_ORDER = (
 class ContextFull(InvalidRequest):
     """What may not be evicted alone fills the window."""
 
-    code = "context_full"
-
     def __init__(self, *, have: int, room: int) -> None:
         super().__init__(
             f"The context has {have} tokens and there is room for {room}, and all of it is pinned or of the last turn. "

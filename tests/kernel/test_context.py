@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nimbos.blobs import hash_of, open_blobs
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Reason
+from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.context import (
     ContextFull,
     load,
@@ -25,7 +25,7 @@ from nimbos.kernel.context import (
 )
 from nimbos.kernel.events import CtxChanged, ModelIntent, Note, Segment
 from nimbos.kernel.segments import Segments, canonical
-from tests.kernel.minds import ACCOUNT, Minds, calling, minds
+from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
 
 TURNS = 100
 WINDOW = 32_768
@@ -112,6 +112,21 @@ async def test_room_is_made_also_when_there_is_no_summary(database: Database, da
         assert "limits.turns" in (await place.over(pid)).error
         texts = [message["content"] for message in await place.shown(pid)]
         assert any("no longer shown" in text and "no summary" in text for text in texts)
+
+
+async def test_a_summary_that_is_cut_off_goes_on(database: Database, database_settings: Settings) -> None:
+    slow = {"match": "^Below is the earlier part", **words(200, rate=150)}
+    async with minds(database, database_settings, {"replies": [slow], **READING}) as place:
+        pid = await place.run(await place.program(SMALL.replace("20", "16")), BOOK)
+        await place.until_partial(pid)
+        await place.send(pid, SignalKind.PAUSE)
+        await place.until(pid, State.PAUSED)
+        assert not (await place.view(pid)).evicted
+        await place.send(pid, SignalKind.RESUME)
+        assert "limits.turns" in (await place.over(pid)).error
+        summaries = [b for b in await place.bodies_of(pid) if isinstance(b, ModelIntent) and b.purpose == "summary"]
+        assert [body.continues for body in summaries[:2]] == ["", summaries[0].ask_id]
+        assert any(words(200)["text"] in message["content"] for message in await place.shown(pid))
 
 
 async def test_what_is_pinned_stays(database: Database, database_settings: Settings) -> None:

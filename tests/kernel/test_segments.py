@@ -1,0 +1,74 @@
+"""Segments: kept once for their account, read by nobody else, in one canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nimbos.blobs import open_blobs
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
+from nimbos.kernel import segments as kept
+from nimbos.kernel.segments import JSON_DEPTH_MAX, Segments, canonical, text_of
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture
+async def segments(database: Database, database_settings: Settings) -> AsyncIterator[Segments]:
+    yield Segments(database, open_blobs(database_settings, database))
+
+
+@pytest.mark.parametrize("value", ["words", {"b": [1, None], "a": "é\x00"}, "x" * 100_000, []])
+async def test_what_is_put_is_read_back(segments: Segments, database: Database, value: Any) -> None:
+    hash = await segments.put("proj_one", value)
+    assert hash == await segments.put("proj_one", value)
+    assert await segments.get("proj_one", hash) == value
+    again = Segments(database, segments._blobs)  # with nothing in memory
+    assert await again.get("proj_one", hash) == value
+
+
+async def test_no_account_reads_what_is_another_s(segments: Segments, database: Database) -> None:
+    for value in ("short", "x" * 100_000):
+        hash = await segments.put("proj_one", value)
+        assert hash != await segments.put("proj_two", value)
+        for reader in (segments, Segments(database, segments._blobs)):
+            with pytest.raises(NotFound):
+                await reader.get("proj_two", hash)
+        with pytest.raises(NotFound):
+            await segments.get("proj_one", "0" * 64)
+
+
+async def test_what_is_no_value_or_too_large_is_refused(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = []
+    for _ in range(JSON_DEPTH_MAX + 2):
+        deep = [deep]
+    for wrong in (deep, {"a": object()}, "\ud800"):
+        with pytest.raises(InvalidRequest):
+            await segments.put("proj_one", wrong)
+    monkeypatch.setattr(kept, "SEGMENT_BYTES_MAX", 10)
+    with pytest.raises(PayloadTooLarge):
+        await segments.put("proj_one", "more than ten bytes")
+
+
+@given(value=JSON)
+def test_there_is_one_way_to_write_a_value(value: Any) -> None:
+    written = canonical(value)
+    assert canonical(_turned(value)) == written
+    assert text_of(value) == (value if isinstance(value, str) else written.decode())
+
+
+def _turned(value: Any) -> Any:
+    """The same value, its keys in another order."""
+    if isinstance(value, dict):
+        return {key: _turned(value[key]) for key in reversed(list(value))}
+    return [_turned(item) for item in value] if isinstance(value, list) else value
