@@ -24,7 +24,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `library`: folder of a libllama to use before all others. `threads`: 0 is one for each core.
     `context_tokens`: longest sequence, 0 is the model's own length but at most `cells`.
     `cells`: room for tokens of KV that all asks share, 0 is as many as fit in `kv_memory_mib`.
-    `swap_memory_mib`: for contexts that nobody uses now, outside of the cells; 0 keeps none.
+    `swap_memory_mib`: for contexts that nobody uses now, outside of the cells; 0 keeps none. `swap_disk_mib`: for what
+    is more than that, in a file without a name.
     `stall_target_ms`: a step that holds an interactive row takes no longer. `inbox`: asks that may wait.
     """
 
@@ -34,6 +35,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cells: int = 0
     kv_memory_mib: int = 1024
     swap_memory_mib: int = 512
+    swap_disk_mib: int = 0
     sequences: int = 128
     stall_target_ms: int = 150
     max_step_tokens: int = 512

@@ -23,6 +23,7 @@ from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refus
 from nimbos.engine.residence import Residence
 from nimbos.engine.sampler import pick
 from nimbos.engine.scheduler import RANK, FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.swapfile import SwapFile
 from nimbos.engine.tally import Tally
 from nimbos.engine.threads import ThreadChoice
 from nimbos.engine.track import Track
@@ -57,12 +58,15 @@ class Loop:
         share: bool,
         context_limit: int,
         swap_bytes: int = 0,
+        swap: SwapFile | None = None,
     ) -> None:
-        """`swap_bytes`: for contexts that are written out; 0 writes out none."""
+        """`swap_bytes`: of memory, for contexts that are written out. `swap`: for more of them."""
         self.model, self.costs, self.rules = model, costs, rules
         sequences = model.options.sequences - 1  # the last id is for writing contexts out
         self.tree = ContextTree(cells=model.cells, sequences=sequences)
-        self.residence = Residence(model, self.tree, scratch=sequences, budget_bytes=swap_bytes, perform=self._perform)
+        self.residence = Residence(
+            model, self.tree, scratch=sequences, budget_bytes=swap_bytes, perform=self._perform, swap=swap
+        )
         self._relieving = False
         self.clock = FairClock()
         self.counters = Counters()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from nimbos.engine.context import ContextTree, Match, Operation
 from nimbos.engine.model import Model
 from nimbos.engine.store import Piece, Store
+from nimbos.engine.swapfile import SwapFile
 
 PIECE_BYTES = 16 * 1024 * 1024
 PIECE_TOKENS_MIN, PIECE_TOKENS_MAX = 32, 512
@@ -29,21 +30,22 @@ class Residence:
         scratch: int,
         budget_bytes: int,
         perform: Callable[[Sequence[Operation]], None],
+        swap: SwapFile | None = None,
     ) -> None:
-        """`budget_bytes` 0 writes nothing out."""
+        """`budget_bytes`: of memory. `swap`: for what is more than that. Without either nothing is written out."""
         self._model, self._tree, self._scratch, self._perform = model, tree, scratch, perform
-        self._store = Store(budget_bytes)
+        self._store = Store(budget_bytes, swap)
         per_piece = PIECE_BYTES // max(1, model.kv_bytes_per_token)
         self._piece_tokens = max(PIECE_TOKENS_MIN, min(PIECE_TOKENS_MAX, per_piece))
         self.written_tokens = self.restored_tokens = 0
 
     @property
     def enabled(self) -> bool:
-        return self._store.budget_bytes > 0
+        return self._store.room_bytes > 0
 
     @property
     def stored_bytes(self) -> int:
-        return self._store.used_bytes
+        return self._store.used_bytes + self._store.disk_bytes
 
     def write_out_one(self, *, keep: Match | None = None) -> bool:
         """The last piece of the context that was used least recently, `keep`'s excepted.
@@ -85,9 +87,12 @@ class Residence:
             piece = found.piece
             if piece.end - piece.start > self._tree.free_cells:
                 break
-            if found.end == piece.end:
+            state = self._store.state(piece)
+            if state is None or found.end == piece.end:
                 self._store.remove(piece)
-            if not self._model.load(self._scratch, piece.state):
+            if state is None:
+                continue
+            if not self._model.load(self._scratch, state):
                 break
             self._model.copy(self._scratch, branch, found.end, start=at)
             self._model.drop(self._scratch)

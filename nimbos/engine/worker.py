@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from nimbos.config import Settings
 from nimbos.engine import confine, protocol
 from nimbos.engine.calibrate import StepTime, StepTimeTable
 from nimbos.engine.embedder import Embedder
@@ -35,6 +36,7 @@ from nimbos.engine.ranker import Ranker
 from nimbos.engine.ranking import Ranking
 from nimbos.engine.scheduler import Rules
 from nimbos.engine.sizes import choose_cells
+from nimbos.engine.swapfile import SwapFile
 from nimbos.engine.turns import Turns
 from nimbos.errors import ModelUnusable, NimbosError
 from nimbos.meterfile import Rows
@@ -92,6 +94,7 @@ class Worker:
         lease = Lease(Path(start.lease_path)) if start.lease_path else None
         options = ModelOptions(cells=0, sequences=settings.engine.sequences, threads=threads)
         path = Path(start.model_path)
+        swap = _swap_file(settings)
         tier = confine.confine([*confine.model_files(path), library.folder, *confine.code_paths()])
         model = Model(library, path, options)
         whole = model.kind is not Kind.GENERATE  # whole inputs, no answers
@@ -136,6 +139,7 @@ class Worker:
                 share=share,
                 context_limit=limit,
                 swap_bytes=swap_bytes if share else 0,
+                swap=swap if share else None,
             )
             self._loop.warm()
         self._costs = costs
@@ -319,6 +323,11 @@ class Worker:
 
 
 _Arrival = protocol.Submit | protocol.Cancel | protocol.Extend | protocol.StatsRequest
+
+
+def _swap_file(settings: Settings) -> SwapFile | None:
+    size_bytes = settings.engine.swap_disk_mib * 1024 * 1024
+    return SwapFile.make(settings.run_dir, size_bytes) if size_bytes else None
 
 
 def _sequences(model: Model, wanted: int) -> int:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import random
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -19,7 +24,9 @@ from nimbos.engine.llama import Library
 from nimbos.engine.model import Model, ModelOptions, Rows
 from nimbos.engine.residence import Residence
 from nimbos.engine.store import Piece, Store
+from nimbos.engine.swapfile import Extent, SwapFile
 from nimbos.meterfile import MeterFile
+from nimbos.types import AskClass, Tokens, Usage
 from tests import tiny_gguf
 from tests.engine.asking import PROMPT, answer, ask, started
 from tests.engine.test_engine import greedy_up_to_ties
@@ -28,6 +35,12 @@ from tests.engine.test_metering import told_and_counted
 CELLS, SEQUENCES = 60, 6
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 ACCOUNTS = st.sampled_from(("anna", "bert"))
+
+
+def swap_file(size_bytes: int) -> SwapFile:
+    made = SwapFile.make(Path(tempfile.gettempdir()), size_bytes)
+    assert made is not None
+    return made
 
 
 class Memory:
@@ -81,8 +94,11 @@ class Memory:
 class Swapping(RuleBasedStateMachine):
     """Opening, computing, ending, pinning, writing out and making room in any order."""
 
+    disk_bytes = 0
+
     def __init__(self) -> None:
         super().__init__()
+        self.swap = swap_file(self.disk_bytes) if self.disk_bytes else None
         self.before = residence.PIECE_TOKENS_MIN, store.WORTH_RESTORING
         residence.PIECE_TOKENS_MIN, store.WORTH_RESTORING = 2, 1
         self.memory = Memory()
@@ -93,6 +109,7 @@ class Swapping(RuleBasedStateMachine):
             scratch=SEQUENCES,
             budget_bytes=60,
             perform=self.perform,  # type: ignore[arg-type]
+            swap=self.swap,
         )
         self.residence._piece_tokens = 4
         self.live: dict[int, list[int]] = {}
@@ -169,12 +186,21 @@ class Swapping(RuleBasedStateMachine):
             assert self.tree.tokens(branch) == self.memory.tokens(branch)
         for branch, tokens in self.live.items():
             assert self.memory.tokens(branch) == tokens
-        assert self.residence.stored_bytes <= 60
+        assert self.residence._store.used_bytes <= 60
+        assert self.residence._store.disk_bytes <= self.disk_bytes
+        if self.swap is not None:
+            self.swap.check()
         assert (self.residence.stored_bytes == 0) == (len(self.residence._store) == 0)
+
+
+class SwappingToDisk(Swapping):
+    disk_bytes = 90
 
 
 TestSwapping = Swapping.TestCase
 TestSwapping.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestSwappingToDisk = SwappingToDisk.TestCase
+TestSwappingToDisk.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def test_all_of_a_context_comes_back_in_pieces() -> None:
@@ -219,7 +245,7 @@ def test_the_logits_of_a_context_that_was_away_are_the_same(arch: str, tmp_path:
     path = tiny_gguf.write(arch, tmp_path)
     options = ModelOptions(cells=1024, sequences=8, threads=1, step_tokens=512)
 
-    def run(*, away: bool, spoiled: bool = False) -> np.ndarray:
+    def run(*, away: bool, spoiled: bool = False, disk: bool = False) -> np.ndarray:
         model = Model(Library(llama.wheel_library()), path, options)
         model.open_context()
         tree = ContextTree(cells=model.cells, sequences=7)
@@ -243,7 +269,9 @@ def test_the_logits_of_a_context_that_was_away_are_the_same(arch: str, tmp_path:
             tree.extend(branch, tokens[at:])
             return branch
 
-        keeper = Residence(model, tree, scratch=7, budget_bytes=1 << 28, perform=perform)
+        swap = SwapFile.make(tmp_path, 1 << 28) if disk else None
+        memory_bytes = 0 if disk else 1 << 28
+        keeper = Residence(model, tree, scratch=7, budget_bytes=memory_bytes, perform=perform, swap=swap)
         keeper._piece_tokens = 100
         other = compute([*shared, 5, 6, 7])
         perform(tree.retire(compute([*shared, *own])))
@@ -267,6 +295,7 @@ def test_the_logits_of_a_context_that_was_away_are_the_same(arch: str, tmp_path:
     undisturbed, returned = run(away=False), run(away=True)
     assert np.abs(undisturbed).max() > 1
     assert np.abs(undisturbed - returned).max() < 0.02
+    assert np.abs(undisturbed - run(away=True, disk=True)).max() < 0.02
     assert np.abs(undisturbed - run(away=True, spoiled=True)).max() > 0.15
 
 
@@ -326,3 +355,106 @@ def test_used_cells_make_a_step_longer_and_the_engine_learns_by_how_much() -> No
         for rows in (1, 4, 16):
             assert costs.predict(rows, 100 * rows) == pytest.approx(truth.predict(rows, 100 * rows), rel=0.15)
     assert 0 < costs.idle_cells(0.1) < costs.idle_cells(0.5)
+
+
+def test_what_is_too_much_for_the_memory_goes_to_the_disk_and_the_oldest_there_is_lost() -> None:
+    kept = Store(100, swap_file(90))
+    pieces = [Piece("a", list(range(60)), n, n + 20, np.full(40, n, np.uint8)) for n in range(0, 24, 4)]
+    for piece in pieces:
+        kept.put(piece)
+    assert (len(kept), kept.used_bytes, kept.disk_bytes) == (4, 80, 80)
+    assert kept.find("a", list(range(60)), 2) is None, "the first two are gone"
+    for piece in pieces[2:]:
+        state = kept.state(piece)
+        assert state is not None
+        assert state.tolist() == [piece.start] * 40
+    for piece in pieces[2:]:
+        kept.remove(piece)
+    assert (len(kept), kept.used_bytes, kept.disk_bytes) == (0, 0, 0)
+    kept.put(Piece("a", list(range(60)), 0, 20, np.zeros(101, np.uint8)))
+    assert len(kept) == 0, "larger than both"
+
+
+def test_a_disk_that_fails_costs_the_piece_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Store(40, swap_file(1000))
+    pieces = [Piece("a", list(range(60)), n, n + 20, np.full(40, n, np.uint8)) for n in range(3)]
+    kept.put(pieces[0])
+    kept.put(pieces[1])
+    assert kept.disk_bytes == 40
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", full)
+        kept.put(pieces[2])
+    assert (len(kept), kept.disk_bytes) == (2, 40), "the one on disk stays"
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", full)
+        assert kept.state(pieces[0]) is None
+    again = kept.state(pieces[0])
+    assert again is not None
+    assert again.tolist() == [0] * 40
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), max_size=40), order=st.randoms(use_true_random=False))
+def test_room_on_the_disk_is_never_given_twice_and_never_lost(sizes: list[int], order: random.Random) -> None:
+    file, held = swap_file(200), list[tuple[Extent, bytes]]()
+    for number, size in enumerate(sizes):
+        content = bytes([number % 256]) * size
+        while (extent := file.write(np.frombuffer(content, np.uint8))) is None:
+            gone, _ = held.pop(order.randrange(len(held)))
+            file.free(gone)
+        held.append((extent, content))
+        file.check()
+        for kept, said in held:
+            state = file.read(kept)
+            assert state is not None
+            assert state.tobytes() == said
+    for kept, _ in held:
+        file.free(kept)
+    file.check()
+    assert file.used_bytes == 0
+    whole = file.write(np.zeros(200, np.uint8))
+    assert whole == Extent(0, 200), "in one piece again"
+    os.close(file._descriptor)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+async def test_a_run_that_waited_for_its_tool_goes_on_without_a_prefill(where: str, tmp_path: Path) -> None:
+    """What an agent's asks look like: each begins with all that was said before. While it waits, others fill the cells,
+    and its context is written out; then it goes on, and only what is new to it is computed."""
+    swap = {"swap_memory_mib": 64} if where == "memory" else {"swap_memory_mib": 0, "swap_disk_mib": 64}
+    engine = await started("qwen2", tmp_path, cells=768, **swap)
+    try:
+        stable = PROMPT * 6
+
+        async def ids_of(text: str) -> tuple[int, ...]:
+            (part,) = (await engine.prepare(ask(text))).ask.parts
+            assert isinstance(part, Tokens)
+            return part.ids
+
+        async def turn(ids: tuple[int, ...], process: str) -> tuple[tuple[int, ...], Usage]:
+            wanted = ask(ignore_eos=True, process=process, ask_class=AskClass.AGENT)
+            told = await answer(engine, msgspec.structs.replace(wanted, parts=(Tokens(ids),)))
+            return (*ids, *told.ids[0]), told.usage
+
+        said, first = await turn(await ids_of(f"{stable} its own past: {PROMPT * 8}"), "parked")
+        assert first.cached <= 1
+        for number in range(8):
+            await turn(await ids_of(f"{stable} {number} {PROMPT[number:] * 8}"), f"other {number}")
+        before = await engine.stats()
+        assert before.swapped_out_tokens > 0, "the cells hold one of them at a time"
+        result = await ids_of(" the tool says yes")
+        _, usage = await turn((*said, *result), "parked")
+        after = await engine.stats()
+        assert after.swapped_in_tokens > before.swapped_in_tokens
+        assert usage.recomputed == 0
+        new = usage.input - usage.cached
+        assert new <= len(result) + 2, "and the last token it had said, which was not computed then"
+        assert after.computed_tokens - before.computed_tokens <= new + usage.output
+        if where == "disk":
+            assert not list((tmp_path / "run").glob("swap-*")), "its file has no name"
+    finally:
+        await engine.close()
