@@ -12,12 +12,12 @@ from sqlalchemy import ColumnClause, Text, bindparam, func, literal_column, sele
 
 from nimbos.db import Statement, Transaction
 from nimbos.db.tables.processes import processes
-from nimbos.errors import InvalidRequest, Overloaded
+from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel.events import ProcCreated
 from nimbos.kernel.log import Draft, Log
 from nimbos.kernel.mailbox import KIND, Mail, Posted, post
 from nimbos.kernel.processes import NewHead, locked_head
-from nimbos.kernel.words import Reason, SignalKind
+from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.types import Account, AskClass
 from nimbos.work import Work
 
@@ -71,6 +71,8 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
     depth, withheld = 0, False
     if birth.parent is not None:
         parent = yield from locked_head(birth.parent)
+        if parent.state is State.DONE:
+            raise Conflict(f"The process {parent.pid} is over ({parent.reason.value}) and has no more children.")
         depth, withheld = parent.depth + 1, parent.withheld
         yield from _check_family(birth, depth)
     if birth.key:

@@ -9,7 +9,7 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database, Transaction
-from nimbos.errors import InvalidRequest, Overloaded
+from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel import Reason, SignalKind, State, budgets, heads
 from nimbos.kernel.children import Birth, create
 from nimbos.kernel.holding import Holding
@@ -182,6 +182,21 @@ async def test_children_that_nobody_claimed_yet_are_cancelled_too(
         await place.over(pid)
         child = (await names_of(place, pid))["child"]
         assert (await place.over(child)).reason is Reason.CANCELLED
+
+
+async def test_a_process_that_is_over_has_no_more_children(database: Database, database_settings: Settings) -> None:
+    held: list[Holding] = []
+
+    async def keep(holding: Holding) -> None:
+        held.append(holding)
+        await answer(holding)
+
+    async with running(database, database_settings, {"plain": keep}) as place:
+        pid = await place.spawn()
+        await place.over(pid)
+        with pytest.raises(Conflict, match="is over"):
+            await bear(held[0], "orphan")
+        assert len(await place.kernel.tree(ACCOUNT, pid)) == 1
 
 
 async def test_there_are_so_many_children_and_generations_and_no_more(
