@@ -11,9 +11,9 @@ from nimbos.adk import tool
 TABLE = Path(__file__).parent / "data.csv"
 WORDS_MAX = 30  # a column of text with more different values is no column to group by
 
-FUNCTIONS: dict[str, Callable[[list[float]], float]] = {
-    "sum": sum,
-    "mean": statistics.fmean,
+KINDS: dict[str, Callable[[list[float]], float]] = {
+    "total": sum,
+    "average": statistics.fmean,
     "largest": max,
     "smallest": min,
     "count": len,
@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
 @tool(effect="pure")
 def compute(
     column: str,
-    what: Literal["sum", "mean", "largest", "smallest", "count"],
+    kind: Literal["total", "average", "largest", "smallest", "count"],
     group_by: str = "nothing",
     only: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
@@ -46,17 +46,17 @@ def compute(
 
     Args:
         column: The column of numbers.
-        what: What to do with them.
-        group_by: A column of words, or nothing.
-        only: Words that a row must have in a column; "any" lets all through.
+        kind: What to make of them.
+        group_by: A column of words, or "nothing".
+        only: Words that a row must have, by column.
     """
     groups: dict[str, list[float]] = {}
     for row in read():
-        if all(word in ("any", row[name]) for name, word in (only or {}).items()):
+        if all(row[name] == word for name, word in (only or {}).items()):
             value = number(row[column])
             if value is not None:
                 groups.setdefault(row[group_by] if group_by != "nothing" else "all", []).append(value)
-    found = [{"group": group, "value": round(FUNCTIONS[what](values), 2)} for group, values in groups.items()]
+    found = [{"group": group, "value": round(KINDS[kind](values), 2)} for group, values in groups.items()]
     return sorted(found, key=lambda one: -one["value"])
 
 

@@ -1,5 +1,6 @@
-"""Constrained extraction: for each field the model can only write what has the field's form, and a value counts only if
-it stands in the message. What is missing is asked for (`nimbos answer`), never made up.
+"""Constrained extraction: for each field, code finds what in the message has the field's form, and where there is a
+choice the model makes it: the grammar lets it write one of those and nothing else. What is not there is asked for
+(`nimbos answer`), never made up.
 """
 
 import re
@@ -7,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nimbos.adk import ask, think
-
-NOT_THERE = "not said"
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,10 @@ class Field:
 
 
 FIELDS = (
-    Field("name", "What is the name of the person who writes?", r"[A-Z][\w'-]+( [A-Z][\w'-]+){1,3}"),
-    Field("email", "Which e-mail address is given?", r"[\w.+-]{1,40}@[\w-]{1,30}(\.[\w-]{2,12}){1,3}"),
-    Field(
-        "date",
-        "Which date is meant? Write it as it stands there.",
-        r"[0-9]{1,4}[-./ ]([0-9]{1,2}|[A-Z][a-z]{2,8})([-./ ][0-9]{1,4})?",
-    ),
-    Field("persons", "For how many persons? The number alone.", r"[0-9]{1,2}"),
+    Field("name", "What is the full name of the person who writes?", r"[A-Z][\w'-]+(?: [A-Z][\w'-]+){1,3}"),
+    Field("email", "What is their e-mail address?", r"[\w.+-]{1,40}@[\w-]{1,30}(?:\.[\w-]{2,12}){1,3}"),
+    Field("date", "On which date do they come?", r"\d{1,2}\.\d{1,2}\.\d{4}|\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]{2,8}"),
+    Field("persons", "How many persons come?", r"(?<![\w.-])\d{1,2}(?![\w-]|\.\d)"),
 )
 
 
@@ -38,12 +33,14 @@ async def main(message: Any) -> Any:
 
 
 async def found(field: Field, message: str) -> str | None:
-    said = await think(
-        f"Message:\n{message}\n\n{field.question} If the message does not say it, write: {NOT_THERE}",
-        regex=f"{NOT_THERE}|{field.pattern}",
+    candidates = list(dict.fromkeys(re.findall(field.pattern, message)))
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    return await think(
+        f"Message: {message}\n\n{field.question} Answer with one of: {', '.join(candidates)}.",
+        regex="|".join(map(re.escape, candidates)),
         name=field.name,
     )
-    return said if said != NOT_THERE and re.search(rf"(?<!\w){re.escape(said)}(?!\w)", message) else None
 
 
 async def asked(field: Field) -> str:

@@ -2,53 +2,53 @@
 
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
-from nimbos.adk import tool
+from nimbos.adk import Field, tool
 
 LIBRARY = Path(__file__).parent / "library"
-PASSAGES = 3
+TEXTS = {path.name: path for path in sorted(LIBRARY.iterdir()) if path.suffix in (".md", ".txt")}
+PASSAGES = 2
 PAGE_LINES = 60
 
+Name = Literal[tuple(TEXTS)]  # type: ignore[valid-type]
+Words = Annotated[list[Annotated[str, Field(max_length=20)]], Field(min_length=1, max_length=5)]
+
 
 @tool(effect="pure")
-def search(words: str) -> list[dict[str, str]]:
-    """Finds the passages that speak most of some words, the best first.
+def search(words: Words) -> list[dict[str, str]]:
+    """Finds the passages that say most about some words.
 
     Args:
-        words: What to look for: a few words, without "the" and "of".
+        words: The words that matter, one by one; without "the" and "of".
     """
-    wanted = {stem(word) for word in re.findall(r"\w+", words.lower()) if len(word) > 2}
-    found = []
-    for file in texts():
-        for passage in file.read_text(encoding="utf-8").split("\n\n"):
-            there = [stem(word) for word in re.findall(r"\w+", passage.lower())]
-            different = len(wanted.intersection(there))
-            if different:
-                often = sum(word in wanted for word in there) / (len(there) + 20)
-                found.append((different + often, {"file": file.name, "passage": " ".join(passage.split())}))
-    found.sort(key=lambda one: -one[0])
-    return [passage for _, passage in found[:PASSAGES]]
+    passages = [
+        (name, passage, set(map(stem, re.findall(r"\w+", passage.lower()))))
+        for name, path in TEXTS.items()
+        for passage in path.read_text(encoding="utf-8").split("\n\n")
+        if not passage.startswith("#")
+    ]
+    wanted = {stem(word) for given in words for word in re.findall(r"\w+", given.lower())}
+    spread = {word: sum(word in there for _, _, there in passages) for word in wanted}
+
+    def weight(there: set[str]) -> float:
+        return sum(1 / spread[word] for word in wanted & there)  # a rare word says more
+
+    best = sorted(passages, key=lambda one: -weight(one[2]))[:PASSAGES]
+    return [{"file": name, "passage": " ".join(text.split())} for name, text, there in best if weight(there) > 0]
 
 
 @tool(effect="pure")
-def open_text(file: str, page: int = 1) -> str:
+def open_text(file: Name, page: int = 1) -> str:
     """Shows a text of the library, a page at a time.
 
     Args:
-        file: Its name, as `search` gives it.
+        file: Its name.
         page: From 1.
     """
-    known = {text.name: text for text in texts()}
-    if file not in known:
-        raise LookupError(f"There is no text {file!r}; there are {', '.join(known)}.")
-    lines = known[file].read_text(encoding="utf-8").splitlines()
+    lines = TEXTS[file].read_text(encoding="utf-8").splitlines()
     pages = max(1, -(-len(lines) // PAGE_LINES))
-    shown = lines[(page - 1) * PAGE_LINES : page * PAGE_LINES]
-    return "\n".join([f"{file}, page {page} of {pages}", *shown])
-
-
-def texts() -> list[Path]:
-    return sorted(path for path in LIBRARY.iterdir() if path.suffix in (".md", ".txt"))
+    return "\n".join([f"{file}, page {page} of {pages}", *lines[(page - 1) * PAGE_LINES : page * PAGE_LINES]])
 
 
 def stem(word: str) -> str:
