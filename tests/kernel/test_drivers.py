@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 
+from nimbos.blobs import hash_of
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Allowance, Reason, SignalKind, State
 from nimbos.kernel.drivers.paging import head_of
 from nimbos.kernel.holding import Holding
+from nimbos.kernel.segments import canonical
 from nimbos.kernel.syscall import Wait, joined
 from nimbos.kernel.words import Verb
 from tests.kernel.gating import call, gated, on_sqlite, tool
+from tests.kernel.minds import calling, minds
 from tests.kernel.running import ACCOUNT, OTHER
 
 
@@ -273,3 +276,32 @@ async def test_a_fork_that_is_adopted_while_it_runs_does_what_it_withheld_before
         assert (await at.place.over(fork)).reason is Reason.OK
         assert at.done(fork) == ["mail -"]
         assert await at.calls_of(fork, "m.released") == ["intent", "started", "done"]
+
+
+@on_sqlite
+async def test_an_agent_reads_on_in_what_it_was_shown_the_head_of(
+    database: Database, database_settings: Settings
+) -> None:
+    whole = "".join(f"line {number}\n" for number in range(1_000))
+    handle = hash_of(b"proj_one\n" + canonical(whole))[:16]
+    script = {
+        "replies": [
+            {"match": "^go$", **calling("lines", count=1000)},
+            {"match": f'"{handle}", "offset": 2048', **calling("read", handle=handle, offset=8_000)},
+            {"match": "line 999", "text": "The last one is 999."},
+        ]
+    }
+    tools = b"""
+from nimbos.adk import tool
+
+@tool(effect="pure")
+def lines(count: int) -> str:
+    '''Many lines.'''
+    return "".join(f"line {number}\\n" for number in range(count))
+"""
+    async with minds(database, database_settings, script) as place:
+        manifest = '[tools]\nbuiltin = ["read"]\n[limits]\nresult_bytes = 2048\n'
+        pid = await place.run(await place.program(manifest, {"tools.py": tools}))
+        assert await place.result(pid) == "The last one is 999."
+        head, page = [message["content"] for message in await place.shown(pid) if message["role"] == "tool"]
+        assert whole.startswith(head.partition("\n\n[bytes")[0]) and whole.endswith(page)
