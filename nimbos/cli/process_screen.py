@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.text import Text
 
@@ -18,11 +19,12 @@ from nimbos.cli.remote import Told
 
 _DIM, _THOUGHT, _BAD, _GOOD, _CALL = "dim", "dim italic", "red", "green", "cyan"
 _CHARACTERS = 120
+_UNTOLD = ("ask", "generate", "wait", "sleep")  # what they wait for is told by the state
 _CALL_MARK = "<tool_call>"
 
 
 class Screen:
-    """`show` each message of a stream in turn."""
+    """`show` each message of a stream in turn, and `ended` behind them."""
 
     def __init__(self) -> None:
         self._own = sys.stdout.isatty()
@@ -31,14 +33,13 @@ class Screen:
         self._speaking = ("", "")
         self._said: dict[str, str] = {}  # by ask: the text that stands on the screen
         self._logged: dict[str, str] = {}  # by ask: the text that its partial events held
+        self._verbs: dict[str, str] = {}  # of calls that have no outcome
         self._last_words = ""
 
     def show(self, told: Told) -> None:
         body = told.body
         if told.kind == "delta":
             self._words(body["ask_id"], body["channel"], body["text"])
-        elif told.kind == "end":
-            self._ended(body)
         elif told.kind in _SHOWN:
             _SHOWN[told.kind](self, body, body["body"])
 
@@ -94,19 +95,26 @@ class Screen:
         self._close_line()
 
     def _called(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
-        if body["verb"] in ("ask", "generate"):
+        verb, arguments = body["verb"], text_of(event, "arguments")
+        self._verbs[body["call_id"]] = verb
+        if verb in _UNTOLD:
             return
-        what = body["resource"] if body["verb"] == "tool" else f"{body['verb']} {body['resource']}".strip()
-        arguments = text_of(event, "arguments")
-        self.line(f"→ {what} {'' if arguments in (None, {}) else short(arguments, _CHARACTERS)}", _CALL)
+        if verb == "spawn" and isinstance(arguments, dict):
+            arguments = arguments.get("input", "")
+        name = body["resource"] if verb == "tool" else f"{verb} {body['resource']}".strip()
+        self.line(f"→ {name} {'' if arguments in (None, {}) else short(arguments, _CHARACTERS)}", _CALL)
 
     def _done(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+        verb, result = self._verbs.pop(body["call_id"], ""), text_of(event, "result")
         if body.get("withheld"):
             self.line("← withheld: this is a fork", _DIM)
-            return
-        result = text_of(event, "result")
-        shown = f"{body['size_bytes']:,} bytes" if result is None else short(result, _CHARACTERS)
-        self.line(f"← {shown}", _BAD if body.get("error") else _DIM)
+        elif body.get("error"):
+            self.line(f"← {short(result if result is not None else body['error'], _CHARACTERS)}", _BAD)
+        elif verb == "wait" and isinstance(result, dict):
+            for child in result.get("exited", {}).values():
+                self.line(f"← {child['reason']}: {short(child['result'], _CHARACTERS)}", _DIM)
+        elif verb not in (*_UNTOLD, "spawn"):
+            self.line(f"← {_size(body) if result is None else short(result, _CHARACTERS)}", _DIM)
 
     def _state(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         if body["to"] in ("waiting", "paused"):
@@ -124,19 +132,28 @@ class Screen:
     def _spent(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         self.line(f"! {body['used']:,} of {body['limit']:,} {body['meter']} of the {body['owner']} are used", _BAD)
 
-    def _ended(self, process: Mapping[str, Any]) -> None:
+    def ended(self, process: Mapping[str, Any], used: Mapping[str, int]) -> None:
+        """`used`: with all its children."""
         self._close_line()
         result = process["result"]
-        if result is not None:
-            text = result if isinstance(result, str) else short(result, sys.maxsize)
-            if not self._own:
-                sys.stdout.write(safe(text) + "\n")
-                sys.stdout.flush()
-            elif text.strip() != self._last_words.strip():
-                self.line(text)
+        if result is not None and not self._own:
+            sys.stdout.write(safe(_written(result, indent=0)) + "\n")
+            sys.stdout.flush()
+        elif result is not None and not (isinstance(result, str) and result.strip() == self._last_words.strip()):
+            self.line(_written(result, indent=2))
         good = process["reason"] == "ok"
         words = "done" if good else f"{process['reason']}{': ' if process['error'] else ''}{process['error']}"
-        self.line(f"{'✓' if good else '✗'} {words}  ·  {amounts(process['usage'])}", _GOOD if good else _BAD)
+        self.line(f"{'✓' if good else '✗'} {words}  ·  {amounts(used)}", _GOOD if good else _BAD)
+
+
+def _written(result: Any, *, indent: int) -> str:
+    if isinstance(result, str):
+        return result
+    return msgspec.json.format(msgspec.json.encode(result), indent=indent).decode()
+
+
+def _size(body: Mapping[str, Any]) -> str:
+    return f"{body['size_bytes']:,} bytes"
 
 
 _SHOWN = {

@@ -14,7 +14,7 @@ import typer
 from nimbos.cli.conversation import ServerRefused
 from nimbos.cli.process_asking import ask, hint
 from nimbos.cli.process_screen import Screen
-from nimbos.cli.remote import Remote, Told
+from nimbos.cli.remote import Remote, Told, place
 
 OK, NOT_OK, DETACHED = 0, 1, 130
 
@@ -24,15 +24,21 @@ def watch(remote: Remote, pid: str, *, after: int = 0) -> int:
     screen = Screen()
     try:
         for told in remote.follow(pid, after=after, watch=True):
-            screen.show(told)
             if told.kind == "end":
+                screen.ended(told.body, _used(remote, pid))
                 return ending_of(told.body)
+            screen.show(told)
             if _asks(told):
                 _answer(remote, pid, screen, told.body["seq"])
     except KeyboardInterrupt:
         typer.echo(f"\nIt goes on without you. Come back: nimbos logs {pid} -f   End it: nimbos kill {pid}", err=True)
         return DETACHED
     return NOT_OK
+
+
+def _used(remote: Remote, pid: str) -> dict[str, int]:
+    """By all that draw on its budget, itself included."""
+    return {one["meter"]: one["used"] for one in remote.get(place(pid, "cost"))["budgets"]}
 
 
 def ending_of(process: Mapping[str, Any]) -> int:
