@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel import Delta, Event, Reason, SignalKind, State
 from nimbos.kernel.answering import PARTIAL_TOKENS
 from nimbos.kernel.events import BudgetExhausted, ModelDone, ModelFailed, ModelIntent, ModelPartial
 from nimbos.ledger import Allowance
 from tests.kernel.minds import ACCOUNT, Minds, minds, words
+from tests.kernel.running import told
 
 PROMPT_TOKENS = 4  # "Be brief." and "go" as the scripted model counts
 LONG = 300
@@ -115,3 +118,48 @@ async def test_a_changed_question_begins_a_new_answer(database: Database, databa
         bodies = await place.bodies_of(pid)
         assert [body.continues for body in bodies if isinstance(body, ModelIntent)] == ["", ""]
         assert [body.model_hash for body in bodies if isinstance(body, ModelDone)] == ["1" * 64]
+
+
+async def test_whoever_follows_reads_the_words_as_they_come(database: Database, database_settings: Settings) -> None:
+    async with minds(database, database_settings, {"default": words(100)}, start=False) as place:
+        pid = await place.run(await place.program())
+        following = asyncio.create_task(told(place, pid))
+        while not place.kernel.bells.followed(pid):
+            await asyncio.sleep(0)
+        await place.kernel.start()
+        heard = await following
+        assert "".join(one.text for one in heard if isinstance(one, Delta)) == words(100)["text"]
+        assert [one.kind for one in heard if isinstance(one, Event)] == await place.kinds(pid)
+
+
+async def test_a_person_who_watches_does_not_wait_behind_agents(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, {"default": words(3)}, start=False) as place:
+        program = await place.program()
+        watched, alone = await place.run(program), await place.run(program)
+        with place.kernel.watching(watched):
+            await place.kernel.start()
+            await place.result(watched)
+        await place.result(alone)
+        assert place.shop is not None
+        rows = {row["process"]: row["class"] for row in (await place.shop.rows()).values()}
+        assert rows == {watched: "interactive", alone: "agent"}
+
+
+async def test_a_fork_in_the_middle_of_an_answer_goes_on_apart_and_pays_for_itself(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, SLOW) as place:
+        pid = await place.run(await place.program())
+        await place.until_partial(pid)
+        await place.send(pid, SignalKind.PAUSE)
+        await place.until(pid, State.PAUSED)
+        kept = len(await emitted(place, pid))
+        (fork,) = await place.kernel.fork(ACCOUNT, pid)
+        assert await place.result(fork) == TEXT
+        billed = await place.billed(fork)
+        assert (billed.input, billed.output) == (PROMPT_TOKENS, LONG - kept)
+        await place.send(pid, SignalKind.RESUME)
+        assert await place.result(pid) == TEXT
+        await holds(place, pid)
