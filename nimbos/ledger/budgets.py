@@ -197,6 +197,16 @@ def grant_more(chain: Sequence[Budget], need: Need, *, own: Hold, used: Hold) ->
     return granted, wait
 
 
+def time_left_ms(chain: Sequence[Budget]) -> int | None:
+    """Of the seconds that the chain has; None: no budget holds them. Pure."""
+    left = [
+        budget.limit - budget.used - budget.reserved
+        for budget in chain
+        if budget.meter == SECONDS and budget.limit is not None
+    ]
+    return max(0, min(left)) if left else None
+
+
 def limited(chain: Sequence[Budget]) -> bool:
     return any(budget.limit is not None for budget in chain)
 

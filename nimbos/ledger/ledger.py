@@ -30,11 +30,12 @@ NOWHERE = Origin()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
     """An ask that was let in. `allowance_tokens`: what is paid for in each branch, counted like `Ask.limit_tokens`;
-    None: no budget holds it."""
+    None: no budget holds it. `compute_ms`: of computing that is left for it; None: no budget holds that."""
 
     ask_id: str
     allowance_tokens: int | None
     passed: Passed
+    compute_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +54,11 @@ class Progress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extended:
     """`allowance_tokens` None: no budget holds it any more. `last`: nothing follows. `wait`: nothing more now, but
-    running asks may give something back. `fired`: alerts to tell."""
+    running asks may give something back. `compute_ms`: what its meter of computing may come to, None: no budget holds
+    that. `fired`: alerts to tell."""
 
     allowance_tokens: int | None
+    compute_ms: int | None = None
     last: bool = False
     wait: bool = False
     fired: tuple[alerts.Fired, ...] = ()
@@ -87,7 +90,7 @@ class Ledger:
         passed = yield from limits.pass_limits(owners, tokens=estimated_tokens)
         version = yield from prices.current_version()
         chain = yield from budgets.lock_chain(owners, now_ms)
-        hold, allowance_tokens = Hold(), None
+        hold, allowance_tokens, compute_ms = Hold(), None, budgets.time_left_ms(chain)
         if budgets.limited(chain):
             rates = yield from self._rates(version, card.id, ask.ask_class.value, ask.pin_tokens)
             need = need.at(rates)
@@ -106,7 +109,7 @@ class Ledger:
             now_ms=now_ms,
         )
         yield from rows.open_row(account, ask, origin, card, owners, admitted)
-        return Reserved(ask_id=ask.id, allowance_tokens=allowance_tokens, passed=passed)
+        return Reserved(ask_id=ask.id, allowance_tokens=allowance_tokens, passed=passed, compute_ms=compute_ms)
 
     def extend(self, ask_id: str, progress: Progress) -> Transaction[Extended]:
         """What was used is charged in any case, and the next slice reserved, down to one token in each branch."""
@@ -126,8 +129,10 @@ class Ledger:
         chain = yield from _store(chain, reserved=hold - own, used=now_used - before)
         yield from rows.extend_row(ask_id, hold=hold, charged=now_used)
         fired = yield from alerts.fire(chain, now_ms)
+        left_ms = budgets.time_left_ms(chain)
         return Extended(
             allowance_tokens=progress.allowance_tokens + granted,
+            compute_ms=None if left_ms is None else progress.compute_ms + left_ms,
             last=granted == 0 and not wait,
             wait=granted == 0 and wait,
             fired=tuple(fired),

@@ -55,6 +55,7 @@ class Running:
         self._sent = dict(self._begun)
         self._finals: dict[int, Final] = {}
         self._allowance_tokens = reserved.allowance_tokens
+        self._compute_ms = reserved.compute_ms
         self._last = False
         self._tell_source: TellSource | None = None
         self._extending: asyncio.Task[None] | None = None
@@ -69,6 +70,8 @@ class Running:
     def note(self, chunk: Chunk) -> None:
         if isinstance(chunk, TokenChunk):
             self._sent[chunk.branch] += len(chunk.ids)
+            if self._out_of_time():
+                self._grant(max(self._sent.values()), last=True)
         elif isinstance(chunk, Final):
             self._finals[chunk.branch] = chunk
         else:
@@ -105,6 +108,12 @@ class Running:
             return False
         return any(self._sent[number] >= allowed - AHEAD_TOKENS for number in self._live())
 
+    def _out_of_time(self) -> bool:
+        """Tokens can be foreseen and time cannot: it is looked at whenever something comes."""
+        if self._compute_ms is None or self._last:
+            return False
+        return self._desk.meters.read(self._row).compute_us // 1000 >= self._compute_ms
+
     async def _extend(self) -> None:
         """Goes on until it is far enough ahead again: a source that has been told everything sends nothing."""
         clock = asyncio.get_running_loop().time
@@ -119,6 +128,7 @@ class Running:
                 _log.error("ledger.extension_refused", ask=self.ask.id, code=error.code)
                 extended = Extended(allowance_tokens=self._allowance_tokens, last=True)
             if not extended.wait:
+                self._compute_ms = extended.compute_ms
                 self._grant(extended.allowance_tokens, last=extended.last)
                 deadline = clock() + EXTEND_PATIENCE_S
             elif clock() >= deadline:

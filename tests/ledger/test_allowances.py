@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,11 @@ from nimbos.db import Database
 from nimbos.errors import BudgetExhausted, InvalidRequest, NotFound, Overloaded
 from nimbos.ledger import Allowance, Price, Settlement, allowances, budgets_of, family_use, set_prices
 from nimbos.ledger.allowances import CallHold
-from nimbos.types import Usage
-from tests.ledger.books import Books
+from nimbos.types import Final, Origin, TokenChunk, Usage
+from tests import tiny_gguf
+from tests.engine.asking import PROMPT
+from tests.ledger.books import ACCOUNT, Books
+from tests.ledger.shop import Told, an_ask, shop
 
 NUMBERS = itertools.count()
 METERS = ("tokens", "cost_micros", "seconds_ms", "calls")
@@ -332,3 +337,32 @@ async def test_each_of_a_family_is_told_what_it_used_itself(books: Books) -> Non
     assert (p.budgets["tokens"].limit, p.budgets["tokens"].used) == (500, 17 + 4)
     assert p.budgets["calls"].used == 3
     assert await family_use(books.database, "nobody") == []
+
+
+async def test_an_answer_ends_when_the_seconds_are_over(
+    database: Database, database_settings: Settings, tmp_path: Path
+) -> None:
+    """Of a real engine, whose computing is counted as it computes."""
+    model = tiny_gguf.write("qwen2", tmp_path)
+    async with shop(database, Path(database_settings.home) / "shop", models=(model,)) as place:
+        books = place.books
+        await make(books, "p", seconds=1)
+        await reserve(books, "p", 1000)
+        await settle(books, "p", reserved_ms=1000, used_ms=980)
+        told = Told(an_ask(PROMPT, model=model.stem, limit_tokens=1_900, ignore_eos=True))
+        chunks = place.service.generate(ACCOUNT, told.ask, origin=Origin(process="p"))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if isinstance(chunk, TokenChunk):
+                    told.output += len(chunk.ids)
+                elif isinstance(chunk, Final):
+                    told.finals.append(chunk)
+        assert [final.budget_ended for final in told.finals] == [True]
+        assert 0 < told.output < 1_900
+        limit, reserved, used = (await standing(books, "p"))["seconds_ms"]
+        assert (limit, reserved) == (1_000, 0)
+        assert used >= 1_000
+        rows = await place.rows()
+        assert rows[told.ask.id]["compute_ms"] == used - 980
+        with pytest.raises(BudgetExhausted):
+            await anext(place.service.generate(ACCOUNT, an_ask(model=model.stem), origin=Origin(process="p")))
