@@ -200,10 +200,14 @@ class Agent:
             await make_room(holding, self._thinker, self._segments, window=window, have_tokens=error.have)
 
     async def _answer(self, holding: Holding, segment: Segment) -> None:
-        """Exits with it, or tells the model what is wrong with it."""
+        """Exits with it, or tells the model what is wrong with it: an answer that says nothing may come once."""
         message = await self._segments.get(holding.view.account, segment.hash)
+        said_before = holding.view.context[-2] if len(holding.view.context) > 1 else segment
+        text = str(message.get("content") or "")
         try:
-            value = value_of(str(message.get("content") or ""), holding.program.answer)
+            if not text.strip() and not said_before.id.endswith(MISFIT):
+                raise Misfit("The answer is empty.")
+            value = value_of(text, holding.program.answer)
         except Misfit as misfit:
             said = {"role": "user", "content": f"{misfit} Give the answer again, and nothing but the answer."}
             note = await shown(self._segments, holding, said, id=f"{segment.id}{MISFIT}", kind="note")

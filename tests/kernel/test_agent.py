@@ -6,7 +6,8 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.events import CallDenied, ModelFailed, Note
-from tests.kernel.minds import calling, minds, words
+from nimbos.ledger import set_limit
+from tests.kernel.minds import ACCOUNT, calling, minds, words
 
 
 async def test_an_agent_thinks_calls_and_answers(database: Database, database_settings: Settings) -> None:
@@ -123,3 +124,30 @@ async def test_what_no_model_can_do_is_a_clear_end(database: Database, database_
         head = await place.over(pid)
         assert head.reason is Reason.FAILED and "scripted model" in head.error
         assert not [body for body in await place.bodies_of(pid) if isinstance(body, Note)]
+
+
+async def test_an_answer_that_says_nothing_is_asked_for_once_more(
+    database: Database, database_settings: Settings
+) -> None:
+    script = {"replies": [{"match": "^go$", "text": " "}, {"match": "empty", "times": 1, "text": "Well."}]}
+    async with minds(database, database_settings, script) as place:
+        assert await place.result(await place.run(await place.program())) == "Well."
+    async with minds(database, database_settings, {"default": {"text": ""}}, server="two") as place:
+        silent = await place.run(await place.program())
+        assert await place.result(silent) == ""
+        assert (await place.view(silent)).turns == 2
+
+
+async def test_what_a_limit_refuses_is_waited_for_without_holding_anything(
+    database: Database, database_settings: Settings
+) -> None:
+    script = {"replies": [{"match": "^go$", **calling("sleep", seconds=0)}], "default": {"text": "Done."}}
+    await database.run(lambda: set_limit("project", ACCOUNT.id, requests_per_min=1))
+    async with minds(database, database_settings, script) as place:
+        pid = await place.run(await place.program('[tools]\nbuiltin = ["sleep"]\n'))
+        parked = await place.until(pid, State.WAITING)
+        assert parked.reason is Reason.MODEL
+        assert parked.due_ms is not None and parked.due_ms > parked.changed_ms
+        await database.run(lambda: set_limit("project", ACCOUNT.id))
+        await place.send(pid, SignalKind.MESSAGE, body="go on")  # anything wakes it; so would its timer
+        assert await place.result(pid) == "Done."
