@@ -347,7 +347,7 @@ class Story:
 
     def change_context(self, data: st.DataObject) -> None:
         loose = [id for id in self.shown if id not in self.pinned]
-        evict: list[str] = data.draw(st.lists(st.sampled_from(loose), unique=True, max_size=3)) if loose else []
+        evict: list[str] = data.draw(_some(loose, 3))
         first = min((self.shown.index(id) for id in evict), default=len(self.shown))
         add: list[Segment] = []
         if evict and data.draw(st.booleans()):
@@ -363,9 +363,13 @@ class Story:
             self.pinned |= {new.id} if new.pinned else set()
             self.shown.append(new.id)
             add.append(new)
-        pin: list[str] = data.draw(st.lists(st.sampled_from(self.shown), unique=True, max_size=1)) if self.shown else []
+        pin: list[str] = data.draw(_some(self.shown, 1))
         self.pinned |= set(pin)
         self.do(CtxChanged(add=tuple(add), evict=tuple(evict), pin=tuple(pin)))
+
+
+def _some(names: list[str], most: int) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(names), unique=True, max_size=most) if names else st.just([])
 
 
 @st.composite

@@ -10,12 +10,11 @@ beside it says that it was done.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import signal
 import sqlite3
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ import asyncpg
 import msgspec
 
 from nimbos.cli import main
-from nimbos.db import sqlite
 from nimbos.db.postgresql import PostgresqlStore
 from nimbos.db.sqlite_file import SqliteFile
 from nimbos.work import claims, crew
@@ -79,23 +77,24 @@ class DoomedConnection(sqlite3.Connection):
         return super().cursor(DoomedCursor)
 
     def execute(self, statement: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return self.cursor().execute(statement, parameters)  # type: ignore[no-any-return]
+        cursor: DoomedCursor = self.cursor()
+        return cursor.execute(statement, parameters)
 
 
 class DoomedCursor(sqlite3.Cursor):
-    def execute(self, statement: str, parameters: Any = ()) -> sqlite3.Cursor:
+    def execute(self, statement: str, parameters: Any = ()) -> DoomedCursor:
         connection = self.connection
         assert isinstance(connection, DoomedConnection)
         if statement.startswith("PRAGMA synchronous"):
             connection.synced = statement.endswith("FULL")
         if statement != "COMMIT":
             return super().execute(statement, parameters)
-        return self._commit(connection, lambda: super(DoomedCursor, self).execute(statement))
-
-    def _commit(self, connection: DoomedConnection, commit: Callable[[], sqlite3.Cursor]) -> sqlite3.Cursor:
         doom = FATE.next()
         if doom is None:
-            return commit()
+            return super().execute(statement)
+        return self._commit(connection, doom)
+
+    def _commit(self, connection: DoomedConnection, doom: Doom) -> DoomedCursor:
         if doom.deed == "power" and FATE.commits == doom.at:
             FATE.die()
         if doom.deed in CODES and doom.at <= FATE.commits < doom.at + FAILURES:
@@ -103,12 +102,12 @@ class DoomedCursor(sqlite3.Cursor):
             error = sqlite3.OperationalError(doom.deed)
             error.sqlite_errorcode = CODES[doom.deed]
             raise error
-        done = commit()
+        super().execute("COMMIT")
         if doom.deed == "kill" and FATE.commits == doom.at:
             FATE.die()
         if doom.deed == "power" and connection.synced:
             _copy(connection, Path(doom.copy))
-        return done
+        return self
 
 
 def _copy(connection: sqlite3.Connection, target: Path) -> None:
@@ -122,11 +121,6 @@ def _copy(connection: sqlite3.Connection, target: Path) -> None:
             shutil.copy(f"{path}{suffix}", making)
     shutil.rmtree(target, ignore_errors=True)
     making.rename(target)
-
-
-class DoomedFile(SqliteFile):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, connection_class=DoomedConnection)
 
 
 async def _doomed_run(self: PostgresqlStore, begin: Any, *, durable: bool, quick: bool) -> Any:
@@ -157,10 +151,9 @@ _run = PostgresqlStore.run
 
 def doom() -> None:
     """What is made from now on is doomed."""
-    from nimbos.db import database
-
-    database.SqliteFile = DoomedFile  # type: ignore[misc]
-    sqlite.SqliteFile = DoomedFile  # type: ignore[misc]
+    defaults = SqliteFile.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults["connection_class"] = DoomedConnection
     PostgresqlStore.run = _doomed_run  # type: ignore[method-assign]
     crew.RETRY_S = RETRY_S
     boot = os.environ.get("DOOM_BOOT", "")
@@ -169,5 +162,6 @@ def doom() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     doom()
-    sys.exit(main())
+    main()

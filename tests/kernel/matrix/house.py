@@ -35,7 +35,8 @@ class World:
         """(process, tool, key) of each."""
         if not self.file.exists():
             return []
-        return [tuple(json.loads(line)) for line in self.file.read_text().splitlines()]  # type: ignore[misc]
+        lines = (json.loads(line) for line in self.file.read_text().splitlines())
+        return [(pid, tool, key) for pid, tool, key in lines]
 
 
 @dataclass
@@ -149,7 +150,12 @@ class House:
 
     def run(self, scenario: Scenario, key: str) -> list[str]:
         """To its end, with all that came of it; the ids, parents before children, then forks."""
-        body = {"program": self.programs[scenario.program], "input": scenario.input, "name": "root", "key": key}
+        body: dict[str, Any] = {
+            "program": self.programs[scenario.program],
+            "input": scenario.input,
+            "name": "root",
+            "key": key,
+        }
         if scenario.budget:
             body["budget"] = scenario.budget
         root = str(self.send("POST", "processes", body)["id"])
@@ -186,7 +192,7 @@ class House:
                 body = {"signal": "top_up", "id": "top up", "body": scenario.top_up}
             elif reason == "in_doubt":
                 happened = any((one, tool) == (pid, "mail") for one, tool, _ in self.world.done())
-                body["body"] = {"verdict": "happened", "result": "mail is done"} if happened else "retry"
+                body["body"] = {"verdict": "happened", "result": "mail is done"} if happened else {"verdict": "retry"}
             else:
                 assert reason == "input", asked
                 body["body"] = "go on" if scenario.forks else "blue"
