@@ -24,7 +24,7 @@ from nimbos.kernel.drivers.answers import Answered
 from nimbos.kernel.drivers.own import Own
 from nimbos.kernel.drivers.waiting import timed
 from nimbos.kernel.effects import HARMLESS, bound_hash, effect_key
-from nimbos.kernel.events import CallDenied, CallIntent, CallWanted
+from nimbos.kernel.events import CallDenied, CallIntent, CallWanted, SignalConsumed
 from nimbos.kernel.fold import Call, CallStatus
 from nimbos.kernel.holding import Holding, Shared
 from nimbos.kernel.log import Draft
@@ -34,7 +34,7 @@ from nimbos.kernel.releasing import MARK, is_released, telling, to_release
 from nimbos.kernel.segments import canonical
 from nimbos.kernel.syscall import Also, Outcome, Syscall, Wait, joined, nothing
 from nimbos.kernel.tools import ToolWorkers, WorkerDied
-from nimbos.kernel.words import Effect, Reason, State, Verb
+from nimbos.kernel.words import Effect, Reason, SignalKind, State, Verb
 
 if TYPE_CHECKING:
     from nimbos.kernel.programs import Programs
@@ -111,6 +111,7 @@ class Gate:
 
         Raises: Parked; what `Holding.append` raises.
         """
+        await _forget_timers(holding)
         left_open = list(holding.view.calls.values())
         done = [await self._go_on(holding, call, also) for call in left_open]
         done += await self._release(holding)
@@ -242,3 +243,11 @@ class Gate:
 
 def _permission(intent: CallIntent) -> Wait:
     return Wait(state=State.ASKING, reason=Reason.PERMISSION, about=(intent.call_id,))
+
+
+async def _forget_timers(holding: Holding) -> None:
+    """Those that woke the process for something else than a call that is open: it is awake now."""
+    view = holding.view
+    rung = [one for one in view.signals if one.signal is SignalKind.TIMER and one.about not in view.calls]
+    if rung:
+        await holding.append(*(Draft(body=SignalConsumed(received=one.seq), cause=one.seq) for one in rung))

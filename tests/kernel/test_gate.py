@@ -8,7 +8,7 @@ from typing import Any
 
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Allowance, Reason, State
+from nimbos.kernel import Allowance, Reason, SignalKind, State
 from nimbos.kernel.events import CallIntent, CallWanted, CtxChanged, Segment
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
@@ -220,11 +220,21 @@ async def test_what_running_calls_hold_of_a_budget_is_waited_for(
             waited.append(await at.gate.attempt(holding, tool("look", id="c2")))
             at.go(holding.pid)
             waited.append((await first).error)
+            await at.gate.park(holding, [waited[0]])
+
+        async def then(holding: Holding) -> None:
+            await holding.take_mail()
+            waited.append([signal.signal for signal in holding.view.signals])
+            await at.gate.finish_open(holding)
+            waited.append(list(holding.view.signals))
             await holding.exit(Reason.OK)
 
         at.place.bodies["plain"] = body
         pid = await at.spawn(budget=Allowance(calls=1))
+        await at.place.until(pid, State.WAITING)
+        at.place.bodies["plain"] = then
         await at.place.over(pid)
+        assert waited[2:] == [[SignalKind.TIMER], []]
         assert (waited[0].state, waited[0].reason, waited[0].about) == (State.WAITING, Reason.TOOL, ("c2",))
         assert waited[0].due_ms is not None and waited[1] == ""
         assert await at.calls_of(pid, "c2") == []
