@@ -33,6 +33,7 @@ from nimbos.kernel.words import Effect, Reason, State, Verdict
 
 TRIES_MAX = 3
 RECOVERIES_MAX = 20
+STALL_S = 1.0  # between a call's start and its driver; a lease lasts several times as long
 
 
 class Outward:
@@ -92,6 +93,7 @@ class Outward:
         while True:
             call = holding.view.calls[call_id]
             job = _job(holding, call, arguments)
+            await _check_stall(holding, call)
             before = time.monotonic()
             answered = await run_tool(self._workers, holding, job)
             used_ms = round((time.monotonic() - before) * 1000)
@@ -146,6 +148,13 @@ class Outward:
     async def _lose(self, holding: Holding, call: Call) -> Wait:
         await calling.lost(holding, call)
         return _in_doubt(call.intent.call_id)
+
+
+async def _check_stall(holding: Holding, call: Call) -> None:
+    """A server that was stopped behind the start of a call may have lost the process meanwhile, and somebody may have
+    decided what becomes of the call. Raises: Fenced."""
+    if call.started_ms is None or holding.now_ms() - call.started_ms > STALL_S * 1000:
+        await holding.append()
 
 
 def _in_doubt(call_id: str) -> Wait:

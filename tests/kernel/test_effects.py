@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,10 +13,15 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.db.statements import Statement
 from nimbos.db.tables.kernel import process_effects
-from nimbos.kernel import Reason, outward, runner
+from nimbos.kernel import Reason, calling, outward, runner
 from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
-from nimbos.kernel.words import Effect
+from nimbos.kernel.events import CallIntent
+from nimbos.kernel.holding import Holding
+from nimbos.kernel.log import Fenced
+from nimbos.kernel.processes import raise_epoch
+from nimbos.kernel.words import Effect, Label
 from tests.kernel.gating import Calls, Gated, gated, on_sqlite, tool
+from tests.kernel.running import PATIENCE_S
 
 
 def test_every_effect_class_has_its_recovery_and_only_what_is_harmless_is_not_withheld() -> None:
@@ -150,3 +156,31 @@ async def test_an_opaque_call_stopped_at_its_deadline_is_in_doubt(
 
 async def _keys(database: Database) -> list[str]:
     return [row["key"] for row in await database.read(Statement(select(process_effects.c.key))())]
+
+
+async def test_a_server_that_stood_still_behind_the_start_of_a_call_does_not_make_it_when_another_has_it(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = calling.begin
+    async with gated(database, database_settings, start=False) as at:
+        fenced = asyncio.Event()
+
+        async def then_stands_still(holding: Holding, intent: CallIntent, *, label: Label) -> None:
+            await begin(holding, intent, label=label)
+            await database.run(lambda: raise_epoch(holding.pid))  # what a server does that claims it
+
+        async def body(holding: Holding) -> None:
+            try:
+                await at.gate.call(holding, tool("mail"))
+            except Fenced:
+                fenced.set()
+                raise
+
+        monkeypatch.setattr(outward, "STALL_S", -1.0)
+        monkeypatch.setattr(calling, "begin", then_stands_still)
+        at.place.bodies["plain"] = body
+        pid = await at.spawn()
+        await at.place.kernel.start(at.place.drive)
+        async with asyncio.timeout(PATIENCE_S):
+            await fenced.wait()
+        assert at.done(pid) == []
