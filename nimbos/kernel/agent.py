@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from nimbos.errors import (
     BrokenProgram,
     EngineFailed,
@@ -26,7 +28,7 @@ from nimbos.errors import (
 )
 from nimbos.kernel.answering import Thought
 from nimbos.kernel.answers import Misfit, value_of
-from nimbos.kernel.context import Window, load, tokens_of, window_of
+from nimbos.kernel.context import Window, estimate, load, tokens_of, window_of
 from nimbos.kernel.events import CallWanted, CtxChanged, Segment, SignalConsumed
 from nimbos.kernel.eviction import make_room
 from nimbos.kernel.fold import Received, View
@@ -186,7 +188,7 @@ class Agent:
 
     async def _think(self, holding: Holding, *, corrected: bool) -> None:
         request, window = await self._request(holding, corrected=corrected)
-        have = tokens_of(holding.view.context)
+        have = tokens_of(holding.view.context) + estimate(msgspec.json.encode(request.tools))
         if have > COUNT_ABOVE * window.room:
             have = await self._thinker.count(holding, request)
             if have > window.room:
