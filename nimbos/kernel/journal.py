@@ -1,6 +1,6 @@
 """An ask in two books at once: what the ledger writes of it and what the process's log says are one transaction each.
 
-    reserve   model.intent, and what asks that a death cut off turned out to have used
+    reserve   model.intent
     settle    model.done with what follows from it; or what was said so far and model.failed; and budget.settled
 
 A part of the ledger's transactions (`nimbos.ledger.Journal`): they may run again, and in another thread than the
@@ -9,7 +9,6 @@ server's loop, so what they write is ready before they do. Read `think.py` for w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nimbos.db import Transaction
@@ -61,7 +60,7 @@ class AskJournal:
     """For one ask. `growing`: what is not in the log; `done`: what is written when the answer is whole; `failing`: what
     is told else; `void`: the log may or may not have what was written last, so the ask is settled without it."""
 
-    def __init__(self, holding: Holding, intent: ModelIntent, *, before: Sequence[Draft] = ()) -> None:
+    def __init__(self, holding: Holding, intent: ModelIntent) -> None:
         self.growing = Growing()
         self.done: tuple[Draft, ...] | None = None
         self.failing: Failing | None = None
@@ -69,10 +68,9 @@ class AskJournal:
         self.usage = Usage()
         self._holding = holding
         self._intent = intent
-        self._before = tuple(before)
 
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]:
-        yield from self._holding.appending(*self._before, Draft(body=self._intent))
+        yield from self._holding.appending(Draft(body=self._intent))
 
     def extended(self, ask_id: str, progress: Progress, extended: Extended) -> Transaction[None]:
         yield from ()
