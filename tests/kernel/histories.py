@@ -350,7 +350,7 @@ class Story:
         evict: list[str] = data.draw(_some(loose, 3))
         first = min((self.shown.index(id) for id in evict), default=len(self.shown))
         add: list[Segment] = []
-        if evict and data.draw(st.booleans()):
+        if data.draw(st.booleans()) and evict:
             view = segment(self.name("view"), covers=tuple(evict))
             add.append(view)
             kept = [id for id in self.shown[:first] if id not in evict]

@@ -104,11 +104,12 @@ def test_whatever_write_it_is_on_postgresql(tmp_path: Path, name: str, deed: Dee
 
 
 def every_write(house: House, scenario: Scenario, deed: Deed) -> None:
-    """Write 1, 2, 3 … until the run is over before."""
+    """Write 1, 2, 3 … until the run is over before. Whoever dies in the middle of an opaque effect must have asked."""
     try:
         matrix = Matrix(house)
         matrix.learn(scenario)
         at = next(at for at in count(1) if not matrix.strike(scenario, deed, at))
         assert 10 < at < COMMITS_MAX
+        assert (house.doubts > 0) == (scenario.mails and deed != "gone")  # which is tried again unseen
     finally:
         house.close()

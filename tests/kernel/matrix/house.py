@@ -48,6 +48,7 @@ class House:
     http: httpx2.Client | None = None
     programs: dict[str, str] = field(default_factory=dict)
     power: bool = False
+    doubts: int = 0  # effects of which it was asked whether they happened
 
     def __post_init__(self) -> None:
         self.home = self.folder / "home"
@@ -191,6 +192,7 @@ class House:
             if reason == "budget":
                 body = {"signal": "top_up", "id": "top up", "body": scenario.top_up}
             elif reason == "in_doubt":
+                self.doubts += 1
                 happened = any((one, tool) == (pid, "mail") for one, tool, _ in self.world.done())
                 body["body"] = {"verdict": "happened", "result": "mail is done"} if happened else {"verdict": "retry"}
             else:

@@ -143,6 +143,7 @@ class Scenario:
     budget: dict[str, int] | None = None
     top_up: dict[str, int] = field(default_factory=dict)
     forks: bool = False
+    mails: bool = True  # has an effect that may be in doubt
 
 
 SCENARIOS = {
@@ -150,7 +151,7 @@ SCENARIOS = {
     for one in (
         Scenario("agent", "agent", "everything"),
         Scenario("function", "function", ""),
-        Scenario("budget", "agent", "long", budget={"tokens": 60}, top_up={"tokens": 1_000}),
+        Scenario("budget", "agent", "long", budget={"tokens": 60}, top_up={"tokens": 1_000}, mails=False),
         Scenario("fork", "agent", "forked", forks=True),
     )
 }
