@@ -36,6 +36,8 @@ class Program:
         model: Mapping[str, Any] | None = None,
         builtin: Sequence[str] | None = None,
         confirm: Sequence[str] = (),
+        call_first: bool = False,
+        rounds: int | None = None,
         budget: Mapping[str, Any] | None = None,
         limits: Mapping[str, Any] | None = None,
         regex: str = "",
@@ -44,8 +46,9 @@ class Program:
         agents: Mapping[str, Program] | None = None,
     ) -> None:
         """`tools`: functions of one file, or that file. `entry`: the durable function it is; without one it is an
-        agent. `builtin`: the kernel's tools it may use. `regex`, `schema`: what its last answer must look like; a type
-        is made a schema. `files`: more of them, by path. `agents`: its parts, by the names it spawns them by."""
+        agent. `builtin`: the kernel's tools it may use; `confirm`, `call_first` and `rounds` as in `[tools]`. `regex`,
+        `schema`: what its last answer must look like; a type is made a schema. `files`: more of them, by path.
+        `agents`: its parts, by the names it spawns them by."""
         self.name = name
         self._instructions = instructions
         self._tools = tools
@@ -54,7 +57,12 @@ class Program:
             "version": version,
             "description": description,
             "model": dict(model or {}),
-            "tools": {"confirm": list(confirm)} | ({} if builtin is None else {"builtin": list(builtin)}),
+            "tools": {
+                "confirm": list(confirm),
+                "call_first": call_first,
+                **({} if builtin is None else {"builtin": list(builtin)}),
+                **({} if rounds is None else {"rounds": rounds}),
+            },
             "budget": dict(budget or {}),
             "limits": dict(limits or {}),
         }
