@@ -18,7 +18,6 @@ from nimbos.engine.context import common_length
 from nimbos.engine.swapfile import Bytes, Extent, SwapFile
 
 WORTH_RESTORING = 16  # tokens; fewer are computed as fast
-_NOTHING: Bytes = np.empty(0, np.uint8)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +107,7 @@ class Store:
             return
         self.used_bytes -= piece.state.nbytes
         del self._pieces[id(piece)]
-        piece.state, piece.extent = _NOTHING, extent
+        piece.state, piece.extent = np.empty(0, np.uint8), extent
         self._swapped[id(piece)] = piece
 
     def _write(self, state: Bytes) -> Extent | None:
