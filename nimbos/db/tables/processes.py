@@ -51,6 +51,7 @@ processes = Table(
 Index(
     "ix_processes_living",
     processes.c.account,
+    processes.c.id,
     sqlite_where=text("state != 'done'"),
     postgresql_where=text("state != 'done'"),
 )

@@ -402,7 +402,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_processes_living",
         "processes",
-        ["account"],
+        ["account", "id"],
         unique=False,
         sqlite_where=sa.text("state != 'done'"),
         postgresql_where=sa.text("state != 'done'"),
