@@ -36,6 +36,7 @@ class Program:
         model: Mapping[str, Any] | None = None,
         builtin: Sequence[str] | None = None,
         confirm: Sequence[str] = (),
+        parallel: bool = True,
         call_first: bool = False,
         rounds: int | None = None,
         budget: Mapping[str, Any] | None = None,
@@ -46,8 +47,8 @@ class Program:
         agents: Mapping[str, Program] | None = None,
     ) -> None:
         """`tools`: functions of one file, or that file. `entry`: the durable function it is; without one it is an
-        agent. `builtin`: the kernel's tools it may use; `confirm`, `call_first` and `rounds` as in `[tools]`. `regex`,
-        `schema`: what its last answer must look like; a type is made a schema. `files`: more of them, by path.
+        agent. `builtin`: the kernel's tools it may use; `confirm`, `parallel`, `call_first`, `rounds`: as in `[tools]`.
+        `regex`, `schema`: what its last answer must look like; a type is made a schema. `files`: more of them, by path.
         `agents`: its parts, by the names it spawns them by."""
         self.name = name
         self._instructions = instructions
@@ -59,6 +60,7 @@ class Program:
             "model": dict(model or {}),
             "tools": {
                 "confirm": list(confirm),
+                "parallel": parallel,
                 "call_first": call_first,
                 **({} if builtin is None else {"builtin": list(builtin)}),
                 **({} if rounds is None else {"rounds": rounds}),

@@ -48,12 +48,14 @@ class ModelNeeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class Tools(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`builtin`: of the kernel. `python`: of `tools.py`, None for all that stand there. `confirm`: those of either that
-    a person approves first, call by call. For small models, which would rather guess, or never stop: `call_first`, its
-    first answer to somebody must call one; `rounds`, after so many answers that called it has none any more."""
+    a person approves first, call by call. `parallel`: one answer may make several calls. For small models, which would
+    rather guess, or never stop: `call_first`, its first answer to somebody must call one; `rounds`, after so many
+    answers that called it has none any more."""
 
     builtin: tuple[BuiltinTool, ...] = ("read",)
     python: tuple[ToolName, ...] | None = None
     confirm: tuple[ToolName, ...] = ()
+    parallel: bool = True
     call_first: bool = False
     rounds: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
 

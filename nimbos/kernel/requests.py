@@ -43,6 +43,7 @@ def request_of(
         messages=tuple(messages),
         tools=tuple(tools),
         tool_choice="required" if must_call else "auto",
+        parallel_tool_calls=said.parallel,
         response_format=answer.source
         if answer is not None and answer.kind == "json_schema" and not must_call
         else None,

@@ -47,14 +47,15 @@ class Interrupted(Exception):
 
 
 class ThinkRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`messages`, `tools`, `tool_choice`: in OpenAI's shape. `model`: "" is the process's. `response_format`: a JSON
-    Schema as text. `grammar`: instead of it, without tools. `context_tokens`: how much of the window is used, 0 for
-    all. `sampling.seed` 0: the answer's own."""
+    """`messages`, `tools`, `tool_choice`, `parallel_tool_calls`: in OpenAI's shape. `model`: "" is the process's.
+    `response_format`: a JSON Schema as text. `grammar`: instead of it, without tools. `context_tokens`: how much of the
+    window is used, 0 for all. `sampling.seed` 0: the answer's own."""
 
     messages: Sequence[dict[str, Any]]
     model: str = ""
     tools: Sequence[dict[str, Any]] = ()
     tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     response_format: str | None = None
     grammar: Grammar | None = None
     thinking: Dial = Dial()
@@ -131,6 +132,7 @@ class Thinker:
                 messages=list(request.messages),
                 tools=list(request.tools) or None,
                 tool_choice=request.tool_choice,
+                parallel_tool_calls=request.parallel_tool_calls,
                 response_format=request.response_format,
                 grammar=request.grammar,
                 thinking=request.thinking,

@@ -48,6 +48,8 @@ def open_text(file: Name, page: int = 1) -> str:
     """
     lines = TEXTS[file].read_text(encoding="utf-8").splitlines()
     pages = max(1, -(-len(lines) // PAGE_LINES))
+    if not 1 <= page <= pages:
+        raise LookupError(f"{file} has {pages} pages.")
     return "\n".join([f"{file}, page {page} of {pages}", *lines[(page - 1) * PAGE_LINES : page * PAGE_LINES]])
 
 

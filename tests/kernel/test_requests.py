@@ -49,6 +49,11 @@ def test_a_first_call_is_demanded_once_for_each_who_speaks() -> None:
     assert asked("", USER).tool_choice == "auto"
 
 
+def test_several_calls_at_once_can_be_forbidden() -> None:
+    assert asked("", USER).parallel_tool_calls
+    assert not asked("[tools]\nparallel = false", USER).parallel_tool_calls
+
+
 def test_after_its_rounds_it_has_no_tools_and_its_answer_has_its_form() -> None:
     two = '[tools]\nrounds = 2\n[answer]\nregex = "a+"'
     assert asked(two, USER, CALLED, RESULT).tools
