@@ -60,7 +60,7 @@ class SwapFile:
         if free.size > extent.size:
             self._free.insert(at, Extent(free.start + extent.size, free.size - extent.size))
         self.used_bytes += extent.size
-        content, done = memoryview(np.ascontiguousarray(state)).cast("B"), 0
+        content, done = np.ascontiguousarray(state).data.cast("B"), 0
         try:
             while done < extent.size:
                 done += os.pwrite(self._descriptor, content[done:], extent.start + done)
@@ -72,7 +72,7 @@ class SwapFile:
     def read(self, extent: Extent) -> Bytes | None:
         """None: the disk does not give it back."""
         state = np.empty(extent.size, np.uint8)
-        view, done = memoryview(state), 0
+        view, done = state.data, 0
         try:
             while done < extent.size:
                 count = os.preadv(self._descriptor, [view[done:]], extent.start + done)

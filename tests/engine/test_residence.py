@@ -104,11 +104,11 @@ class Swapping(RuleBasedStateMachine):
         self.memory = Memory()
         self.tree = ContextTree(cells=CELLS, sequences=SEQUENCES)
         self.residence = Residence(
-            self.memory,
+            self.memory,  # type: ignore[arg-type]
             self.tree,
             scratch=SEQUENCES,
             budget_bytes=60,
-            perform=self.perform,  # type: ignore[arg-type]
+            perform=self.perform,
             swap=self.swap,
         )
         self.residence._piece_tokens = 4
@@ -287,7 +287,7 @@ def test_the_logits_of_a_context_that_was_away_are_the_same(arch: str, tmp_path:
         assert keeper.restored_tokens == (len(own) if away else 0)
         assert tree.length(last) == len(shared) + len(own) + 1
         assert before > len(shared) + len(own)
-        logits = model.logits(1)[0].copy()
+        logits: np.ndarray = model.logits(1)[0].copy()
         tree.check()
         model.close()
         return logits
@@ -425,8 +425,8 @@ def test_room_on_the_disk_is_never_given_twice_and_never_lost(sizes: list[int], 
 async def test_a_run_that_waited_for_its_tool_goes_on_without_a_prefill(where: str, tmp_path: Path) -> None:
     """What an agent's asks look like: each begins with all that was said before. While it waits, others fill the cells,
     and its context is written out; then it goes on, and only what is new to it is computed."""
-    swap = {"swap_memory_mib": 64} if where == "memory" else {"swap_memory_mib": 0, "swap_disk_mib": 64}
-    engine = await started("qwen2", tmp_path, cells=768, **swap)
+    memory, disk = (64, 0) if where == "memory" else (0, 64)
+    engine = await started("qwen2", tmp_path, cells=768, swap_memory_mib=memory, swap_disk_mib=disk)
     try:
         stable = PROMPT * 6
 
