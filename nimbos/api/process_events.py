@@ -85,6 +85,8 @@ class EventTeller:
 
     async def page(self, account: Account, pid: str, *, after: int, limit: int) -> EventList:
         events = await self._kernel.events(account, pid, after=after, limit=limit + 1)
+        named = (hash for event in events for hash in _named(event.kind, msgspec.json.decode(event.body)))
+        await self._kernel.segments.look_up(account.id, named)
         return EventList(
             data=[await self.told(account, event) for event in events[:limit]], has_more=len(events) > limit
         )

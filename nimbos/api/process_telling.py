@@ -23,6 +23,7 @@ class ProcessTeller:
 
     async def every(self, account: Account, heads: Sequence[Head]) -> list[ProcessTold]:
         """For lists: without what they ask, which takes a fold of each log."""
+        await self._kernel.segments.look_up(account.id, (head.result for head in heads if head.result is not None))
         left = LIST_RESULTS_BYTES
         told = []
         for head in heads:

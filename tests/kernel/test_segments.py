@@ -48,6 +48,18 @@ async def test_no_account_reads_what_is_another_s(segments: Segments, database: 
             await segments.get("proj_one", "0" * 64)
 
 
+async def test_many_are_read_at_once_and_only_ones_own(segments: Segments, database: Database) -> None:
+    own = [await segments.put("proj_one", f"words {number}") for number in range(5)]
+    theirs, large = await segments.put("proj_two", "words"), await segments.put("proj_one", "x" * 100_000)
+    reader = Segments(database, segments._blobs)
+    await reader.look_up("proj_one", [*own, theirs, large, "0" * 64])
+    assert {key.partition("\n")[2] for key in reader._cache} == set(own)
+    assert await reader.get_all("proj_one", [*own, large]) == [
+        *(f"words {number}" for number in range(5)),
+        "x" * 100_000,
+    ]
+
+
 async def test_what_is_no_value_or_too_large_is_refused(segments: Segments, monkeypatch: pytest.MonkeyPatch) -> None:
     deep: Any = []
     for _ in range(JSON_DEPTH_MAX + 2):
