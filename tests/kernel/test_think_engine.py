@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -84,5 +85,25 @@ async def test_an_answer_goes_on_in_the_engine_and_is_paid_once(tmp_path: Path) 
             assert 0 < len(ids) < 1_500
             undisturbed, billed = await place.billed(whole), await place.billed(cut)
             assert (billed.input, billed.output) == (undisturbed.input, 1_500)
+    finally:
+        await database.close()
+
+
+async def test_a_turn_computes_only_what_is_new_in_its_prompt(tmp_path: Path) -> None:
+    """The stable part comes first and the rest only grows, so the engine finds what the turn before left there."""
+    settings = Settings(home=str(tmp_path))
+    database = await Database.open(settings)
+    manifest = '[model]\nmax_tokens = 60\n[tools]\nbuiltin = ["pin"]\ncall_first = true\n'
+    try:
+        async with minds(database, settings, {}, models=(tiny_gguf.write("qwen2", tmp_path),)) as place:
+            pid = await place.run(await place.program(manifest), "Remember the milk.", model="tiny-qwen2-1")
+            await place.over(pid)
+            assert place.shop is not None
+            rows = [row for _, row in sorted((await place.shop.rows()).items()) if row["process"] == pid]
+            assert len(rows) > 1
+            for before, after in pairwise(rows):
+                found = after["meters"].get("cached", 0)
+                assert found >= before["prompt_tokens"] > 100
+                assert after["prompt_tokens"] - found < after["prompt_tokens"] / 2
     finally:
         await database.close()
