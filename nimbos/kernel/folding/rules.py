@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _CALL_EVENTS = (CallIntent, CallApproved, CallDenied, CallStarted, CallDone, CallUnknown, CallResolved)
 _MODEL_EVENTS = (ModelIntent, ModelPartial, ModelDone, ModelFailed)
+_WORK = _CALL_EVENTS + _MODEL_EVENTS  # what only a running process does
 _ASKED = frozenset({State.READY, State.RUNNING, State.PAUSED})  # in which the last question is still known
 
 
@@ -55,7 +56,7 @@ def why_not_now(view: View, body: Body) -> str | None:
         return None
     if view.state is State.DONE:
         return "the process is done"
-    if view.state is not State.RUNNING and isinstance(body, _CALL_EVENTS + _MODEL_EVENTS):
+    if view.state is not State.RUNNING and isinstance(body, _WORK):
         return f"the process is {view.state}"
     return None
 

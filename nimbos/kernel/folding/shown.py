@@ -35,6 +35,8 @@ class Shown:
         return why or self._pin(change.pin, pinned=True) or self._pin(change.unpin, pinned=False)
 
     def _evict(self, ids: tuple[str, ...]) -> str | None:
+        if not ids:
+            return None
         leaving = set(ids)
         going = {segment.id: segment for segment in self.segments if segment.id in leaving}
         for id in ids:
