@@ -66,7 +66,7 @@ class Service:
             await self._check_model(account, name)
             return await self._sources.id_of(name)
         for listed in await self._sources.list():
-            answers = listed.model is None or listed.model.facts.kind == Kind.GENERATE
+            answers = listed.model is None or listed.model.facts.kind == Kind.GENERATE.value
             if answers and allowed_model(account, listed.id):
                 return listed.id
         raise ModelNotFound("default")

@@ -107,8 +107,8 @@ class SignalConsumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 class ModelIntent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="model.intent"):
     """The context is what the fold says at this event. `continues`: the ask whose partial answer this one goes on
-    with, which must have `asked` the same: a hash of the model's file and all that was asked of it. `step`: of a durable
-    function; `request`: segment of what the step asks, where it is not the context."""
+    with, which must have `asked` the same: a hash of the model's file and all that was asked of it. `step`: of a
+    durable function; `request`: segment of what the step asks, where it is not the context."""
 
     ask_id: str
     model: str

@@ -114,7 +114,7 @@ async def usage(database: Database, *, by: str = "key", span: Span | None = None
     span = span or Span()
     total, groups = Used(), dict[tuple[str, ...], Used]()
     dimensions = () if by == "day" else (by,)
-    levels = ("hours", "days") if by == "day" else ("hours", "days", "months")
+    levels: tuple[str, ...] = ("hours", "days") if by == "day" else ("hours", "days", "months")
     if not await _folded(database):
         levels = ("hours",)
     for table, since_ms, until_ms in _parts(*span.hours(), levels):

@@ -2,9 +2,10 @@
 
 `asks` has one row for each ask, made before the engine sees it and settled once. `meters` has one row for each kind of
 token that the ask used; the kinds are disjoint: `input` is what was computed of the prompt, `cached` what was found in
-memory, `cache_write` and `cache_read` the same of a prefix that the ask wanted to be kept, `output` the answer without its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never
-billed). `usage_hours` are sums of both, kept in the transaction that settles; `usage_days` and `usage_months` are
-those, added up before somebody reads them (`ledger/rollups.py`).
+memory, `cache_write` and `cache_read` the same of a prefix that the ask wanted to be kept, `output` the answer without
+its thinking, `thinking` the rest, `recomputed` what an engine's death cost (never billed). `usage_hours` are sums of
+both, kept in the transaction that settles; `usage_days` and `usage_months` are those, added up before somebody reads
+them (`ledger/rollups.py`).
 """
 
 from __future__ import annotations
