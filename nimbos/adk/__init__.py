@@ -1,17 +1,27 @@
 """The agent development kit: what a program's Python imports. Light, as a worker imports it each time it starts."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from nimbos.adk.program import Program, read_program
 from nimbos.adk.schema import BadTool, Field
 from nimbos.adk.steps import Child, Ended, StepFailed, ask, call, child, each, gather, send, sleep, spawn, think, wait
 from nimbos.adk.tools import Happened, Tool, tool
 
+if TYPE_CHECKING:
+    from nimbos.adk.client import Client, Process, Refused, Seen
+
 __all__ = [
     "BadTool",
     "Child",
+    "Client",
     "Ended",
     "Field",
     "Happened",
+    "Process",
     "Program",
+    "Refused",
+    "Seen",
     "StepFailed",
     "Tool",
     "ask",
@@ -27,3 +37,10 @@ __all__ = [
     "tool",
     "wait",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What talks to a server is imported when it is asked for: no worker needs it."""
+    if name in ("Client", "Process", "Refused", "Seen"):
+        return getattr(importlib.import_module("nimbos.adk.client"), name)
+    raise AttributeError(name)

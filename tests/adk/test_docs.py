@@ -88,7 +88,7 @@ def test_the_first_agent_in_python_is_the_same_program(
 
 
 def test_the_durable_function_runs_as_written(live: Live) -> None:
-    (main,) = [text for text in blocks(PROGRAMS, "python") if "async def main" in text]
+    (main,) = [text for text in blocks(PROGRAMS, "python") if "async def main(input)" in text]
     part = {f"agents/reader/{path}": c for path, c in Program("reader", instructions="Note it.").files().items()}
     files = {
         "nimbos.toml": 'name = "pages"\nentry = "main.py:main"\n',

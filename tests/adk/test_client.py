@@ -1,0 +1,85 @@
+"""The kit's client: what the commands do, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nimbos.adk import Client, Program, Refused
+from nimbos.errors import NotReady
+from tests.live import OWNER_SECRET, Live, serving
+
+PROGRAMS = Path(__file__).parent.parent.parent / "programs"
+SCRIPT: dict[str, Any] = {
+    "replies": [{"match": "count", "text": "one two three four five"}],
+    "default": {"text": "Hello there."},
+}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serving(tmp_path_factory.mktemp("home"), {"demo": SCRIPT}) as running:
+        yield running
+
+
+@pytest.fixture
+def hello() -> Program:
+    return Program("hello", instructions="Greet.", builtin=[])
+
+
+async def test_a_program_is_run_and_followed_to_its_end(live: Live, hello: Program) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        process = await nimbos.run(hello, "Please count.", model="demo", name="one", budget={"tokens": 500})
+        seen = [one async for one in process.events()]
+        numbers = [one.seq for one in seen if one.seq is not None]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert (seen[0].kind, seen[-1].kind) == ("proc.created", "end")
+        later = [one.seq async for one in process.events(after=3) if one.seq is not None]
+        assert later == numbers[3:]
+        assert await process.result() == "one two three four five"
+        now = await process.now()
+        assert (now["name"], now["state"], now["program"]) == ("one", "done", hello.hash)
+
+
+async def test_the_same_key_is_the_same_process(live: Live, hello: Program) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        hash = await nimbos.put(hello)
+        first = await nimbos.run(hash, "Hi.", model="demo", key="k1")
+        assert (await nimbos.run("hello", "Hi.", model="demo", key="k1")).pid == first.pid
+
+
+async def test_what_a_process_asks_is_answered_and_forks_are_made(live: Live) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        process = await nimbos.run(PROGRAMS / "form", "Anna Berg, a@example.org, 12.6.2027", model="demo")
+        async with aclosing(process.events()) as events:
+            async for one in events:
+                if one.kind == "proc.state" and one.data["body"]["to"] == "asking":
+                    break
+        (fork,) = await process.fork()
+        assert fork.pid != process.pid
+        await process.answer("4")
+        assert (await process.result())["persons"] == "4"
+        await fork.signal("kill")
+        with pytest.raises(Refused) as caught:
+            await fork.result()
+        assert caught.value.code == "killed"
+
+
+async def test_what_the_server_refuses_is_told(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        with pytest.raises(Refused) as caught:
+            await nimbos.run("none", "Hi.")
+        assert (caught.value.status, caught.value.code) == (404, "not_found")
+        with pytest.raises(Refused):
+            await nimbos.process("proc_none").result()
+    async with Client(live.url, "nb-wrong") as stranger:
+        with pytest.raises(Refused, match="not known"):
+            await stranger.run("hello")
+    monkeypatch.setenv("NIMBOS_HOME", str(tmp_path))
+    monkeypatch.setenv("NIMBOS_API_KEY", "nb-x")
+    with pytest.raises(NotReady, match="nimbos up"):
+        Client()
