@@ -57,14 +57,23 @@ class Place:
         return [event.kind for event in await self.kernel.events(ACCOUNT, pid)]
 
     async def until(self, pid: str, state: State, *, reason: str | None = None, after: int = 0) -> Head:
-        """Waits for news of the process until its head says so, with an event behind `after`."""
+        """Waits until the process's head says so, with an event behind `after`."""
+
+        async def is_so() -> bool:
+            head = await self.head(pid)
+            return head.state is state and reason in (None, head.reason.value) and head.seq > after
+
+        await self.when(pid, is_so)
+        return await self.head(pid)
+
+    async def when(self, pid: str, holds: Callable[[], Awaitable[bool]]) -> None:
+        """Asks again at all news of the process, until it holds."""
         async with asyncio.timeout(PATIENCE_S):
             with self.kernel.bells.follow(pid) as follower:
                 while True:
-                    follower.news.clear()
-                    head = await self.head(pid)
-                    if head.state is state and reason in (None, head.reason.value) and head.seq > after:
-                        return head
+                    follower.news.clear()  # before looking: what comes from here on is not missed
+                    if await holds():
+                        return
                     await follower.news.wait()
 
     async def over(self, pid: str) -> Head:

@@ -49,11 +49,10 @@ async def result_of(place: Place, pid: str) -> object:
 
 
 async def begun(place: Place, pid: str) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        with place.kernel.bells.follow(pid) as follower:
-            while "note" not in await place.kinds(pid):
-                follower.news.clear()
-                await follower.news.wait()
+    async def has_noted() -> bool:
+        return "note" in await place.kinds(pid)
+
+    await place.when(pid, has_noted)
 
 
 async def test_a_signal_sent_twice_is_received_once(database: Database, database_settings: Settings) -> None:
@@ -234,11 +233,11 @@ async def test_a_paused_question_can_be_answered_once(database: Database, databa
         with pytest.raises(Conflict, match="answer already"):
             await place.send(pid, SignalKind.ANSWER, body="no")
         await place.send(pid, SignalKind.RESUME)
-        async with asyncio.timeout(PATIENCE_S):
-            with place.kernel.bells.follow(pid) as follower:
-                while (await place.kinds(pid)).count("signal.consumed") < 3:  # pause, resume, answer
-                    follower.news.clear()
-                    await follower.news.wait()
+
+        async def are_heard() -> bool:
+            return (await place.kinds(pid)).count("signal.consumed") == 3  # pause, resume, answer
+
+        await place.when(pid, are_heard)
 
 
 async def test_a_full_mailbox_says_so_and_takes_what_ends_the_process(
