@@ -165,7 +165,7 @@ def test_the_form_is_filled_from_the_message_alone(processes: Processes) -> None
 
 def test_the_form_asks_for_what_the_message_does_not_say(processes: Processes) -> None:
     pid = processes.spawn(bring(processes, "form"), "This is Anna Berg, anna.berg@example.org. We come on 12.6.2027.")
-    questions = []
+    questions: list[str] = []
     for answer in ("many", "4"):
         asking = processes.until(pid, "asking", last=str(processes.process(pid)["events"]) if questions else "")
         (question,) = asking["asks"]

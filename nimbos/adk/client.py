@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -128,7 +128,7 @@ class Process:
         found: dict[str, Any] = await self.client.send("GET", self._place())
         return found
 
-    async def events(self, *, after: int = 0, watch: bool = False) -> AsyncIterator[Seen]:
+    async def events(self, *, after: int = 0, watch: bool = False) -> AsyncGenerator[Seen, None]:
         """Its log and what it says, until it is done: the last has the kind `end`. `watch`: a person looks on, and its
         asks go before others. Close it (`contextlib.aclosing`) when leaving it early."""
         away_since: float | None = None
@@ -171,7 +171,7 @@ class Process:
         made = await self.client.send("POST", self._place("fork"), json={"at": at, "n": n})
         return [Process(self.client, one["id"]) for one in made["data"]]
 
-    async def _streamed(self, after: int, watch: bool) -> AsyncIterator[Seen]:
+    async def _streamed(self, after: int, watch: bool) -> AsyncGenerator[Seen, None]:
         headers = {"last-event-id": str(after)} if after else {}
         query = {"watch": "true"} if watch else {}
         http = self.client.http

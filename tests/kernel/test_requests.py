@@ -10,12 +10,12 @@ from nimbos.kernel.program import Program, program_of
 from nimbos.kernel.requests import request_of, rounds_of
 from nimbos.kernel.think import ThinkRequest
 
-TOOL = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
-SYSTEM = {"role": "system", "content": "Look."}
-USER = {"role": "user", "content": "Where?"}
-CALLED = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
-RESULT = {"role": "tool", "content": "There.", "tool_call_id": "1"}
-SAID = {"role": "assistant", "content": "There."}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+SYSTEM: dict[str, Any] = {"role": "system", "content": "Look."}
+USER: dict[str, Any] = {"role": "user", "content": "Where?"}
+CALLED: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+RESULT: dict[str, Any] = {"role": "tool", "content": "There.", "tool_call_id": "1"}
+SAID: dict[str, Any] = {"role": "assistant", "content": "There."}
 
 
 def program(text: str) -> Program:
@@ -61,4 +61,5 @@ def test_after_its_rounds_it_has_no_tools_and_its_answer_has_its_form() -> None:
     last = asked(two, USER, CALLED, RESULT, CALLED, RESULT)
     assert not last.tools
     assert last.grammar is not None
-    assert asked("", *[USER, *[CALLED, RESULT] * 50]).tools
+    many = [CALLED, RESULT] * 50
+    assert asked("", USER, *many).tools
