@@ -210,7 +210,8 @@ class Forks:
                 if row["state"] == State.DONE.value or clock() >= deadline:
                     return bool(row["state"] == State.DONE.value)
                 with suppress(TimeoutError):  # another server rings no bell here
-                    await asyncio.wait_for(follower.news.wait(), _EXIT_TICK_S)
+                    async with asyncio.timeout(_EXIT_TICK_S):
+                        await follower.news.wait()
 
 
 def _point(pid: str, seq: int) -> Transaction[tuple[int, str]]:

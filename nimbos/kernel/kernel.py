@@ -238,7 +238,8 @@ class Kernel(Looking):
         """Finds the mail that others wrote for what runs here."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.bells.look.wait(), POLL_S if self.bells.running else None)
+                async with asyncio.timeout(POLL_S if self.bells.running else None):
+                    await self.bells.look.wait()
             self.bells.look.clear()
             if not self.bells.running:
                 continue

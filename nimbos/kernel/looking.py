@@ -97,7 +97,8 @@ async def _said(follower: Follower) -> AsyncGenerator[Delta, None]:
     """Until there may be new events."""
     while True:
         with suppress(TimeoutError):
-            await asyncio.wait_for(follower.news.wait(), POLL_S)
+            async with asyncio.timeout(POLL_S):
+                await follower.news.wait()
         found = follower.news.is_set()
         follower.news.clear()
         while follower.deltas:

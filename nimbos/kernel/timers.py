@@ -89,7 +89,8 @@ class Timers:
                 _log.warning("kernel.timers_wait", reason=error.reason)
                 wait_s = _RETRY_S
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._sooner.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._sooner.wait()
             self._sooner.clear()
 
     async def _until_next_s(self) -> float:
