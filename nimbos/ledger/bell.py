@@ -16,6 +16,7 @@ class Bell:
     async def wait(self, timeout_s: float) -> None:
         """Until the next ring, or the time is over."""
         try:
-            await asyncio.wait_for(self._rung.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._rung.wait()
         except TimeoutError:
             return
