@@ -25,6 +25,8 @@ GOOD = (
     "Everybody is welcome to come and read."
 )
 
+SANDELL = "The last keeper, Ingrid Sandell, left in 1984, when the light was made automatic."
+
 SCRIPT: dict[str, Any] = {
     "replies": [
         # trip
@@ -39,13 +41,8 @@ SCRIPT: dict[str, Any] = {
         },
         {"match": "degrees Celsius", "text": "Paris has 12.8 degrees Celsius, while Oslo has 6.5 degrees Celsius."},
         # researcher
-        {
-            "match": "last keeper",
-            "times": 1,
-            "text": "",
-            "tool_calls": [{"name": "search", "arguments": {"words": ["last", "keeper"]}}],
-        },
-        {"match": "Ingrid Sandell", "text": "Ingrid Sandell, who left in 1984, says keepers.md."},
+        {"match": "word for word", "text": SANDELL},
+        {"match": "from this sentence alone", "text": "Ingrid Sandell, in 1984."},
         # analyst
         {"match": "Which number", "text": "total"},
         {"match": "Which column has", "text": '{"column": "revenue", "group_by": "region", "only": {}}'},
@@ -105,11 +102,13 @@ def test_the_first_command(processes: Processes) -> None:
     assert answer == "Paris has 12.8 degrees Celsius, while Oslo has 6.5 degrees Celsius."
 
 
-def test_the_researcher_looks_before_it_answers(processes: Processes) -> None:
-    pid = processes.spawn(bring(processes, "researcher"), "Who was the last keeper?")
-    seen = list(processes.stream(pid))
-    assert "call.done" in [event.kind for event in seen]
-    assert "Ingrid Sandell" in seen[-1].data["result"]
+def test_the_researcher_says_what_it_goes_by(processes: Processes) -> None:
+    assert result_of(processes, "researcher", "Who was the last keeper, and when did she leave?") == {
+        "answer": "Ingrid Sandell, in 1984.",
+        "quote": SANDELL,
+        "file": "keepers.md",
+    }
+    assert result_of(processes, "researcher", "Xyzzy?")["answer"] == "The library does not say."
 
 
 def test_the_analysts_numbers_are_the_tables(processes: Processes) -> None:

@@ -64,7 +64,7 @@ def query_schema(question: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence_with(rows: list[dict[str, Any]]) -> str:
-    """A sentence whose numbers were computed."""
+    """A sentence whose number was computed."""
     numbers = "|".join(dict.fromkeys(re.escape(str(row["value"])) for row in rows[:12]))
     words = "[A-Za-z ,'-]{1,60}"
-    return f"[A-Z]{words} ({numbers})({words} ({numbers}))?( {words})?\\."
+    return f"[A-Z]{words} ({numbers})( {words})?\\."

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from nimbos.adk import Field, child, each, think
+from nimbos.adk import Field, StepFailed, child, each, think
 
 DRAFTS = 5
 TITLE = re.compile(r"[A-Z][^.!?\n]{8,70}")
@@ -21,18 +21,23 @@ class Draft:
 
 
 async def main(topic: Any) -> Any:
-    drafts = await each(write, [{"topic": topic, "number": number} for number in range(DRAFTS)])
+    tried = await each(write, [{"topic": topic, "number": number} for number in range(DRAFTS)])
+    drafts = [draft for draft in tried if draft is not None]
+    if not drafts:
+        return {"best": None, "faults": ["no draft came to an end"], "drafts": 0}
     best = max(drafts, key=lambda draft: score(draft, str(topic)))
     return {"best": best, "faults": faults(best), "drafts": len(drafts)}
 
 
 @child
 async def write(input: Any) -> Any:
-    return await think(
-        f"Write a short announcement about: {input['topic']}\nA title, two or three sentences, and two or three tags.",
-        schema=Draft,
-        seed=input["number"],
+    asked = (
+        f"Write a short announcement about: {input['topic']}\nA title, two or three sentences, and two or three tags."
     )
+    try:
+        return await think(asked, schema=Draft, seed=input["number"])
+    except StepFailed:  # it was cut off before its last bracket: one of n
+        return None
 
 
 def faults(draft: dict[str, Any]) -> list[str]:
