@@ -17,7 +17,7 @@ def search(question: str) -> list[dict[str, str]]:
         question: Or a few words of it.
     """
     passages = [
-        (path.name, " ".join(passage.split()), words_of(passage))
+        (path.name, " ".join(passage.split()), words_of(f"{path.stem} {passage}"))
         for path in sorted(LIBRARY.iterdir())
         if path.suffix in (".md", ".txt")
         for passage in path.read_text(encoding="utf-8").split("\n\n")
@@ -26,12 +26,13 @@ def search(question: str) -> list[dict[str, str]]:
     wanted = words_of(question)
     rare = {word: 1 / (1 + sum(word in there for _, _, there in passages)) for word in wanted}
     weighed = [(sum(rare[word] for word in wanted & there), name, text) for name, text, there in passages]
-    best = sorted((one for one in weighed if one[0] > 0), reverse=True)[:PASSAGES]
+    enough = max((weight for weight, _, _ in weighed), default=0) / 2
+    best = sorted((one for one in weighed if one[0] > enough), reverse=True)[:PASSAGES]
     return [{"file": name, "text": text} for _, name, text in best]
 
 
 def words_of(text: str) -> set[str]:
-    return {stem(word) for word in re.findall(r"\w+", text.lower()) if len(word) > 2}
+    return {stem(word) for word in re.findall(r"\w+", text.lower()) if len(word) > 3}
 
 
 def stem(word: str) -> str:

@@ -40,7 +40,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for its, block in found if its == language]
 
 
 def keys_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
@@ -64,7 +65,7 @@ def test_everything_that_the_kit_shows_is_described() -> None:
 
 def write_first(folder: Path) -> None:
     folder.mkdir()
-    (manifest,), (instructions,) = blocks(FIRST, "toml"), blocks(FIRST, "markdown")
+    (manifest,), (instructions,) = blocks(FIRST, "toml"), blocks(FIRST, "")
     (folder / "nimbos.toml").write_text(manifest)
     (folder / "instructions.md").write_text(instructions)
     (folder / "tools.py").write_text(blocks(FIRST, "python")[0])
