@@ -123,8 +123,8 @@ async def test_many_forks_are_made_at_once_and_any_event_can_be_where_they_begin
         for each in made:
             await place.until(each, State.ASKING, reason="input")
         last = (await place.head(pid)).seq
-        for seq in range(1, last + 1):
-            again = await fork(place, pid, at=seq)
+        every = {seq: await fork(place, pid, at=seq) for seq in range(1, last + 1)}
+        for seq, again in every.items():
             await place.until(again, State.ASKING, reason="input")
             assert (await place.kernel.log.verify(again)).broken_at is None, seq
             roles = [message["role"] for message in await place.shown(again)]
@@ -194,7 +194,7 @@ async def test_a_fork_that_waits_is_adopted_with_what_it_withheld(
 
 
 async def test_a_running_fork_is_adopted_by_its_own_server(database: Database, database_settings: Settings) -> None:
-    script = {**SCRIPT, "replies": [{"match": "^long$", **words(400, rate=100.0)}, *SCRIPT["replies"]]}
+    script = {**SCRIPT, "replies": [{"match": "^long$", **words(120, rate=100.0)}, *SCRIPT["replies"]]}
     async with minds(database, database_settings, script) as place:
         pid = await place.run(await place.program(MANIFEST, {"tools.py": TOOLS}))
         await place.until(pid, State.ASKING, reason="input")
@@ -204,9 +204,10 @@ async def test_a_running_fork_is_adopted_by_its_own_server(database: Database, d
         await place.kernel.adopt(ACCOUNT, made)
         async with asyncio.timeout(30):
             with place.kernel.bells.follow(made) as follower:
+                follower.news.clear()
                 while (await place.head(made)).withheld:
-                    follower.news.clear()
                     await follower.news.wait()
+                    follower.news.clear()
         await place.result(made)
         assert (await place.view(made)).withheld is False
 
