@@ -35,6 +35,7 @@ UNREADABLE_RETRY_S = 60.0  # a newer version may have come meanwhile
 LONG_LOG = 2_000  # events that are folded beside the loop
 CALLS_TICK_S = 0.1
 CALLS_GRACE_S = 5.0
+STOP_AGAIN_S = 30.0
 _FAILURES_KEPT = 10_000
 
 _log = structlog.get_logger(__name__)
@@ -208,8 +209,9 @@ class Runner:
 
 
 async def _stopped(driving: asyncio.Future[None]) -> None:
-    """Waits until what it started is put away."""
-    driving.cancel()
-    await asyncio.wait({driving})
+    """Waits until what it started is put away. An order to stop that was lost in it is given again."""
+    while not driving.done():
+        driving.cancel()
+        await asyncio.wait({driving}, timeout=STOP_AGAIN_S)
     if not driving.cancelled():
         driving.exception()  # which somebody raises, or nobody asks for any more
