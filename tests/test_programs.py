@@ -43,6 +43,14 @@ SCRIPT: dict[str, Any] = {
         # researcher
         {"match": "word for word", "text": SANDELL},
         {"match": "from this sentence alone", "text": "Ingrid Sandell, in 1984."},
+        # a skill
+        {
+            "match": "of this skill",
+            "times": 1,
+            "text": "",
+            "tool_calls": [{"name": "read", "arguments": {"handle": "references/how.md"}}],
+        },
+        {"match": "Write the date first", "text": "I wrote the date first."},
         # analyst
         {"match": "Which number", "text": "total"},
         {"match": "Which column has", "text": '{"column": "revenue", "group_by": "region", "only": {}}'},
@@ -190,3 +198,19 @@ def test_the_watch_survives_its_server(tmp_path: Path) -> None:
     assert told["reason"] == "ok", told
     notebook = told["result"]["notebook"]
     assert [line.split(":")[0] for line in notebook] == ["look 1", "look 2", "look 3"]
+
+
+def test_a_plain_skill_runs_as_it_is_and_reads_what_it_refers_to(processes: Processes) -> None:
+    how = "Write the date first. " + "And so on. " * 600 + "Then sign it."
+    skill = {
+        "SKILL.md": "---\nname: notes\ndescription: Takes notes.\n---\n\n# Notes\n\nFollow references/how.md.\n",
+        "references/how.md": how,
+        "scripts/never.py": "raise SystemExit",
+    }
+    pid = processes.spawn(processes.put(skill), "Take a note of this skill.")
+    seen = list(processes.stream(pid))
+    (intent,) = [one.data for one in seen if one.kind == "call.intent"]
+    assert intent["body"]["resource"] == "references/how.md"
+    (done,) = [one.data for one in seen if one.kind == "call.done"]
+    assert any(str(text).startswith("Write the date first.") for text in done["texts"].values())
+    assert seen[-1].data["result"] == "I wrote the date first."

@@ -33,6 +33,7 @@ class Offered:
     parameters: Mapping[str, Any]
     definition_hash: str
     deadline_s: float
+    documents: tuple[str, ...] = ()  # files of the program that `read` reads
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -86,14 +87,17 @@ def resource_of(offered: Offered, arguments: Mapping[str, Any]) -> str:
 
 
 def _builtin(name: str, builtin: Builtin, holding: Holding) -> Offered:
+    documents = holding.program.documents if builtin.verb is Verb.READ else ()
+    files = f" Or in one of your files, with its path as the handle: {', '.join(documents)}." if documents else ""
     return Offered(
         name=name,
         verb=builtin.verb,
         effect=builtin.effect,
-        description=builtin.description,
+        description=f"{builtin.description}{files}",
         parameters=builtin.parameters,
         definition_hash=f"builtin:{name}",
         deadline_s=holding.program.manifest.limits.tool_deadline_s,
+        documents=documents,
     )
 
 

@@ -28,6 +28,9 @@ TOOLS = "tools.py"
 PARTS = "agents/"
 INSTRUCTIONS_BYTES_MAX = 256 * 1024
 SCHEMA_BYTES_MAX = 64 * 1024
+DOCUMENTS_MAX = 50  # their names stand in every prompt
+
+_DOCUMENTS = (".md", ".txt", ".csv", ".json", ".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,19 @@ class Program:
     entry: str = ""
     answer: Grammar | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Files that an agent may read in: what a skill's instructions refer to. Not those that say what it is."""
+        own = {
+            manifests.FILE_NAME,
+            skills.FILE_NAME,
+            INSTRUCTIONS,
+            self.manifest.instructions,
+            self.manifest.answer.schema,
+        }
+        paths = (file.path for file in self.files if file.path not in own and not file.path.startswith(PARTS))
+        return tuple(path for path in paths if path.endswith(_DOCUMENTS))[:DOCUMENTS_MAX]
 
     @property
     def size_bytes(self) -> int:

@@ -21,7 +21,7 @@ TEMPERATURE = 0.7  # where the program names none
 def tools_shown(offered: Sequence[Offered], view: View) -> tuple[Offered, ...]:
     """Those the model is told of. `read` alone is kept from it until there is something to read: a small model that is
     offered one tool calls it."""
-    if any(tool.verb is not Verb.READ for tool in offered):
+    if any(tool.verb is not Verb.READ or tool.documents for tool in offered):
         return tuple(offered)
     readable = any(segment.whole for segment in (*view.context, *view.evicted.values()))
     return tuple(offered) if readable else ()

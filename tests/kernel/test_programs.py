@@ -52,6 +52,7 @@ def test_an_agent_is_a_manifest_and_instructions() -> None:
     assert (program.name, program.version, program.instructions) == ("plain", "0", "Be plain.\n")
     assert (program.python, program.entry, program.answer, program.parts) == (False, "", None, {})
     assert [file.path for file in program.files] == ["instructions.md", "nimbos.toml"]
+    assert program.documents == ()
 
 
 def test_a_plain_skill_runs_as_it_is() -> None:
@@ -60,6 +61,7 @@ def test_a_plain_skill_runs_as_it_is() -> None:
     assert program.instructions == "# Notes\n\nRead references/how.md.\n"
     assert not program.python  # its scripts are files like others: nothing here runs them
     assert program.manifest.tools.builtin == ("read",)
+    assert program.documents == ("references/how.md",)
 
 
 def test_a_skill_with_a_manifest_keeps_its_instructions() -> None:

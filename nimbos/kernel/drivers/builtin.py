@@ -71,7 +71,7 @@ BUILTINS: Final[dict[str, Builtin]] = {
         parameters={
             "type": "object",
             "properties": {
-                "handle": {"type": "string", "minLength": 8, "maxLength": 64},
+                "handle": {"type": "string", "minLength": 1, "maxLength": 200},
                 "offset": {"type": "integer", "minimum": 0, "maximum": 1 << 40},
                 "bytes": {"type": "integer", "minimum": 16, "maximum": 1 << 20},
             },

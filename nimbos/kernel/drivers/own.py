@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nimbos.kernel.drivers.answers import Answered
 from nimbos.kernel.drivers.builtin import WAITING
 from nimbos.kernel.drivers.internal import pin, send
-from nimbos.kernel.drivers.paging import read_page
+from nimbos.kernel.drivers.paging import page_of, read_page
 from nimbos.kernel.drivers.spawning import Spawning
 from nimbos.kernel.drivers.waiting import Look, look
 from nimbos.kernel.events import CallIntent
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Own:
     def __init__(self, shared: Shared, programs: Programs) -> None:
         self._shared = shared
+        self._programs = programs
         self._spawning = Spawning(shared.log, shared.work, shared.segments, programs)
 
     async def perform(self, holding: Holding, intent: CallIntent, arguments: Any) -> Answered | Wait:
@@ -38,4 +39,6 @@ class Own:
             return await pin(view, segments, call_id, arguments)
         assert intent.verb is Verb.READ, intent.verb
         page_bytes = holding.program.manifest.limits.result_bytes
+        if (path := str(arguments["handle"])) in holding.program.documents:
+            return page_of(await self._programs.file(holding.program, path), arguments, page_bytes=page_bytes)
         return await read_page(view, segments, arguments, page_bytes=page_bytes)

@@ -1,5 +1,5 @@
-"""`read`: the rest of a large result, a page at a time. Only what the process has seen the head of can be read: the
-handle is looked up in its own view, never in the store.
+"""`read`: the rest of a large result, or a file of the program, a page at a time. Of results only what the process has
+seen the head of can be read: the handle is looked up in its own view, never in the store.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ def head_of(value: Any, *, handle: str, head_bytes: int) -> str:
 
 
 async def read_page(view: View, segments: Segments, arguments: Mapping[str, Any], *, page_bytes: int) -> Answered:
-    """Whole characters from byte `offset` of the text on; what follows is said at the end.
-
-    Raises: NotFound, StorageUnavailable.
-    """
-    handle, offset = str(arguments["handle"]), int(arguments.get("offset", 0))
+    """Raises: NotFound, StorageUnavailable."""
+    handle = str(arguments["handle"])
     hash = next((name for name in _readable(view) if _is_named(name, handle)), None)
     if hash is None:
         return Answered(value=f"There is no result with the handle {handle[:80]!r}.", error="not_found")
     raw = text_of(await segments.get(view.account, hash)).encode("utf-8", "replace")
+    return page_of(raw, arguments, page_bytes=page_bytes)
+
+
+def page_of(raw: bytes, arguments: Mapping[str, Any], *, page_bytes: int) -> Answered:
+    """Whole characters from byte `offset` of the text on; what follows is said at the end."""
+    handle, offset = str(arguments["handle"]), int(arguments.get("offset", 0))
     if offset and offset >= len(raw):
         return Answered(value=f"The result has {len(raw)} bytes; nothing follows at {offset}.", error="beyond_the_end")
     until = _whole(raw, offset, min(page_bytes, int(arguments.get("bytes", page_bytes))))
