@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -106,3 +107,11 @@ def sent(lines: Iterator[str]) -> Iterator[Sent]:
         elif fields["data"]:
             yield Sent(kind=fields["event"], id=fields["id"], data=json.loads(fields["data"]))
             fields = {"event": "", "id": "", "data": ""}
+
+
+def write(folder: Path, files: dict[str, str]) -> str:
+    """A program's folder; its path."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return str(folder)

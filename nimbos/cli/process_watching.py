@@ -64,7 +64,7 @@ def _answer(remote: Remote, pid: str, screen: Screen, seq: int) -> None:
             _tell(pid, screen, asked)
             continue
         try:
-            remote.signal(pid, **fields)
+            remote.signal_once(pid, **fields)
         except ServerRefused as error:  # somebody else was quicker
             screen.line(error.message, "red")
 

@@ -21,6 +21,7 @@ from nimbos.cli.conversation import ServerRefused
 from nimbos.cli.running import admin_client
 from nimbos.config import Settings
 from nimbos.errors import Conflict, NotFound, NotReady
+from nimbos.types import new_id
 
 PREFIX = "proc_"
 _ID_CHARACTERS = len(PREFIX) + 32
@@ -31,7 +32,6 @@ _CONNECT_S = 5.0
 _UPLOAD_PATIENCE_S = 120.0
 _RETURN_S = 120.0  # how long a server that went away is waited for
 _RETURN_LOOK_S = 0.25
-_UNAVAILABLE = 503
 _PASSING = ("not_ready", "storage_unavailable")
 
 
@@ -86,6 +86,15 @@ class Remote:
     def signal(self, pid: str, signal: str, **fields: Any) -> dict[str, Any]:
         told: dict[str, Any] = self.post(place(pid, "signals"), {"signal": signal, **fields})
         return told
+
+    def signal_once(self, pid: str, signal: str, **fields: Any) -> dict[str, Any]:
+        """The same, also to the next server if this one went away: under one id it is one signal."""
+        fields["id"] = new_id("sig")
+        try:
+            return self.signal(pid, signal, **fields)
+        except NotReady:
+            self._connect_again(time.monotonic())
+            return self.signal(pid, signal, **fields)
 
     def processes(self, **query: str | int) -> Iterator[dict[str, Any]]:
         """Newest first, page by page."""
@@ -157,9 +166,7 @@ class Remote:
         ) as response:
             if response.status_code != 200:
                 response.read()
-                if response.status_code == _UNAVAILABLE:
-                    raise _Away
-                _answer(response)
+                _answer(response, passing=True)
             yield from _messages(response.iter_lines())
 
     def _connect_again(self, since: float) -> None:
@@ -218,12 +225,15 @@ def _messages(lines: Iterator[str]) -> Iterator[Told]:
             kind, seq, text = "", None, ""
 
 
-def _answer(response: httpx2.Response) -> Any:
+def _answer(response: httpx2.Response, *, passing: bool = False) -> Any:
+    """`passing`: what will be over soon is `_Away`."""
     try:
         body = msgspec.json.decode(response.content)
     except msgspec.DecodeError as error:
         raise ServerRefused(f"The server answered {response.status_code}, and nothing that can be read.") from error
     if response.status_code >= 400:
         words = body.get("error") if isinstance(body, dict) else None
+        if passing and words and words["code"] in _PASSING:
+            raise _Away
         raise ServerRefused(words["message"] if words else f"The server answered {response.status_code}.")
     return body

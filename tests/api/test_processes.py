@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -10,6 +11,12 @@ from typing import Any
 import openai
 import pytest
 
+from nimbos.accounts import Accounts, Role, people
+from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, Grant
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.keys import OwnerKey
+from tests.accounts.conftest import make_key, make_user
 from tests.live import OWNER_SECRET, Live, error_of, serving
 from tests.processing import CURIOUS, PLAIN, WEATHER, Processes, Sent, sent
 
@@ -349,6 +356,45 @@ def test_another_project_finds_no_such_process(mine: Processes, others: Processe
     error_of(others.delete(f"processes/{pid}"), 404)
     error_of(others.post("processes", {"program": curious, "input": ""}), 404)
     assert mine.over(pid)["reason"] == "ok"
+
+
+def test_a_reader_looks_and_changes_nothing(live: Live, mine: Processes, curious: str) -> None:
+    reader = Processes(live.http, asyncio.run(reader_key(live.settings)))
+    pid = mine.spawn(curious, "Ask me.")
+    mine.until(pid, "asking")
+    assert reader.process(pid)["asks"][0]["question"] == QUESTION
+    for part in ("events?stream=false", "tree", "cost", "verify"):
+        assert reader.get(f"processes/{pid}/{part}").status_code == 200
+    assert "reader" in error_of(reader.signal(pid, "answer", body="Paris"), 403)["message"]
+    for part in ("fork", "adopt", "replay"):
+        error_of(reader.post(f"processes/{pid}/{part}"), 403)
+    error_of(reader.delete(f"processes/{pid}"), 403)
+    error_of(reader.post("processes", {"program": curious}), 403)
+    assert mine.process(pid)["state"] == "asking"
+    mine.signal(pid, "kill")
+
+
+async def reader_key(settings: Settings) -> str:
+    """Of somebody who was an admin when the key was made."""
+    database = await Database.open(settings)
+    accounts = await Accounts.open(database, owner=OwnerKey(secret=OWNER_SECRET, file=None))
+    bob = await make_user(accounts, "bob@example.org", Role.ADMIN, project_id=DEFAULT_PROJECT)
+    secret, _ = await make_key(accounts, owner_id=bob.id, grant=Grant(scopes=("admin",)))
+    await accounts.change(LOCAL, lambda: people.update_user(bob.id, role=Role.READER))
+    await accounts.close()
+    await database.close()
+    return secret
+
+
+def test_what_a_watched_process_asks_is_interactive(live: Live, mine: Processes, curious: str) -> None:
+    pid = mine.spawn(curious, "Ask me.")
+    mine.until(pid, "asking")
+    source = live.sources["demo"]
+    assert source.asks[-1].ask_class == "agent"
+    for one in mine.stream(pid, watch="true"):
+        if one.kind == "proc.state" and one.data["body"]["to"] == "asking":
+            assert mine.signal(pid, "answer", body="Paris").status_code == 200
+    assert source.asks[-1].ask_class == "interactive"
 
 
 # --- what is wrong is said

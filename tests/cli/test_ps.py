@@ -7,7 +7,9 @@ import re
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ import pytest
 from tests.batches.test_crash import Server
 from tests.cli.command import NIMBOS, called, environment, make_home, refused
 from tests.live import OWNER_SECRET, PATIENCE_S, write_script
-from tests.processing import CURIOUS, PLAIN, WEATHER, Processes
+from tests.processing import CURIOUS, PLAIN, WEATHER, Processes, write
 
+COUNTED = " ".join(f"word{n}" for n in range(30))
 SCRIPT = {
     "replies": [
         {"match": "^Ask", "times": 1, "tool_calls": [{"name": "ask", "arguments": {"question": "Which city?"}}]},
         {"match": "Paris", "text": "It is Paris."},
         {"match": "^How warm", "times": 1, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
         {"match": "degrees", "text": "21 degrees."},
-        {"match": "slowly", "text": " ".join(f"word{n}" for n in range(30)), "tokens_per_second": 12},
+        {"match": "^Send", "times": 1, "tool_calls": [{"name": "send_mail", "arguments": {"to": "ann@example.org"}}]},
+        {"match": "7", "text": "It was sent."},
+        {"match": "slowly", "text": COUNTED, "tokens_per_second": 12},
         {"match": "for ever", "text": "word " * 2_000, "tokens_per_second": 20},
     ],
     "default": {"text": "Hello to you."},
@@ -42,16 +47,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mine(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """On a server that is a process of its own."""
     server = Server(home, write_script(tmp_path_factory.mktemp("script"), "demo", SCRIPT), "")
-    client = server.start()
     try:
-        with httpx2.Client(base_url=str(client.base_url).removesuffix("/v1/"), timeout=PATIENCE_S) as http:
-            processes = Processes(http)
+        with started(server) as processes:
             for files in (PLAIN, CURIOUS, WEATHER):
                 processes.put(files)
             yield processes
     finally:
-        client.close()
         server.kill()
+
+
+@contextmanager
+def started(server: Server) -> Iterator[Processes]:
+    client = server.start()
+    url = str(client.base_url).removesuffix("/v1/")
+    client.close()
+    with httpx2.Client(base_url=url, timeout=PATIENCE_S) as http:
+        yield Processes(http)
 
 
 @pytest.fixture(scope="module")
@@ -222,18 +233,65 @@ def test_without_a_server_every_command_says_so(tmp_path: Path) -> None:
         assert "nimbos up" in refusal(tmp_path, *words)
 
 
+def test_a_mail_that_a_crash_cut_off_is_never_sent_twice_silently(tmp_path: Path) -> None:
+    """The server dies while the mail is on its way; a person says what became of it."""
+    home, outbox = make_home(tmp_path), tmp_path / "outbox"
+    mailer = {
+        "nimbos.toml": 'name = "mailer"\n',
+        "instructions.md": "Write mails.\n",
+        "tools.py": MAILER.replace("OUTBOX", repr(str(outbox))),
+    }
+    server = Server(home, write_script(tmp_path, "demo", SCRIPT), "")
+    try:
+        server.start().close()
+        pid = shell(home, "run", write(tmp_path / "mailer", mailer), "Send it.", "-m", "demo", "--detach").strip()
+        deadline = time.monotonic() + PATIENCE_S
+        while not outbox.exists():  # by the tool, which tells nobody else
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.kill()
+        with started(server) as mine:
+            mine.until(pid, "asking")
+            told = refusal(home, "answer", pid)
+            assert "'send_mail'" in told
+            assert "happened|did_not|retry|abandon" in told
+            assert "happened, did_not, retry, abandon" in refusal(home, "answer", pid, "perhaps")
+            assert shell(home, "answer", pid, "happened", "--result", '{"id": 7}').startswith(pid)
+            done = mine.over(pid)
+        assert (done["reason"], done["result"]) == ("ok", "It was sent.")
+        assert outbox.read_text() == "ann@example.org\n"
+    finally:
+        server.kill()
+
+
+MAILER = """
+import time
+
+from nimbos.adk import tool
+
+
+@tool(effect="opaque")
+def send_mail(to: str) -> str:
+    '''Sends a mail.
+
+    Args:
+        to: To whom.
+    '''
+    with open(OUTBOX, "a") as outbox:
+        print(to, file=outbox)
+    time.sleep(30)
+    return "sent"
+"""
+
+
 def test_a_run_outlives_the_server_that_began_it(tmp_path: Path) -> None:
     """Killed in the middle of a sentence and started again: the one who watches sees the sentence once, and whole."""
     home = make_home(tmp_path)
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    for name, text in PLAIN.items():
-        (folder / name).write_text(text)
     server = Server(home, write_script(tmp_path, "demo", SCRIPT), "")
     server.start().close()
     try:
         with subprocess.Popen(
-            [NIMBOS, "run", str(folder), "Count slowly.", "-m", "demo"],
+            [NIMBOS, "run", write(tmp_path / "plain", PLAIN), "Count slowly.", "-m", "demo"],
             env=environment(home, **KEY),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -249,7 +307,7 @@ def test_a_run_outlives_the_server_that_began_it(tmp_path: Path) -> None:
             server.process.wait()
             server.start().close()
             told += running.stderr.read()
-            assert running.stdout.read() == f"{SCRIPT['replies'][4]['text']}\n"
+            assert running.stdout.read() == f"{COUNTED}\n"
         assert running.returncode == 0
     finally:
         server.kill()

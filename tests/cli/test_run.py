@@ -18,7 +18,7 @@ import pytest
 from tests.batches.test_crash import Server
 from tests.cli.command import NIMBOS, called, environment, make_home, refused
 from tests.live import OWNER_SECRET, PATIENCE_S, write_script
-from tests.processing import CURIOUS, PLAIN, WEATHER, Processes
+from tests.processing import CURIOUS, PLAIN, WEATHER, Processes, write
 
 SCRIPT = {
     "replies": [
@@ -32,13 +32,6 @@ SCRIPT = {
     "default": {"text": "Hello to you."},
 }
 PID = re.compile(r"proc_[0-9a-f]{32}")
-
-
-def write(folder: Path, files: dict[str, str]) -> str:
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +140,24 @@ def test_on_a_terminal_it_asks_and_takes_the_answer(home: Path, tmp_path: Path, 
         terminal.until("It is Paris.")
         terminal.until("✓ done")
         assert terminal.wait() == 0
+    assert terminal.told.count("It is Paris.") == 1
+
+
+def test_an_answer_that_was_typed_while_the_server_was_away_arrives(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    server = Server(home, write_script(tmp_path, "demo", SCRIPT), "")
+    words = ("run", write(tmp_path / "curious", CURIOUS), "Ask me.", "-m", "demo")
+    try:
+        server.start().close()
+        with Terminal(home, *words, NIMBOS_API_KEY=OWNER_SECRET) as terminal:
+            terminal.until("›")
+            server.kill()
+            server.start().close()
+            terminal.write("Paris\n")
+            terminal.until("✓ done")
+            assert terminal.wait() == 0
+    finally:
+        server.kill()
     assert terminal.told.count("It is Paris.") == 1
 
 
