@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import re
 import runpy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,17 @@ def test_the_watch_survives_its_server(tmp_path: Path) -> None:
     assert told["reason"] == "ok", told
     notebook = told["result"]["notebook"]
     assert [line.split(":")[0] for line in notebook] == ["look 1", "look 2", "look 3"]
+
+
+def test_a_program_folder_that_is_deleted_while_it_runs_harms_nothing(live: Live, processes: Processes) -> None:
+    program = bring(processes, "watch")
+    pid = processes.spawn(program, {"times": 2, "every_s": 1})
+    processes.until(pid, "waiting")
+    unpacked = Path(live.settings.home) / "programs" / program
+    assert unpacked.is_dir()
+    shutil.rmtree(unpacked)
+    assert processes.over(pid)["result"]["looks"] == 2
+    assert unpacked.is_dir()
 
 
 def test_a_plain_skill_runs_as_it_is_and_reads_what_it_refers_to(processes: Processes) -> None:
