@@ -256,6 +256,7 @@ PURE = {
     "re.compile",
     "struct.Struct",
     "structlog.get_logger",
+    "tuple",
     "typer.Argument",
 }
 PURE_METHODS = {"encode", "hexdigest", "split", "to_bytes"}
