@@ -365,6 +365,23 @@ async def test_python_that_cannot_be_used_is_an_error_that_says_why(bench: Bench
     assert result.error == "not_loaded" and says in result.message
 
 
+DIES_AT_IMPORT = """
+import os, signal
+open("starts", "a").write("x")
+if os.path.getsize("starts") <= {times}:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+async def test_a_worker_that_is_killed_while_it_loads_is_started_once_more(bench: Bench) -> None:
+    once = bench.worker(DIES_AT_IMPORT.format(times=1) + TOOLS)
+    assert (await once.call("add", {"a": 1}, deadline_s=PATIENCE_S)).value == 3
+    always = bench.worker(DIES_AT_IMPORT.format(times=2) + TOOLS)
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        await always.describe()
+    assert (await always.call("add", {"a": 1}, deadline_s=PATIENCE_S)).value == 3
+
+
 def frame(body: bytes, *, length: int | None = None) -> bytes:
     return (len(body) if length is None else length).to_bytes(4, "big") + body
 

@@ -76,6 +76,11 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def killed(self) -> bool:
+        """It is gone, and did not end by itself."""
+        return self._process.returncode is not None and self._process.returncode < 0
+
     async def send(self, message: ToWorker) -> None:
         """Waits while the worker takes nothing. Raises: PipeBroken."""
         try:

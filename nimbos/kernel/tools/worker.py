@@ -33,7 +33,7 @@ from nimbos.toolwire import (
     shortened,
 )
 
-START_S = 30.0  # imports of a program may be slow
+START_S = 60.0  # imports of a program may be slow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +157,10 @@ class ToolWorker:
             if self._live is None or self._live.died is not None:
                 if self._live is not None:
                     await self._live.bury(WorkerDied("it ended"))  # two must not work in one folder
-                self._live = await self._start()
+                try:
+                    self._live = await self._start()
+                except WorkerDied:  # once may be the machine's fault: no memory, an administrator
+                    self._live = await self._start()
             return self._live
 
     async def _start(self) -> Live:
@@ -179,6 +182,8 @@ class ToolWorker:
             ended = await asyncio.shield(asyncio.ensure_future(process.wait()))
             if isinstance(error, TimeoutError):
                 raise BrokenProgram(file, why=f"its import takes more than {START_S:.0f} s") from error
+            if isinstance(error, PipeBroken) and process.killed:
+                raise WorkerDied(f"did not start: {ended}") from error
             if isinstance(error, PipeBroken):
                 raise BrokenProgram(file, why=f"its import: {error} ({ended})") from error
             raise
