@@ -48,6 +48,11 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Whoever only waits for news is told first; then answers may finish."""
+        self.config.app.state.leave()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
 
 def make_server(app: Starlette, settings: ServerSettings) -> Server:
     """Raises: ConfigError for a certificate or key that cannot be used."""

@@ -90,7 +90,7 @@ def _app(runtime: Runtime, routes: list[Route], server: ServerSettings, *, first
     """`first` changes requests before anybody looks at them."""
     # A dialect that writes errors in its own way adds its `Shape` here.
     shapes = errors.Shapes((dashscope.SHAPE, anthropic.SHAPE, ollama.SHAPE))
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[
             first,
@@ -101,3 +101,5 @@ def _app(runtime: Runtime, routes: list[Route], server: ServerSettings, *, first
         ],
         exception_handlers=errors.handlers(),
     )
+    app.state.leave = runtime.kernel.bells.leave  # the server calls it when it stops
+    return app

@@ -44,7 +44,16 @@ class Bells:
         self._watching: defaultdict[str, int] = defaultdict(int)
         self._on_work: list[Callable[[], None]] = []
         self._on_timer: list[Callable[[str, int], None]] = []
+        self.leaving = False  # the server stops: nobody is to wait for news here any more
         self.look = asyncio.Event()  # something was written for processes that nobody here can name
+
+    def leave(self) -> None:
+        """Ends what follows processes: a stream would hold the server for as long as its process lasts."""
+        self.leaving = True
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.appended = True
+                follower.news.set()
 
     @property
     def running(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractContextManager, aclosing, suppress
 
 from nimbos.db import Database
+from nimbos.errors import NotReady
 from nimbos.kernel import heads
 from nimbos.kernel.bells import Bells, Delta, Follower
 from nimbos.kernel.cost import Cost, cost_of
@@ -58,7 +59,7 @@ class Looking:
 
     async def follow(self, account: Account, pid: str, *, after: int = 0) -> AsyncGenerator[Event | Delta, None]:
         """The events after `after` as they come, and what running generations say meanwhile, until the process is
-        done. Close the iterator (`contextlib.aclosing`). Raises: NotFound."""
+        done. Close the iterator (`contextlib.aclosing`). Raises: NotFound; NotReady when the server stops."""
         await self.find(account, pid)
         with self.bells.follow(pid) as follower:
             while True:
@@ -70,6 +71,8 @@ class Looking:
                         yield event
                 if head.state is State.DONE and after >= head.seq:
                     return
+                if self.bells.leaving:
+                    raise NotReady("This server is shutting down. Go on behind the last event in a moment.")
                 async with aclosing(_said(follower)) as said:
                     async for delta in said:
                         yield delta

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nimbos.adk import Client, Program, Refused
+from nimbos.adk import Client, Program, Refused, ask, client
 from nimbos.errors import NotReady
 from tests.live import OWNER_SECRET, Live, serving
 
@@ -83,3 +83,29 @@ async def test_what_the_server_refuses_is_told(live: Live, tmp_path: Path, monke
     monkeypatch.setenv("NIMBOS_API_KEY", "nb-x")
     with pytest.raises(NotReady, match="nimbos up"):
         Client()
+
+
+async def test_who_follows_a_process_does_not_hold_a_server_that_stops(tmp_path: Path) -> None:
+    """It is told, and goes on behind its last event at the server that comes back."""
+    program = Program("curious", entry=curious)
+    with serving(tmp_path, {"demo": SCRIPT}, database_url="") as live:
+        async with Client(live.url, OWNER_SECRET) as nimbos:
+            process = await nimbos.run(program, model="demo")
+            async with aclosing(process._streamed(0, watch=False)) as events:
+                last = 0
+                with pytest.raises(client._Away):
+                    async for one in events:
+                        last = one.seq or last
+                        if one.kind == "proc.state" and one.data["body"]["to"] == "asking":
+                            live.stop()
+    with serving(tmp_path, {"demo": SCRIPT}, database_url="") as live:
+        async with Client(live.url, OWNER_SECRET) as nimbos:
+            again = nimbos.process(process.pid)
+            await again.answer("It goes on.")
+            later = [one.seq async for one in again.events(after=last)]
+            assert later[0] == last + 1
+            assert await again.result() == "It goes on."
+
+
+async def curious(input: object) -> object:
+    return await ask("And now?")
