@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import argon2
 import pytest
 
-from nimbos.accounts import Accounts
+from nimbos.accounts import Accounts, Role
 from nimbos.accounts.keys import create_key
 from nimbos.accounts.login import Passwords
+from nimbos.accounts.people import User, create_user
 from nimbos.accounts.projects import create_project
 from nimbos.accounts.secret import new_secret
 from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, OWNER_USER, Grant, Key, OwnerKind, Project
@@ -47,6 +48,10 @@ async def accounts(database: Database, clock: Clock) -> AsyncIterator[Accounts]:
 def quick_passwords() -> Passwords:
     """The real thing with a small cost, so that tests take no minutes."""
     return Passwords(argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1))
+
+
+async def make_user(accounts: Accounts, email: str, role: Role, *, project_id: str | None = None) -> User:
+    return await accounts.change(LOCAL, lambda: create_user(email, role=role, project_id=project_id))
 
 
 async def make_key(

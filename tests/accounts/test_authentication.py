@@ -18,17 +18,13 @@ from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, OWNER_USER, Grant, all
 from nimbos.db import Bound, Database, Row
 from nimbos.errors import Conflict, NotFound, Overloaded, Unauthorized
 from nimbos.keys import FileKey
-from tests.accounts.conftest import OWNER, Clock, make_key, make_project
+from tests.accounts.conftest import OWNER, Clock, make_key, make_project, make_user
 
 
 async def refused(accounts: Accounts, secret: str, *, address: str = "") -> str:
     with pytest.raises(Unauthorized) as caught:
         await accounts.authenticate(secret, address=address)
     return caught.value.message
-
-
-async def make_user(accounts: Accounts, email: str, role: Role, *, project_id: str | None = None) -> persons.User:
-    return await accounts.change(LOCAL, lambda: persons.create_user(email, role=role, project_id=project_id))
 
 
 async def test_the_owners_key_is_the_owner_of_the_default_project(accounts: Accounts) -> None:
