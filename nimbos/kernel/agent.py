@@ -27,7 +27,7 @@ from nimbos.errors import (
     PromptTooLong,
 )
 from nimbos.kernel.answering import Thought
-from nimbos.kernel.answers import Misfit, value_of
+from nimbos.kernel.answers import Misfit, NothingFits, value_of
 from nimbos.kernel.context import Window, estimate, load, tokens_of, window_of
 from nimbos.kernel.events import CallWanted, CtxChanged, Segment, SignalConsumed
 from nimbos.kernel.eviction import make_room
@@ -210,6 +210,9 @@ class Agent:
             if not text.strip() and not said_before.id.endswith(MISFIT):
                 raise Misfit("The answer is empty.")
             value = value_of(text, holding.program.answer)
+        except NothingFits as broken:
+            await holding.exit(Reason.FAILED, error=str(broken))
+            return
         except Misfit as misfit:
             said = {"role": "user", "content": f"{misfit} Give the answer again, and nothing but the answer."}
             note = await shown(self._segments, holding, said, id=f"{segment.id}{MISFIT}", kind="note")

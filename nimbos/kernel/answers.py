@@ -6,21 +6,24 @@ every source bends to grammars. The text and the schema are both hostile: matchi
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jsonschema_rs
 import msgspec
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nimbos.types import Grammar
 
 _PROBLEM_CHARACTERS = 300
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
+_FENCES = ("```", "```json")
 
 
 class Misfit(Exception):
     """Never leaves the agent, which tells the model so."""
+
+
+class NothingFits(Misfit):
+    """What the program promises cannot be read: no answer will do."""
 
 
 def value_of(text: str, answer: Grammar | None) -> Any:
@@ -33,18 +36,30 @@ def value_of(text: str, answer: Grammar | None) -> Any:
 
 
 def _matched(text: str, pattern: str) -> str:
+    """Raises: Misfit; NothingFits for a pattern that is none."""
+    limits = LLParserLimits(
+        step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False
+    )
     for candidate in (text, text.strip()):
-        matcher = LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_regex(pattern), log_level=0)
+        grammar = LLMatcher.grammar_from_regex(pattern)
+        matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise NothingFits("The regular expression of the answer cannot be used.")
         raw = candidate.encode("utf-8", "replace")
         if matcher.try_consume_tokens(list(raw)) == len(raw) and matcher.is_accepting():
             return candidate
     raise Misfit(f"The answer does not match the regular expression {pattern[:_PROBLEM_CHARACTERS]}")
 
 
+def _unfenced(text: str) -> str:
+    """Without the fence of a code block, which models like to put around JSON."""
+    first, _, rest = text.strip().partition("\n")
+    return rest.removesuffix("```") if first in _FENCES and rest.endswith("```") else text
+
+
 def _described(text: str, schema: str) -> Any:
-    fenced = _FENCE.match(text.strip())
     try:
-        value = msgspec.json.decode(fenced[1] if fenced else text)
+        value = msgspec.json.decode(_unfenced(text))
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise Misfit(f"The answer is no JSON: {str(error)[:_PROBLEM_CHARACTERS]}") from error
     try:
