@@ -363,7 +363,8 @@ def test_a_reader_looks_and_changes_nothing(live: Live, mine: Processes, curious
     pid = mine.spawn(curious, "Ask me.")
     mine.until(pid, "asking")
     assert reader.process(pid)["asks"][0]["question"] == QUESTION
-    for part in ("events?stream=false", "tree", "cost", "verify"):
+    assert reader.get(f"processes/{pid}/events", stream="false").status_code == 200
+    for part in ("tree", "cost", "verify"):
         assert reader.get(f"processes/{pid}/{part}").status_code == 200
     assert "reader" in error_of(reader.signal(pid, "answer", body="Paris"), 403)["message"]
     for part in ("fork", "adopt", "replay"):
