@@ -190,6 +190,8 @@ def _check(head: Head, view: View, drafts: Sequence[Draft]) -> Transaction[None]
         if not rows:
             raise Illegal(head.pid, "none", f"event {view.seq + 1} is missing")
         fold((event_of(row) for row in rows), view)
+    if (view.seq, view.hash) != (head.seq, head.hash):
+        raise Illegal(head.pid, "none", f"the log ends at {head.seq}, and not as it was read up to {view.seq}")
     view.go_on([draft.body for draft in drafts])
 
 

@@ -222,6 +222,21 @@ async def test_what_the_fold_would_refuse_is_not_written(place: Place) -> None:
     assert (await place.log.verify("proc_1")).events == 5
 
 
+async def test_a_holder_whose_log_was_exchanged_writes_nothing(place: Place) -> None:
+    """A database that was restored under a running server is not gone on with."""
+    await place.create("proc_1")
+    holder = await place.seize("proc_1")
+    await place.append("proc_1", SAID, holder=holder)
+    ahead = fold(await place.everything("proc_1"))
+    await place.execute("DELETE FROM process_events WHERE seq = 3")
+    await place.execute(
+        "UPDATE processes SET seq = 2, hash = (SELECT hash FROM process_events WHERE seq = 2) WHERE id = 'proc_1'"
+    )
+    with pytest.raises(Illegal, match="ends at 2"):
+        await place.database.run(lambda: place.log.append("proc_1", [SAID], holder=holder, view=ahead.copy))
+    assert len(await place.everything("proc_1")) == 2
+
+
 async def test_a_spawn_key_makes_one_process(place: Place) -> None:
     async def create(pid: str) -> None:
         await place.database.run(lambda: place.log.create(pid, [Draft(body=created())], head=new_head(key="once")))

@@ -55,6 +55,7 @@ def mail(to: str = "") -> str:
 AGENT = """name = "agent"
 [tools]
 builtin = ["ask", "pin", "read", "send", "sleep", "spawn", "wait"]
+confirm = ["pay"]
 [limits]
 result_bytes = 256
 turns = 500
