@@ -25,7 +25,7 @@ from nimbos.api.process_wire import (
 )
 from nimbos.api.sse import Framing
 from nimbos.errors import InvalidRequest, NimbosError
-from nimbos.kernel import Event, Kernel, Replayed
+from nimbos.kernel import Delta, Event, Kernel, Replayed
 from nimbos.types import Account
 
 TEXT_BYTES_MAX = 64 * 1024  # of a segment that is told with its event
@@ -101,7 +101,7 @@ class EventTeller:
                     if isinstance(one, Event):
                         yield _frame(one.kind, await self.told(account, one), number=one.seq)
                     else:
-                        yield _frame("delta", DeltaTold(pid=pid, ask_id=one.ask_id, channel=one.channel, text=one.text))
+                        yield _frame("delta", _delta_told(one))
         yield _frame("end", await ended())
 
     async def replay(self, account: Account, pid: str, *, model: str) -> AsyncGenerator[bytes, None]:
@@ -112,6 +112,10 @@ class EventTeller:
                     yield _frame("answer", ReplayedTold.of(one))
                 else:
                     yield _frame("end", FoldedTold.of(pid, one))
+
+
+def _delta_told(delta: Delta) -> DeltaTold:
+    return DeltaTold(pid=delta.pid, ask_id=delta.ask_id, channel=delta.channel, text=delta.text, at=delta.at)
 
 
 def failed(error: NimbosError) -> bytes:

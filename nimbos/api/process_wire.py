@@ -115,12 +115,14 @@ class EventList(msgspec.Struct, kw_only=True):
 
 
 class DeltaTold(msgspec.Struct, kw_only=True):
-    """What a generation that runs now has just said. Ephemeral: it has no number, and is in no log in this form."""
+    """What a generation that runs now has just said, behind `at` characters. Ephemeral: it has no number, and is in no
+    log in this form."""
 
     pid: str
     ask_id: str
     channel: str
     text: str
+    at: int
 
 
 class SignalTold(msgspec.Struct, kw_only=True):

@@ -32,6 +32,7 @@ class Screen:
         self._line_open = False  # something stands on the line that is being written
         self._speaking = ("", "")
         self._said: dict[str, str] = {}  # by ask: the text that stands on the screen
+        self._reached: dict[str, int] = {}  # by ask: how many characters of its text that is
         self._logged: dict[str, str] = {}  # by ask: the text that its partial events held
         self._verbs: dict[str, str] = {}  # of calls that have no outcome
         self._last_words = ""
@@ -39,13 +40,23 @@ class Screen:
     def show(self, told: Told) -> None:
         body = told.body
         if told.kind == "delta":
-            self._words(body["ask_id"], body["channel"], body["text"])
+            self._heard(body["ask_id"], body["channel"], body["text"], at=body["at"])
         elif told.kind in _SHOWN:
             _SHOWN[told.kind](self, body, body["body"])
 
     def line(self, text: str, style: str = "") -> None:
         self._close_line()
         self.console.print(Text(safe(text), style=style), soft_wrap=True)
+
+    def _heard(self, ask: str, channel: str, text: str, *, at: int) -> None:
+        """What is behind a gap, because the beginning was said to nobody, comes with the rest of it from the log."""
+        if channel == "text":
+            reached = self._reached.get(ask, 0)
+            if at > reached:
+                return
+            text = text[reached - at :]
+            self._reached[ask] = reached + len(text)
+        self._words(ask, channel, text)
 
     def _words(self, ask: str, channel: str, text: str) -> None:
         if not text:
@@ -81,12 +92,14 @@ class Screen:
         if before:
             for known in (self._said, self._logged):
                 known[body["ask_id"]] = known.get(before, "")
+            self._reached[body["ask_id"]] = self._reached.get(before, 0)
 
     def _partial(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         ask = body["ask_id"]
         self._logged[ask] = self._logged.get(ask, "") + body.get("text", "")
         if _CALL_MARK not in self._logged[ask]:  # how a call is written is nobody's to read
             self._catch_up(ask, self._logged[ask])
+            self._reached[ask] = max(self._reached.get(ask, 0), len(self._logged[ask]))
 
     def _answered(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         self._last_words = message_of(event)

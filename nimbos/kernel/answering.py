@@ -79,6 +79,7 @@ class Answering:
         self._tokens = len(ask.emitted.get(0, ()))
         self._splitter = Splitter(plan)
         self._pieces: list[Piece] = []
+        self._said = dict.fromkeys(Channel, 0)  # characters
         if before is not None:
             self._feed(TokenChunk(branch=0, ids=(), text=before.thinking, channel=Channel.THINKING))
             self._feed(TokenChunk(branch=0, ids=(), text=before.text))
@@ -127,16 +128,20 @@ class Answering:
     def _take(self, chunk: TokenChunk) -> None:
         self._journal.growing.add(chunk)
         self._tokens += len(chunk.ids)
-        pieces = self._feed(chunk)
-        for piece in pieces if self._holding.followed else ():
-            if isinstance(piece, ContentDelta | ReasoningDelta):  # a call is told of when it is whole
-                channel = Channel.TEXT if isinstance(piece, ContentDelta) else Channel.THINKING
-                self._holding.tell(Delta(pid=self._holding.pid, ask_id=self._ask.id, text=piece.text, channel=channel))
+        self._feed(chunk, aloud=self._holding.followed)
 
-    def _feed(self, chunk: TokenChunk) -> list[Piece]:
-        pieces = self._splitter.feed(chunk) if chunk.text else []
-        self._pieces += pieces
-        return pieces
+    def _feed(self, chunk: TokenChunk, *, aloud: bool = False) -> None:
+        for piece in self._splitter.feed(chunk) if chunk.text else []:
+            self._pieces.append(piece)
+            if not isinstance(piece, ContentDelta | ReasoningDelta):  # a call is told of when it is whole
+                continue
+            channel = Channel.TEXT if isinstance(piece, ContentDelta) else Channel.THINKING
+            at = self._said[channel]
+            self._said[channel] += len(piece.text)
+            if aloud:
+                self._holding.tell(
+                    Delta(pid=self._holding.pid, ask_id=self._ask.id, text=piece.text, channel=channel, at=at)
+                )
 
     async def _keep_partial(self) -> None:
         """Whoever is cancelled meanwhile waits for it: it must be known what the log has before the ask is settled."""

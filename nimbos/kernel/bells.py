@@ -18,12 +18,14 @@ _DELTAS_KEPT = 4_096  # of a follower that does not keep up; then the oldest are
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A piece of an answer that is being generated: for the eyes, not in the log."""
+    """A piece of an answer that is being generated: for the eyes, not in the log. `at`: how many characters the answer
+    had on this channel before it, so that whoever comes late knows that something is missing."""
 
     pid: str
     ask_id: str
     text: str
     channel: Channel = Channel.TEXT
+    at: int = 0
 
 
 @dataclass(slots=True, eq=False)
