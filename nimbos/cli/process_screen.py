@@ -98,7 +98,11 @@ class Screen:
         ask = body["ask_id"]
         self._logged[ask] = self._logged.get(ask, "") + body.get("text", "")
         if _CALL_MARK not in self._logged[ask]:  # how a call is written is nobody's to read
-            self._catch_up(ask, self._logged[ask])
+            said, logged = self._said.get(ask, ""), self._logged[ask]
+            if logged.startswith(said):
+                self._words(ask, "text", logged[len(said) :])
+            else:
+                self._catch_up(ask, logged)
             self._reached[ask] = max(self._reached.get(ask, 0), len(self._logged[ask]))
 
     def _answered(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
