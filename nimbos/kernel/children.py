@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnClause, Text, bindparam, func, literal_column, select
 
 from nimbos.db import Statement, Transaction
-from nimbos.db.tables.processes import processes
+from nimbos.db.tables.processes import process_mailbox, processes
 from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel.events import ProcCreated
 from nimbos.kernel.log import Draft, Log
@@ -24,6 +24,13 @@ from nimbos.work import Work
 DEPTH_MAX = 16
 CHILDREN_MAX = 1_000  # that live, of one parent
 LIVING_MAX = 20_000  # that live, of one project
+# Whether a fork is told that it is real, read or not.
+ADOPTION = Statement(
+    select(process_mailbox.c.position).where(
+        process_mailbox.c.process == bindparam("pid", type_=Text),
+        process_mailbox.c.signal == bindparam("signal", type_=Text),
+    )
+)
 _RETRY_AFTER_S = 5.0
 
 _LIVING: ColumnClause[bool] = literal_column("state != 'done'")
@@ -73,7 +80,8 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
         parent = yield from locked_head(birth.parent)
         if parent.state is State.DONE:
             raise Conflict(f"The process {parent.pid} is over ({parent.reason.value}) and has no more children.")
-        depth, withheld = parent.depth + 1, parent.withheld
+        adopted = (yield ADOPTION(pid=parent.pid, signal=SignalKind.ADOPT.value)) if parent.withheld else []
+        depth, withheld = parent.depth + 1, parent.withheld and not adopted  # it may not have read that it is real
         yield from _check_family(birth, depth)
     if birth.key:
         rows = yield _BY_KEY(of=birth.account.id, key=birth.key)

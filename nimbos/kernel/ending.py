@@ -100,11 +100,17 @@ class Endings:
         body: ProcState,
         drafts: Sequence[Draft],
         tell: Tell | None = None,
+        *,
+        view: View | None = None,
     ) -> Transaction[Ended]:
+        """`view`: as it is before. What waits for nothing but its adoption, and was adopted, is ready at once."""
         posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
         events = yield from self._appending(*drafts)
         head = yield from locked_head(self._holder.pid)
         unread = yield from mailbox.unread(head)
+        waits = body.to is State.WAITING and body.reason is Reason.SIGNAL
+        if waits and view is not None and any(to_release(view)):
+            return (yield from self.yielding(events, posted))
         if any(body.to is not State.PAUSED or mail.signal in WAKE_PAUSED for mail in unread):
             return (yield from self.yielding(events, posted))
         yield from self._shared.work.finish(self._holder.claim)

@@ -20,11 +20,11 @@ from sqlalchemy import BigInteger, Integer, Text, bindparam, literal_column, sel
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
-from nimbos.db.tables.processes import process_mailbox, processes
+from nimbos.db.tables.processes import processes
 from nimbos.errors import Conflict, InvalidRequest, NimbosError, StorageUnavailable
 from nimbos.kernel import budgets, heads
 from nimbos.kernel.bells import Bells
-from nimbos.kernel.children import check_project
+from nimbos.kernel.children import ADOPTION, check_project
 from nimbos.kernel.events import ProcForked
 from nimbos.kernel.fold import fold
 from nimbos.kernel.holding import adopted
@@ -33,7 +33,7 @@ from nimbos.kernel.mailbox import KIND, Mail, post, wake
 from nimbos.kernel.processes import Head, NewHead, head_of, locked_head
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind, State
-from nimbos.types import Account, new_id
+from nimbos.types import Account, AskClass, new_id
 from nimbos.work import Work
 
 FORKS_MAX = 64  # at once
@@ -96,7 +96,7 @@ class Forks:
             program=original.program,
             name=original.name,
             model=original.model,
-            ask_class=original.ask_class,
+            ask_class=_class_of(account, original.ask_class),
             depth=original.depth,
             detached=True,
             withheld=True,
@@ -182,7 +182,7 @@ class Forks:
 
         def begin() -> Transaction[_Told]:
             head = yield from locked_head(pid)
-            adopted_soon = yield _ADOPTION(pid=pid, signal=SignalKind.ADOPT.value)
+            adopted_soon = yield ADOPTION(pid=pid, signal=SignalKind.ADOPT.value)
             if not head.withheld or head.forked_from is None or adopted_soon:
                 raise Conflict(
                     f"The process {pid} is no fork that could be dropped; `nimbos kill` ends it.", param="pid"
@@ -234,13 +234,14 @@ def _point(pid: str, seq: int) -> Transaction[tuple[int, str]]:
     raise InvalidRequest(f"The process {pid} has no event {seq}; `nimbos logs {pid}` shows which it has.", param="at")
 
 
+def _class_of(account: Account, wanted: AskClass) -> AskClass:
+    """The original's, unless whoever forks has a key that is not for it."""
+    allowed = [name for name in AskClass if f"class:{name}" in account.scopes]
+    return wanted if not allowed or wanted in allowed else allowed[-1]
+
+
 _PID = bindparam("pid", type_=Text)
 _ORIGIN = Statement(select(processes.c.forked_from, processes.c.forked_seq).where(processes.c.id == _PID))
-_ADOPTION = Statement(
-    select(process_mailbox.c.position).where(
-        process_mailbox.c.process == _PID, process_mailbox.c.signal == bindparam("signal", type_=Text)
-    )
-)
 _BEHIND = Statement(
     select(*(process_events.c[name] for name in ("seq", "hash", "kind", "ts_ms", "epoch")))
     .where(process_events.c.pid == _PID, process_events.c.seq >= bindparam("seq", type_=BigInteger))

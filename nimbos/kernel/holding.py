@@ -164,9 +164,10 @@ class Holding:
         Raises: Parked, always, if nothing else.
         """
         body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
+        view = self._copied()
         await self._settle(
             await self._shared.database.run(
-                lambda: self._endings.parking(body, [*drafts, Draft(body=body)], tell), durable=True
+                lambda: self._endings.parking(body, [*drafts, Draft(body=body)], tell, view=view), durable=True
             )
         )
 

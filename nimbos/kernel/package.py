@@ -45,8 +45,11 @@ def unpack(content: bytes) -> dict[str, bytes]:
     if not content.startswith(_FIRST_LINE):
         raise BrokenProgram("", why="these are not the bytes of a program")
     files: dict[str, bytes] = {}
-    at = len(_FIRST_LINE)
+    at, count = len(_FIRST_LINE), 0
     while at < len(content):
+        count += 1
+        if count > FILES_MAX:  # before any more of a stranger's bytes are taken apart
+            raise BrokenProgram("", why=f"it has more than {FILES_MAX} files")
         head = _HEAD.match(content, at)
         end = head.end() + int(head[1]) if head else len(content) + 1
         if head is None or end > len(content):

@@ -28,6 +28,7 @@ from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
 SEGMENT_BYTES_MAX = 64 << 20
 ROW_BYTES_MAX = 16 << 10
 JSON_DEPTH_MAX = 64
+JSON_VALUES_MAX = 2_000_000
 _CACHE_BYTES = 16 << 20
 _AT_ONCE_LEAST = 2
 _ENCODER = msgspec.json.Encoder(order="deterministic")
@@ -127,7 +128,11 @@ def text_of(value: Any) -> str:
 def _depth_within(value: Any, limit: int) -> bool:
     """Level by level, so depth costs no stack."""
     level: list[Any] = [value]
+    left = JSON_VALUES_MAX
     for _ in range(limit + 1):
+        left -= sum(len(item) for item in level if isinstance(item, dict | list | tuple))
+        if left < 0:
+            raise InvalidRequest(f"A value may hold {JSON_VALUES_MAX} others.")
         level = [child for item in level for child in _children(item)]
         if not level:
             return True

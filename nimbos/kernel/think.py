@@ -159,7 +159,7 @@ class Thinker:
         before = _to_go_on_with(holding.view, fingerprint, purpose=purpose, step=step)
         ask = _ask_of(holding, asked, seed=request.sampling.seed, before=before)
         if before is not None:
-            ask = await self._with_what_is_paid(holding.pid, ask, asked.card, before)
+            ask = await self._with_what_is_paid(holding.view, ask, asked.card, before)
         kept = None if purpose == "turn" else await self._segments.put(holding.account.id, _kept(request))
         intent = ModelIntent(
             ask_id=ask.id,
@@ -220,13 +220,14 @@ class Thinker:
             await holding.mail.wait()
             holding.mail.clear()
 
-    async def _with_what_is_paid(self, pid: str, ask: Ask, card: ModelCard, before: Turn) -> Ask:
+    async def _with_what_is_paid(self, view: View, ask: Ask, card: ModelCard, before: Turn) -> Ask:
         """What this process paid for with the asks that this one goes on with is not paid for again: the prompt, and
         tokens that were counted and never reached the log. A fork pays for its own, whatever its past has paid."""
         found = [await self._spent(ask_id) for ask_id in before.ask_ids]
-        own = [one for one in found if one is not None and one.process == pid]
+        own = [one for one in found if one is not None and one.process == view.pid]
         prompt = sum(one.usage.input for one in own)
-        if before.emitted and None in found:  # settled late, or on another server: whoever spoke had read the prompt
+        # Settled late, or on another server: whoever spoke had read the prompt. But not for a fork: it would be free.
+        if before.emitted and None in found and view.forked_from is None:
             prompt = card.context_tokens
         lost = sum(one.usage.output for one in own) - len(before.emitted) if len(own) == len(found) else 0
         return msgspec.structs.replace(

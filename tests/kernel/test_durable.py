@@ -14,7 +14,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State, runner
 from nimbos.kernel import durable as durables
-from nimbos.kernel.events import CallIntent, ModelIntent, Note
+from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, Note
 from nimbos.ledger import Allowance
 from tests.kernel.minds import ACCOUNT, Minds, minds
 from tests.kernel.running import PATIENCE_S
@@ -414,6 +414,32 @@ async def test_a_fork_waits_at_an_effect_until_it_is_adopted_and_then_does_it_on
         assert await place.result(made) == ["1", "sent to Bob", "2"]
         assert (done(place, pid), done(place, made)) == (["mail Ada"], ["mail Bob"])
         assert not any(isinstance(body, Note) and body.about == "changed_step" for body in await place.bodies_of(made))
+
+
+async def test_a_fork_that_is_adopted_while_it_runs_does_what_it_withheld_and_does_not_wait_for_ever(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+    said = await ask("Go on?")
+    return await gather(call("mail", to=said), think("slow"))
+    """
+    slow = {"match": "^slow$", "text": "word " * 30, "tokens_per_second": 15}
+    async with minds(database, database_settings, {**SCRIPT, "replies": [slow]}) as place:
+        pid = await start(place, body)
+        await place.until(pid, State.ASKING)
+        (made,) = await place.kernel.fork(ACCOUNT, pid)
+        await place.until(made, State.ASKING)
+        await answer(place, made, "Bob")
+
+        async def withheld() -> bool:
+            return any(isinstance(one, CallDone) and one.withheld for one in await place.bodies_of(made))
+
+        await place.when(made, withheld)
+        assert (await place.head(made)).state is State.RUNNING  # in the middle of what it thinks
+        await place.kernel.adopt(ACCOUNT, made)
+        sent, _ = await place.result(made)
+        assert sent == "sent to Bob"
+        assert done(place, made) == ["mail Bob"]
 
 
 async def test_a_flood_of_steps_ends_the_process(
