@@ -151,3 +151,10 @@ def test_a_folder_that_is_not_there_or_too_large_is_told(tmp_path: Path) -> None
     (tmp_path / "a").write_bytes(bytes(FILE_BYTES_MAX + 1))
     with pytest.raises(PayloadTooLarge, match="'a'"):
         read_folder(tmp_path)
+
+
+def test_bytes_of_too_many_files_are_given_up_at_the_first_that_is_too_many() -> None:
+    """The rest, which may be millions more of the same name, is not even looked at: it is no file at all here."""
+    entries = b"0 x\n" * (FILES_MAX + 1)
+    with pytest.raises(BrokenProgram, match=f"more than {FILES_MAX} files"):
+        unpack(pack({}) + entries + b"no file")

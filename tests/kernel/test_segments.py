@@ -84,3 +84,9 @@ def _turned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _turned(value[key]) for key in reversed(list(value))}
     return [_turned(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_value_of_millions_of_others_is_refused_before_they_are_walked() -> None:
+    value: list[Any] = [[]] * (kept.JSON_VALUES_MAX + 1)
+    with pytest.raises(InvalidRequest, match=f"{kept.JSON_VALUES_MAX}"):
+        canonical(value)
