@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nimbos.config import Settings
@@ -18,6 +19,7 @@ from nimbos.kernel.chain import decoded
 from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, ProcForked
 from nimbos.kernel.tools import copies
 from nimbos.ledger import Allowance
+from nimbos.types import AskClass
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
 from tests.kernel.running import OTHER
 
@@ -355,3 +357,13 @@ class TestCopies:
         copies.settle(tmp_path, "f")
         copies.settle(tmp_path, "p")
         assert list((tmp_path / "f").iterdir()) == []
+
+
+async def test_a_fork_is_of_a_class_that_whoever_forks_may_have(
+    database: Database, database_settings: Settings
+) -> None:
+    narrow = msgspec.structs.replace(ACCOUNT, scopes=frozenset({"class:batch"}))
+    async with asking(database, database_settings) as (place, pid):
+        (made,) = await place.kernel.fork(narrow, pid)
+        assert (await place.head(pid)).ask_class is AskClass.AGENT
+        assert (await place.head(made)).ask_class is AskClass.BATCH
