@@ -73,8 +73,10 @@ class _Run:
                 recorded = len(holding.view.steps)
                 died = await self._from_the_top(given)
                 deaths = deaths + 1 if len(holding.view.steps) == recorded and not died.deadline else 0
+            await self._leave_nothing_unknown()
             await holding.exit(Reason.FAILED, error=f"Its process died {deaths} times at the same place: {died}.")
         except BrokenProgram as error:
+            await self._leave_nothing_unknown()
             await holding.exit(Reason.FAILED, error=error.message)
         finally:
             await self._underway.put_away()
@@ -143,6 +145,7 @@ class _Run:
         self._steps += 1
         view = self._holding.view
         if max(self._steps, len(view.steps)) > STEPS_MAX:
+            await self._leave_nothing_unknown()
             await self._holding.exit(Reason.FAILED, error=f"It asked for more than {STEPS_MAX} steps.")
         try:
             asked = self._occurrences.read(step)
@@ -171,8 +174,11 @@ class _Run:
         said = await said_of(recorded, asked, self._durable.segments, self._holding.view.account)
         await run.answer(number, value=said.value, error=said.error, message=said.message)
 
-    async def _end(self, done: RunDone) -> None:
-        """What is under way is awaited, and what nobody knows the outcome of is asked about, before it exits."""
+    async def _leave_nothing_unknown(self) -> None:
+        """What is under way is awaited, and what nobody knows the outcome of is asked about, before it exits.
+
+        Raises: Parked.
+        """
         self._underway.take_up(lambda call: call.status is not CallStatus.INTENDED)
         await self._underway.until_none_runs()
         calls = self._holding.view.calls
@@ -180,6 +186,9 @@ class _Run:
         waits = [wait for id in begun if (wait := self._underway.open[id].wait) is not None]
         if waits:
             await self._durable.gate.park(self._holding, waits)
+
+    async def _end(self, done: RunDone) -> None:
+        await self._leave_nothing_unknown()
         exit = self._holding.exit
         if done.error:
             await exit(Reason.FAILED, error=shortened(done.message or done.error), drafts=self._changed())
