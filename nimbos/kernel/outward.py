@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from nimbos.errors import BudgetExhausted, Overloaded
+from nimbos.errors import BrokenProgram, BudgetExhausted, Overloaded
 from nimbos.kernel import calling
 from nimbos.kernel.budgets import exhausted
 from nimbos.kernel.calling import Ending
@@ -28,7 +29,7 @@ from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.syscall import Also, Outcome, Wait
-from nimbos.kernel.tools import ToolWorkers
+from nimbos.kernel.tools import ToolWorkers, WorkerDied
 from nimbos.kernel.words import Effect, Reason, State, Verdict
 
 TRIES_MAX = 3
@@ -93,6 +94,8 @@ class Outward:
         while True:
             call = holding.view.calls[call_id]
             job = _job(holding, call, arguments)
+            with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
+                await self._workers.of(holding).describe()  # its start may take long: nothing but the call is left then
             await _check_stall(holding, call)
             before = time.monotonic()
             answered = await run_tool(self._workers, holding, job)
