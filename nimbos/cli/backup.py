@@ -15,13 +15,12 @@ def backup(
 
     The copy is a SQLite database of one moment. With PostgreSQL use `pg_dump`.
     """
-    import asyncio
-
     from nimbos import config
+    from nimbos.cli.interruptible import run_interruptible
     from nimbos.db import Database
 
     settings = config.load()
-    asyncio.run(Database.copy(settings, file.absolute()))
+    run_interruptible(Database.copy(settings, file.absolute()))
     typer.echo(f"{file} ({file.stat().st_size / 2**20:.1f} MiB)")
     contents = Path(settings.storage.blobs or Path(settings.home) / "blobs")
     if settings.storage.blobs != "database" and contents.is_dir():

@@ -3,7 +3,6 @@ in a temporary home, so that nothing of the real one is touched but that table."
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from nimbos import __version__
+from nimbos.cli.interruptible import run_interruptible
 from nimbos.cli.machine import WATCH_S, busy_share
 from nimbos.cli.measuring import BUSY_SHARE, CPU_SHARE_MIN, Bar, libraries, library_name, time_library
 from nimbos.cli.probe import Timed, Timing
@@ -77,7 +77,7 @@ def run(settings: Settings, model: LocalModel, *, quick: bool, bar: Bar) -> Resu
         )
         _keep(StepTimes(own, model_hash), timed.table)
         engine = Engine(model_path=model.path, model_id=model.id, settings=own, model_hash=model_hash)
-        speed = asyncio.run(_ask(engine, QUICK if quick else Size(), bar))
+        speed = run_interruptible(_ask(engine, QUICK if quick else Size(), bar))
     results = Results(
         nimbos=__version__,
         model=model.id,

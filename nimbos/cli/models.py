@@ -28,8 +28,7 @@ def pull(
     ],
 ) -> None:
     """Download a model, or go on with a download."""
-    import asyncio
-
+    from nimbos.cli.interruptible import run_interruptible
     from nimbos.cli.progress import Watching
     from nimbos.config import load
     from nimbos.hub import Hub
@@ -37,7 +36,7 @@ def pull(
     hub = Hub(load())
     try:
         with Watching() as progress:
-            model = asyncio.run(hub.pull(name, progress=progress))
+            model = run_interruptible(hub.pull(name, progress=progress))
     except KeyboardInterrupt:
         typer.echo(_stopped(hub.partial_bytes(name)), err=True)
         raise typer.Exit(130) from None

@@ -44,13 +44,12 @@ def install(
     library = NativeLibrary(load())
     if if_possible and library.installed() is not None:
         return
-    import asyncio
-
+    from nimbos.cli.interruptible import run_interruptible
     from nimbos.cli.progress import Watching
 
     try:
         with Watching() as progress:
-            path = asyncio.run(
+            path = run_interruptible(
                 library.install(if_possible=if_possible, source=source.value, folder=folder, progress=progress)
             )
     except KeyboardInterrupt:
