@@ -21,6 +21,7 @@ FILE_NAME = "nimbos.toml"
 BYTES_MAX = 64 * 1024
 NAME_PATTERN = r"\A[a-z0-9]+(-[a-z0-9]+)*\Z"  # as the Agent Skills have it
 NAME_CHARACTERS = 64
+KEY_PARTS_MAX = 16
 
 _SHOWN_CHARACTERS = 80
 
@@ -114,6 +115,7 @@ def read_manifest(content: bytes) -> Manifest:
         raise BrokenProgram(FILE_NAME, why=f"it has {len(content)} bytes and may have {BYTES_MAX}")
     try:
         text = content.decode().replace("\r\n", "\n")
+        _check_dots(text)
         table = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise BrokenProgram(FILE_NAME, line=content[: error.start].count(b"\n") + 1, why="not UTF-8") from error
@@ -183,6 +185,21 @@ def _check_keys(text: str, table: dict[str, Any], into: type[msgspec.Struct], pa
         section = known[key]
         if isinstance(value, dict) and isinstance(section, type) and issubclass(section, msgspec.Struct):
             _check_keys(text, value, section, (*path, key))
+
+
+# A dotted key, where one can begin; possessive, so that no text makes it look twice.
+_KEY_PART = r"""(?:[\w-]++|"(?:\\.|[^"\\\n])*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(
+    rf"(?:^|[\[{{,])[ \t]*+{_KEY_PART}(?:[ \t]*+\.[ \t]*+{_KEY_PART}){{{KEY_PARTS_MAX}}}", re.MULTILINE
+)
+
+
+def _check_dots(text: str) -> None:
+    """The parser's work grows with the square of a key's parts: with 20,000 of them, a minute."""
+    found = _LONG_KEY.search(text)
+    if found is not None:
+        line = text.count("\n", 0, found.end()) + 1
+        raise BrokenProgram(FILE_NAME, line=line, why=f"a key of more than {KEY_PARTS_MAX} parts")
 
 
 def _broken_syntax(message: str, text: str) -> BrokenProgram:

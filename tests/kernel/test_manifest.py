@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nimbos.errors import BrokenProgram
-from nimbos.kernel.manifest import BYTES_MAX, Budget, Manifest, ModelNeeds, line_of, read_manifest, toml_of
+from nimbos.kernel.manifest import (
+    BYTES_MAX,
+    KEY_PARTS_MAX,
+    Budget,
+    Manifest,
+    ModelNeeds,
+    line_of,
+    read_manifest,
+    toml_of,
+)
 
 WHOLE = """
 name = "trip"   # a comment
@@ -111,6 +120,8 @@ def test_a_missing_name_and_too_much_text_are_told_without_one() -> None:
     [
         "x = " + "[" * 30_000,
         "x" + ".y" * 20_000 + " = 1",
+        "name = 'x'\nmodel = {'a' . \"b\" " + ".y" * 20_000 + " = 1}",
+        "[" + "y." * 20_000 + "y]\nx = 1\n",
         "model = " + "{a=" * 5_000 + "1" + "}" * 5_000,
         '"' + "k" * 50_000 + '" = 1',
         "[a]\n" * 3,
@@ -122,6 +133,15 @@ def test_a_missing_name_and_too_much_text_are_told_without_one() -> None:
 )
 def test_hostile_text_is_an_error_and_nothing_else(text: str) -> None:
     assert len(broken(text).message) < 1_000
+
+
+def test_a_key_of_many_parts_is_refused_before_the_parser_counts_them() -> None:
+    long = ".".join(["a"] * (KEY_PARTS_MAX + 1))
+    for text in (f"name = 'x'\n{long} = 1", f"name = 'x'\n [ [{long}]]", f"name = 'x'\nmodel = {{b = 1, {long} = 1}}"):
+        error = broken(text)
+        assert (error.line, f"more than {KEY_PARTS_MAX} parts" in error.message) == (2, True)
+    assert "unknown key 'a'" in broken(f"name = 'x'\n{long.removesuffix('.a')} = 1").message
+    assert read_manifest(f"name = 'x'\ndescription = 'from {long}'  # {long}".encode()).description == f"from {long}"
 
 
 def test_comments_order_and_defaults_do_not_change_the_canonical_form() -> None:
