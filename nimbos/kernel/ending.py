@@ -74,6 +74,8 @@ class Endings:
         mails = yield from mailbox.unread(head)
         if not mails:
             return Ended(events=[])
+        if _order(mails) is SignalKind.PAUSE:  # what lies behind it must not lie there unread: it may be a kill
+            mails = yield from mailbox.unread(head, whole=True)
         drafts: list[Draft] = []
         for mail in mails:
             drafts.append(mailbox.received(mail))
@@ -107,11 +109,11 @@ class Endings:
         posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
         events = yield from self._appending(*drafts)
         head = yield from locked_head(self._holder.pid)
-        unread = yield from mailbox.unread(head)
+        unread = yield from mailbox.unread_kinds(head)
         waits = body.to is State.WAITING and body.reason is Reason.SIGNAL
         if waits and view is not None and any(to_release(view)):
             return (yield from self.yielding(events, posted))
-        if any(body.to is not State.PAUSED or mail.signal in WAKE_PAUSED for mail in unread):
+        if unread & WAKE_PAUSED or (unread and body.to is not State.PAUSED):
             return (yield from self.yielding(events, posted))
         yield from self._shared.work.finish(self._holder.claim)
         return Ended(events=events, by=Parked, posted=posted)
@@ -125,7 +127,7 @@ class Endings:
     def is_spoken_to(self, view: View) -> Transaction[bool]:
         """Or adopted, with calls that were withheld and are to be made now."""
         head = yield from locked_head(self._holder.pid)
-        unread = {mail.signal for mail in (yield from mailbox.unread(head))}
+        unread = yield from mailbox.unread_kinds(head)
         return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(view))
 
     def exiting(self, view: View, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[Ended]:

@@ -139,8 +139,7 @@ class Holding:
 
     async def must_stop(self) -> Stop:
         """For what waits in the mailbox; nothing is taken."""
-        rows = await self._shared.database.read(mailbox.PEEK(process=self.pid, most=mailbox.UNREAD_MAX))
-        signals = {SignalKind(row["signal"]) for row in rows}
+        signals = mailbox.kinds_of(await self._shared.database.read(mailbox.KINDS(process=self.pid)))
         if signals & {SignalKind.KILL, SignalKind.CANCEL}:
             return Stop.NOW
         if SignalKind.PAUSE not in signals:

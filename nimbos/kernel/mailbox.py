@@ -9,6 +9,7 @@ All functions are transactions, to be part of larger ones.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import BigInteger, Integer, Text, bindparam, select
@@ -87,12 +88,26 @@ def wake(log: Log, work: Work, pid: str, *, actor: str) -> Transaction[None]:
     yield from work.add(KIND, pid)
 
 
-def unread(head: Head) -> Transaction[list[Mail]]:
-    """What was not taken yet, oldest first, up to a bound."""
-    if head.mail == head.taken:
+def unread(head: Head, *, whole: bool = False) -> Transaction[list[Mail]]:
+    """What was not taken yet, oldest first, up to a bound; or all of it."""
+    left = head.mail - head.taken
+    if not left:
         return []
-    rows = yield _UNREAD(process=head.pid, taken=head.taken, most=_TAKEN_AT_ONCE)
+    most = left if whole else _TAKEN_AT_ONCE
+    rows = yield _UNREAD(process=head.pid, taken=head.taken, most=most)
     return [_mail(row) for row in rows]
+
+
+def unread_kinds(head: Head) -> Transaction[frozenset[SignalKind]]:
+    """Of all that was not taken yet, however much that is."""
+    if head.mail == head.taken:
+        return frozenset()
+    return kinds_of((yield KINDS(process=head.pid)))
+
+
+def kinds_of(rows: Sequence[Row]) -> frozenset[SignalKind]:
+    """What `KINDS` gave."""
+    return frozenset(SignalKind(row["signal"]) for row in rows)
 
 
 def took(pid: str, count: int) -> Transaction[None]:
@@ -186,10 +201,9 @@ _ANSWERED = Statement(
     .limit(1)
 )
 COUNTS = Statement(select(processes.c.mail, processes.c.taken).where(processes.c.id == bindparam("id", type_=Text)))
-PEEK = Statement(
-    select(process_mailbox)
+KINDS = Statement(
+    select(process_mailbox.c.signal)
     .join(processes, processes.c.id == process_mailbox.c.process)
     .where(_OF, process_mailbox.c.position > processes.c.taken)
-    .order_by(process_mailbox.c.position)
-    .limit(bindparam("most", type_=Integer))
+    .distinct()
 )

@@ -211,10 +211,9 @@ class Thinker:
         """Returns when a message waits, and nothing for which the whole run is stopped anyway."""
         while True:
             try:
-                rows = await self._database.read(mailbox.PEEK(process=holding.pid, most=mailbox.UNREAD_MAX))
+                kinds = mailbox.kinds_of(await self._database.read(mailbox.KINDS(process=holding.pid)))
             except StorageUnavailable:
-                rows = []
-            kinds = {SignalKind(row["signal"]) for row in rows}
+                kinds = frozenset()
             if SignalKind.MESSAGE in kinds and not kinds & CONTROL:
                 return
             await holding.mail.wait()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel import Reason, SignalKind, State, mailbox
 from nimbos.kernel.events import CallDone, Note, SignalConsumed
@@ -169,6 +169,55 @@ async def test_a_resume_that_lies_far_behind_its_pause_is_heard(
         await place.send(pid, SignalKind.MESSAGE, body="enough")
         await place.kernel.start(place.drive)
         assert await result_of(place, pid) == ["one", "two", "three", "enough"]
+
+
+async def many_words(place: Place, pid: str, count: int) -> None:
+    """As many that nobody has read."""
+
+    def begin() -> Transaction[None]:
+        for number in range(count):
+            mail = mailbox.Mail(signal=SignalKind.MESSAGE, source="user:test", external_id=f"word {number}")
+            yield from place.kernel.posting(pid, mail)
+
+    await place.database.run(begin)
+
+
+@pytest.mark.parametrize("first", [SignalKind.PAUSE, SignalKind.MESSAGE])
+async def test_a_kill_is_obeyed_however_much_mail_lies_before_it(
+    database: Database, database_settings: Settings, first: SignalKind
+) -> None:
+    async with running(database, database_settings, {"plain": forever}, start=False) as place:
+        pid = await place.spawn()
+        await place.send(pid, first)
+        await many_words(place, pid, 250)
+        await place.send(pid, SignalKind.KILL)
+        await place.kernel.start(place.drive)
+        assert (await place.over(pid)).reason is Reason.KILLED
+
+
+async def test_what_was_adopted_is_adopted_also_when_the_order_to_pause_came_before(
+    database: Database, database_settings: Settings
+) -> None:
+    async with running(database, database_settings, {"plain": forever}, start=False) as place:
+        pid = await place.spawn()
+        await place.send(pid, SignalKind.PAUSE)
+        await many_words(place, pid, 250)
+        await place.send(pid, SignalKind.ADOPT)
+        await place.kernel.start(place.drive)
+        paused = await place.until(pid, State.PAUSED)
+        assert (paused.mail, paused.taken) == (252, 252), "nothing that changes it lies there unread"
+        assert (await place.kinds(pid)).count("note") == 1
+
+
+async def test_a_kill_behind_a_full_mailbox_reaches_a_process_in_the_middle_of_work(
+    database: Database, database_settings: Settings
+) -> None:
+    async with running(database, database_settings, {"plain": forever}) as place:
+        pid = await place.spawn()
+        await begun(place, pid)
+        await many_words(place, pid, mailbox.UNREAD_MAX)
+        await place.send(pid, SignalKind.KILL)
+        assert (await place.over(pid)).reason is Reason.KILLED
 
 
 async def test_a_pause_waits_for_a_call_whose_outcome_would_be_unknown(
