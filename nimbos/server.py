@@ -60,7 +60,7 @@ def make_server(app: Starlette, settings: ServerSettings) -> Server:
         app,
         host=settings.host,
         port=settings.port,
-        http=limited_protocol(settings.max_header_bytes),
+        http=limited_protocol(settings.max_header_bytes, stall_s=settings.stall_write_s),
         ws="none",
         lifespan="off",
         log_config=None,

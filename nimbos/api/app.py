@@ -33,6 +33,7 @@ from nimbos.api.openai_chat import ChatCompletions
 from nimbos.api.openai_completions import Completions
 from nimbos.api.openai_embeddings import Embeddings
 from nimbos.api.unknown import UnknownFields, performing
+from nimbos.api.unread import Pieces
 from nimbos.config import ServerSettings
 from nimbos.runtime import Runtime
 
@@ -95,6 +96,7 @@ def _app(runtime: Runtime, routes: list[Route], server: ServerSettings, *, first
         middleware=[
             first,
             Middleware(Observing, routes=routes, telemetry=runtime.telemetry),
+            Middleware(Pieces),
             Middleware(errors.LastResort, shapes=shapes),
             Middleware(Access, settings=server, accounts=runtime.accounts),
             Middleware(UnknownFields, policy=server.unknown_fields),

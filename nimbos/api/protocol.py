@@ -1,7 +1,8 @@
 """The wire below ASGI: limits that must hold before there is a request.
 
-uvicorn's parser takes headers of any length at any pace, so they are counted and timed here. Each request's scope gets
-`nimbos.abort`, which drops the connection of a client that takes no bytes.
+uvicorn's parser takes headers of any length at any pace, so they are counted and timed here; and it keeps what a client
+does not read for as long as that one likes (`unread.py`). Each request's scope gets `nimbos.abort`, which
+drops the connection.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from uvicorn.server import ServerState
 
 from nimbos.api.access import HeadersTooLarge
 from nimbos.api.errors import body_of
+from nimbos.api.unread import Unread
 
 HEADER_TIMEOUT_S = 30.0
 
 
-def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
+def limited_protocol(header_limit_bytes: int, *, stall_s: float) -> type[HttpToolsProtocol]:
     class Limited(HttpToolsProtocol):
         def __init__(
             self,
@@ -39,9 +41,11 @@ def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._deadline = self.loop.call_later(HEADER_TIMEOUT_S, transport.abort)
+            self._unread = Unread(transport, loop=self.loop, stall_s=stall_s, settled=self._adds_nothing)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_deadline()
+            self._unread.end()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -79,6 +83,32 @@ def limited_protocol(header_limit_bytes: int) -> type[HttpToolsProtocol]:
         def on_message_complete(self) -> None:
             self._in_body = False
             super().on_message_complete()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread.watch()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._unread.took()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.transport.is_closing():
+                self._unread.watch()
+
+        def timeout_keep_alive_handler(self) -> None:
+            """Closes the connection, which waits for the client to take the rest."""
+            super().timeout_keep_alive_handler()
+            self._unread.watch()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            self._unread.watch()
+
+        def _adds_nothing(self) -> bool:
+            done = self.cycle is None or self.cycle.response_complete
+            return done or self.flow.write_paused or self.transport.is_closing()
 
         def _end_deadline(self) -> None:
             if self._deadline is not None:
