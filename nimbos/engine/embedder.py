@@ -76,7 +76,7 @@ class Embedder:
         """After an engine's death all inputs are computed again, and told again."""
         ask = submit.ask
         starts = (0, *accumulate(map(len, inputs)))
-        tally = Tally(starts[-1], row)
+        tally = Tally(starts[-1], row, paid_prompt=ask.paid_prompt_tokens)
         tally.resume(output=0, thinking=0, cached=None)
         self.clock.arrive(ask.account, {work.ask.account for work in self._waiting})
         self._waiting.append(Work(ask, inputs, tally, time.monotonic() * 1e3, submit.restarts, starts))
