@@ -18,8 +18,8 @@ import structlog
 from nimbos.accounts import allowed_model
 from nimbos.chat import Chat
 from nimbos.errors import Forbidden, ModelNotFound, NimbosError, NotReady
-from nimbos.ledger import Desk, Journal, Running
-from nimbos.types import Account, Admission, Ask, Chunk, Kind, ModelCard, Origin, TokenSource, Usage
+from nimbos.ledger import Desk, Journal, Running, with_what_is_paid
+from nimbos.types import Account, Admission, Ask, Chunk, Final, Kind, ModelCard, Origin, TokenSource, Usage
 from nimbos.watching import Watcher
 
 if TYPE_CHECKING:
@@ -98,9 +98,10 @@ class Service:
         if self._closing:
             raise NotReady("This server is shutting down. Try again in a moment.")
         await self._check_model(account, ask.model)
+        paid = journal.paid if journal is not None else Usage()
         async with self._sources.hold(ask.model) as held:
             prepared = await held.source.prepare(
-                msgspec.structs.replace(ask, account=account.id, process=origin.process)
+                msgspec.structs.replace(with_what_is_paid(ask, paid), account=account.id, process=origin.process)
             )
             running = await self._desk.admit(account, prepared, origin=origin, card=held.card, journal=journal)
             if admission is not None:
@@ -112,7 +113,7 @@ class Service:
                 async with aclosing(_answering(held.source, running)) as chunks:
                     async for chunk in chunks:
                         watched.spoke()
-                        yield chunk
+                        yield _with_what_was_paid(chunk, paid)
                 outcome = "done"
             except NimbosError as error:
                 outcome = error.code
@@ -198,6 +199,13 @@ async def _answering(source: TokenSource, running: Running) -> AsyncGenerator[Ch
         async for chunk in chunks:
             running.note(chunk)
             yield chunk
+
+
+def _with_what_was_paid(chunk: Chunk, paid: Usage) -> Chunk:
+    """What is told of an answer that was begun anew is what all its asks have paid."""
+    if not isinstance(chunk, Final) or chunk.branch != 0:
+        return chunk
+    return msgspec.structs.replace(chunk, usage=chunk.usage + paid)
 
 
 async def _stats_or_none(engine: EngineSource) -> EngineStats | None:

@@ -116,7 +116,6 @@ class Completions:
         origin: Origin = ORIGIN,
         journal: AnswerJournal | None = None,
     ) -> Question:
-        """`journal` is for a single ask: several prompts have none."""
         shared.check_stream(body)
         count, most = shared.count_of(body), _best_of(body)
         sampling = shared.sampling_of(body, logprobs=_logprobs(body, picks=most > count))
@@ -152,23 +151,21 @@ class Completions:
             logprobs=body.logprobs,
             id=wire.completion_id(asks[0], "cmpl"),
             origin=origin,
-            journal=journal if len(asks) == 1 else None,
+            journal=journal,
         )
 
     def _chunks(self, question: Question) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(number of the prompt, chunk), of all prompts at once."""
-        generate = self._service.generate
-        return merge(
-            [
-                generate(
-                    question.account,
-                    ask,
-                    origin=question.origin,
-                    admission=question.admission,
-                    journal=question.journal,
-                )
-                for ask in question.asks
-            ]
+        return merge([self._answers(question, number) for number in range(len(question.asks))])
+
+    def _answers(self, question: Question, number: int) -> AsyncGenerator[Chunk, None]:
+        journal = question.journal.of(number) if question.journal is not None else None
+        return self._service.generate(
+            question.account,
+            question.asks[number],
+            origin=question.origin,
+            admission=question.admission,
+            journal=journal,
         )
 
     async def _events(self, question: Question, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -197,23 +194,42 @@ class Completions:
         yield DONE
 
     async def whole(self, question: Question) -> wire.TextCompletion:
-        finals: list[Final] = []
-        branches = _branches(question)
-        expected = sum(len(row) for row in branches)
-        completion: wire.TextCompletion | None = None
-        async with aclosing(self._chunks(question)) as chunks:
-            async for number, chunk in chunks:
-                if isinstance(chunk, TokenChunk):
-                    branches[number][chunk.branch].add(chunk)
-                elif isinstance(chunk, Final):
-                    finals.append(chunk)
-                    branches[number][chunk.branch].reason = _checked(chunk).reason
-                if len(finals) == expected and completion is None:
-                    completion = _complete(question, branches, finals)
-                    if question.journal is not None:
-                        question.journal.answered(_reply(question, completion))
-        assert completion is not None
-        return completion
+        heard = _Heard(question)
+        sources = [heard.hearing(number, self._answers(question, number)) for number in range(len(question.asks))]
+        async with aclosing(merge(sources)) as chunks:
+            async for _ in chunks:
+                pass
+        assert heard.completion is not None
+        return heard.completion
+
+
+class _Heard:
+    """All that was said; a journal is told the whole answer before the ask that said the last of it is settled."""
+
+    def __init__(self, question: Question) -> None:
+        self.completion: wire.TextCompletion | None = None
+        self._question = question
+        self._finals: list[Final] = []
+        self._branches = _branches(question)
+        self._expected = sum(len(row) for row in self._branches)
+
+    async def hearing(self, number: int, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[None, None]:
+        """Of one prompt. An ask is settled when its iterator goes on behind its last chunk."""
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                self._hear(number, chunk)
+                yield
+
+    def _hear(self, number: int, chunk: Chunk) -> None:
+        if isinstance(chunk, TokenChunk):
+            self._branches[number][chunk.branch].add(chunk)
+        elif isinstance(chunk, Final):
+            self._finals.append(chunk)
+            self._branches[number][chunk.branch].reason = _checked(chunk).reason
+            if len(self._finals) == self._expected:
+                self.completion = _complete(self._question, self._branches, self._finals)
+                if self._question.journal is not None:
+                    self._question.journal.answered(_reply(self._question, self.completion))
 
 
 async def perform(

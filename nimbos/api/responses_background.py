@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -16,7 +16,9 @@ from nimbos.api.responses_answer import ENDS, Call, Responder, Turn, teller_of
 from nimbos.api.responses_events import Teller
 from nimbos.api.responses_record import items_of, joined, pieces_of, split, status_of
 from nimbos.api.responses_wire import Event, Response, event
+from nimbos.db import Transaction
 from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotFound, NotReady, Overloaded, StorageUnavailable
+from nimbos.ledger import Attempt, Attempts
 from nimbos.responses import Background, Ending, Kept, Live, Store
 from nimbos.types import Account, Origin
 from nimbos.work import Claim, ClaimLost
@@ -28,12 +30,14 @@ _TRANSIENT = (ClaimLost, NotReady, StorageUnavailable)
 
 
 class Queued(msgspec.Struct, frozen=True, kw_only=True):
-    """A claim's payload. `body` is the request without its input, which is stored, and with the seed that was drawn."""
+    """A claim's payload. `body` is the request without its input, which is stored, and with the seed that was drawn.
+    `attempts`: at its answer, before this one."""
 
     account: Account
     body: requests.ResponsesBody
     header_class: str | None
     origin: Origin
+    attempts: Attempts = Attempts()
 
 
 class BackgroundResponses:
@@ -62,7 +66,7 @@ class BackgroundResponses:
         try:
             for told in teller.begin():
                 live.add(event(told))
-            ending = self._background.ending(live, kept)
+            ending = self._background.ending(live, kept, await self._attempt(queued, claim))
             try:
                 await self._compute(queued, claim, kept, teller, live, ending)
             except _TRANSIENT:
@@ -111,6 +115,15 @@ class BackgroundResponses:
             raise InvalidRequest(
                 f"The events of {kept.id} are no longer kept. Retrieve it without `stream`.", param="stream"
             )
+
+    async def _attempt(self, queued: Queued, claim: Claim) -> Attempt:
+        def keep(known: Callable[[], Attempts]) -> Transaction[None]:
+            def payload() -> bytes:
+                return msgspec.msgpack.encode(msgspec.structs.replace(queued, attempts=known()))
+
+            yield from self._background.keep(claim, payload)
+
+        return Attempt(await self._background.settled(queued.attempts), keep)
 
     async def _compute(
         self, queued: Queued, claim: Claim, kept: Kept, teller: Teller, live: Live, ending: Ending

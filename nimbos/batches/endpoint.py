@@ -27,6 +27,10 @@ class AnswerJournal(Journal, Protocol):
 
     def answered(self, reply: Reply) -> None: ...
 
+    def of(self, number: int) -> Journal:
+        """The journal of one ask among several behind the answer; `self` is that of the first."""
+        ...
+
 
 class Perform(Protocol):
     async def __call__(

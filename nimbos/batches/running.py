@@ -18,7 +18,7 @@ from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, batch_of_lines
 from nimbos.batches.endpoint import Endpoint, Reply
 from nimbos.batches.fairness import Caps
-from nimbos.batches.journal import LineJournal
+from nimbos.batches.journal import LineJournal, attempts_of
 from nimbos.batches.lines import request_of
 from nimbos.batches.words import Batch, State, batch_of
 from nimbos.db import Database, Row, Transaction
@@ -32,7 +32,7 @@ from nimbos.errors import (
     StorageUnavailable,
 )
 from nimbos.types import Account, AskClass, Origin
-from nimbos.work import Claim, Work
+from nimbos.work import Claim, ClaimLost, Work
 
 LAPSES_MAX = 5  # so many servers may die over one line
 FAILURES_MAX = 5  # so often an engine may
@@ -86,7 +86,10 @@ class Running:
             told = f"{claim.lapses} servers ended while this line was being answered; it is not tried again."
             await settling.write(self._database, partial(settling.fail, "line_abandoned", told))
             return
-        journal = LineJournal(self._work, claim, settling.answer)
+        attempts = attempts_of(claim)
+        if attempts.open:
+            attempts = await self._database.run(attempts.settled)
+        journal = LineJournal(self._work, claim, settling.answer, before=attempts)
         try:
             reply = await self._reply(batch, lines[0], journal)
         except (Overloaded, BudgetExhausted) as error:
@@ -123,7 +126,7 @@ class Running:
             if error.too_small:  # this line alone is more than the whole budget: the others need not wait for it
                 return Reply(error.status, endpoint.refuse(error))
             raise
-        except (Overloaded, NotReady, EngineFailed, StorageUnavailable):
+        except (Overloaded, NotReady, EngineFailed, StorageUnavailable, ClaimLost):
             raise
         except NimbosError as error:
             return Reply(error.status, endpoint.refuse(error))

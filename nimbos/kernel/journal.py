@@ -69,6 +69,11 @@ class AskJournal:
         self._holding = holding
         self._intent = intent
 
+    @property
+    def paid(self) -> Usage:
+        """An answer goes on here, and `think.py` says in the ask what that has paid for."""
+        return Usage()
+
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]:
         yield from self._holding.appending(Draft(body=self._intent))
 

@@ -6,6 +6,7 @@ What changes budgets, limits or prices is a transaction as a generator, for `Dat
 
 from nimbos.ledger.alerts import Alert, Fired, add_alert, alerts_of, change_alert, find_alert, remove_alert
 from nimbos.ledger.allowances import Allowance
+from nimbos.ledger.attempts import Attempt, Attempts, with_what_is_paid
 from nimbos.ledger.budgets import Budget
 from nimbos.ledger.desk import Desk
 from nimbos.ledger.export import export_asks
@@ -24,6 +25,8 @@ from nimbos.ledger.tree import all_budgets, budgets_of, find_budget, remove_budg
 __all__ = [
     "Alert",
     "Allowance",
+    "Attempt",
+    "Attempts",
     "Budget",
     "Desk",
     "Extended",
@@ -65,4 +68,5 @@ __all__ = [
     "spent",
     "usage",
     "usage_buckets",
+    "with_what_is_paid",
 ]

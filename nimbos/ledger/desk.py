@@ -112,6 +112,7 @@ class Desk:
         except BaseException as error:
             self._refused(error, Due(settlement=_nothing(ask), row=row, journal=journal))
             raise
+        self.ledger.remember(reserved.prices)
         counted = msgspec.structs.replace(
             ask, meter_row=row, allowance_tokens=reserved.allowance_tokens, weight=account.weight
         )
@@ -195,6 +196,7 @@ class Desk:
 
         settled = await self.database.run(begin, durable=True, quick=True)
         self.meters.free(due.row)
+        self.ledger.remember(settled.prices)
         self._tell(settled.fired)
         self.bell.ring()
 
@@ -235,6 +237,7 @@ class Desk:
 
     async def _extend(self, begin: Callable[[], Transaction[Extended]]) -> Extended:
         extended = await self.database.run(begin, quick=True)
+        self.ledger.remember(extended.prices)
         self._tell(extended.fired)
         return extended
 

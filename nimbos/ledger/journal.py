@@ -8,12 +8,17 @@ from typing import Protocol
 from nimbos.db import Transaction
 from nimbos.ledger.ledger import Extended, Progress, Settled
 from nimbos.ledger.rows import Settlement
-from nimbos.types import Ask
+from nimbos.types import Ask, Usage
 
 
 class Journal(Protocol):
     """Each is a transaction's part, run after the ledger's own; an exception undoes both. It may be run again.
     After an exception of `settled` the ask is settled alone: what was used is owed."""
+
+    @property
+    def paid(self) -> Usage:
+        """By earlier asks for this very answer, which begins anew: it is not paid for again, and told with the rest."""
+        ...
 
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]: ...
 

@@ -30,18 +30,20 @@ NOWHERE = Origin()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
     """An ask that was let in. `allowance_tokens`: what is paid for in each branch, counted like `Ask.limit_tokens`;
-    None: no budget holds it. `compute_ms`: of computing that is left for it; None: no budget holds that."""
+    None: no budget holds it. `compute_ms`: of computing that is left for it; None: no budget holds that. `prices`: what
+    was looked up, to be remembered once this is committed (`Ledger.remember`), here and below."""
 
     ask_id: str
     allowance_tokens: int | None
     passed: Passed
     compute_ms: int | None = None
+    prices: PriceTable | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a running ask has come. `usage`, `compute_ms`: its meter. `live`: branches that go on, each up to the
-    allowance; `ended_output`: tokens of the others, less those that were there before the ask."""
+    allowance; `ended_output`: tokens of the others, less those that were there, or paid for, before the ask."""
 
     usage: Usage
     compute_ms: int = 0
@@ -62,6 +64,7 @@ class Extended:
     last: bool = False
     wait: bool = False
     fired: tuple[alerts.Fired, ...] = ()
+    prices: PriceTable | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +74,20 @@ class Settled:
     new: bool
     cost_micros: int = 0
     fired: tuple[alerts.Fired, ...] = ()
+    prices: PriceTable | None = None
 
 
 class Ledger:
     def __init__(self, *, server_id: str) -> None:
         """`server_id` stands in the rows of this server's asks, so that recovery knows whose they were."""
         self.server_id = server_id
-        self._tables: dict[int, PriceTable] = {prices.NO_PRICES: PriceTable()}  # versions never change
+        self._tables: dict[int, PriceTable] = {prices.NO_PRICES: PriceTable()}
+
+    def remember(self, table: PriceTable | None) -> None:
+        """A version that is committed never changes. One that was read in a transaction may not be: its number may come
+        again with other prices, when the commit that should have made it was lost."""
+        if table is not None:
+            self._tables[table.version] = table
 
     def reserve(
         self, account: Account, ask: Ask, *, origin: Origin = NOWHERE, prompt_tokens: int, card: ModelCard
@@ -90,10 +100,10 @@ class Ledger:
         passed = yield from limits.pass_limits(owners, tokens=estimated_tokens)
         version = yield from prices.current_version()
         chain = yield from budgets.lock_chain(owners, now_ms)
-        hold, allowance_tokens, compute_ms = Hold(), None, budgets.time_left_ms(chain)
+        hold, allowance_tokens, compute_ms, table = Hold(), None, budgets.time_left_ms(chain), None
         if budgets.limited(chain):
-            rates = yield from self._rates(version, card.id, ask.ask_class.value, ask.pin_tokens)
-            need = need.at(rates)
+            table = yield from self._table(version)
+            need = need.at(table.rates(card.id, ask.ask_class.value, ask.pin_tokens))
             granted = budgets.grant(chain, need, now_ms=now_ms)
             hold = need.hold(granted)
             allowance_tokens = _already(ask) + granted if need.slice_tokens else None
@@ -109,25 +119,31 @@ class Ledger:
             now_ms=now_ms,
         )
         yield from rows.open_row(account, ask, origin, card, owners, admitted)
-        return Reserved(ask_id=ask.id, allowance_tokens=allowance_tokens, passed=passed, compute_ms=compute_ms)
+        return Reserved(
+            ask_id=ask.id, allowance_tokens=allowance_tokens, passed=passed, compute_ms=compute_ms, prices=table
+        )
 
     def extend(self, ask_id: str, progress: Progress) -> Transaction[Extended]:
-        """What was used is charged in any case, and the next slice reserved, down to one token in each branch."""
+        """What was used is charged in any case, and the next slice reserved, down to one token in each branch. A budget
+        that was made since then holds the ask as if it had been there from the beginning."""
         now_ms = _now_ms()
         row = yield from rows.lock(ask_id)
         if row is None or row["state"] != rows.OPEN:
             return Extended(allowance_tokens=progress.allowance_tokens, last=True)
-        chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
+        chain = yield from budgets.lock_chain(rows.owners(row), now_ms)
         if not budgets.limited(chain):
             return Extended(allowance_tokens=None)
-        rates = yield from self._rates(row["price_version"], row["model"], row["class"], row["pin_tokens"])
+        table = yield from self._table(row["price_version"])
+        rates = table.rates(row["model"], row["class"], row["pin_tokens"])
         own, before = rows.held(row), rows.charged(row)
+        known = budgets.decode_ids(row["budgets"])
+        chain = [one if one.id in known else budgets.charge(one, reserved=own, used=before) for one in chain]
         now_used = _used(progress.usage, rates, progress.compute_ms)
         need = _next_need(progress, row["prompt_tokens"], rates)
         granted, wait = budgets.grant_more(chain, need, own=own, used=now_used - before)
         hold = need.hold(granted)
         chain = yield from _store(chain, reserved=hold - own, used=now_used - before)
-        yield from rows.extend_row(ask_id, hold=hold, charged=now_used)
+        yield from rows.extend_row(ask_id, hold=hold, charged=now_used, chain=chain)
         fired = yield from alerts.fire(chain, now_ms)
         left_ms = budgets.time_left_ms(chain)
         return Extended(
@@ -136,6 +152,7 @@ class Ledger:
             last=granted == 0 and not wait,
             wait=granted == 0 and wait,
             fired=tuple(fired),
+            prices=table,
         )
 
     def settle(self, settlement: Settlement) -> Transaction[Settled]:
@@ -144,7 +161,8 @@ class Ledger:
         row = yield from rows.lock(settlement.ask_id)
         if row is None or row["state"] == rows.SETTLED:
             return Settled(new=False)
-        rates = yield from self._rates(row["price_version"], row["model"], row["class"], row["pin_tokens"])
+        table = yield from self._table(row["price_version"])
+        rates = table.rates(row["model"], row["class"], row["pin_tokens"])
         used = _used(settlement.usage, rates, settlement.compute_ms)
         charged = limits.decode_charged(row["limits"])
         yield from limits.correct_tokens(charged, more=used.tokens - row["estimated_tokens"])
@@ -155,7 +173,7 @@ class Ledger:
         yield from rows.add_meters(settlement.ask_id, quantities, rates)
         yield from rows.settle_row(settlement, cost_micros=used.micros, now_ms=now_ms)
         yield from rollups.add(rows.line_of(row), quantities, cost_micros=used.micros, ended_ms=now_ms)
-        return Settled(new=True, cost_micros=used.micros, fired=tuple(fired))
+        return Settled(new=True, cost_micros=used.micros, fired=tuple(fired), prices=table)
 
     def abandon(self, ask_id: str) -> Transaction[bool]:
         """Gives back what the ask of a silent server holds. Should that server come back, it settles as ever."""
@@ -167,11 +185,9 @@ class Ledger:
         yield from rows.abandon_row(ask_id)
         return True
 
-    def _rates(self, version: int, model: str, ask_class: str, pin_tokens: int) -> Transaction[Rates]:
+    def _table(self, version: int) -> Transaction[PriceTable]:
         table = self._tables.get(version)
-        if table is None:
-            table = self._tables[version] = yield from prices.load_table(version)
-        return table.rates(model, ask_class, pin_tokens)
+        return table if table is not None else (yield from prices.load_table(version))
 
 
 def first_slice(ask: Ask) -> int:

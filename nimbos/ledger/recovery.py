@@ -28,6 +28,8 @@ from nimbos.types import Usage, new_id
 RECOVERED = "recovered"
 BEAT_S = 15.0
 SILENT_AFTER_S = 90.0
+GONE_AFTER_S = 30 * 24 * 3600.0  # a home that is not started for so long is not waited for, if it has nothing to settle
+TIDY_FIRST_S, TIDY_S = 60.0, 24 * 3600.0
 
 _SEEN = upsert(servers, key=("id",), set=("seen_ms",))
 _SERVERS_OF_HOME = Statement(select(servers).where(servers.c.home == bindparam("of")))
@@ -36,6 +38,14 @@ _SILENT = Statement(
 )
 _OPEN_OF = Statement(select(asks.c.id).where(literal_column("state = 'open'"), asks.c.server == bindparam("of")))
 _FORGET = Statement(delete(servers).where(servers.c.id == bindparam("of")))
+_UNSETTLED = (
+    select(asks.c.id).where(asks.c.server == servers.c.id, asks.c.state != literal_column("'settled'")).exists()
+)
+_FORGET_GONE = Statement(
+    delete(servers)
+    .where(servers.c.home != bindparam("here"), servers.c.seen_ms < bindparam("before_ms"), ~_UNSETTLED)
+    .returning(servers.c.id)
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -46,7 +56,7 @@ class Recovery:
         self._ledger = ledger
         self._run_dir = run_dir
         self._home = home_id(run_dir)
-        self._beating: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def recover(self) -> int:
         """Settles what the dead servers of this home left; the number of asks. This server is known from now on.
@@ -77,14 +87,16 @@ class Recovery:
         return [server for server in others if is_dead(self._run_dir / f"{server}.bin")]
 
     def start(self) -> None:
-        """Says from now on that this server lives. With SQLite nobody else asks."""
+        """Says from now on that this server lives. With SQLite nobody else asks; a copy of such a file in another home
+        brings along servers that are not of it."""
         if self._database.dialect == "postgresql":
-            self._beating = asyncio.create_task(self._keep_beating(), name="ledger heartbeat")
+            self._tasks.append(asyncio.create_task(self._keep_beating(), name="ledger heartbeat"))
+        self._tasks.append(asyncio.create_task(self._keep_tidying(), name="ledger servers"))
 
     async def close(self) -> None:
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.wait({self._beating})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def release_silent(self) -> int:
         """Gives back what asks of silent servers hold; the number of asks."""
@@ -96,6 +108,25 @@ class Recovery:
         if released:
             _log.warning("ledger.released", asks=released)
         return released
+
+    async def forget_gone(self) -> int:
+        """Servers of other homes that have been silent for long and left nothing; how many. Should one come back, it
+        says again that it lives."""
+        before_ms = _now_ms() - int(GONE_AFTER_S * 1000)
+
+        def forget() -> Transaction[int]:
+            return len((yield _FORGET_GONE(here=self._home, before_ms=before_ms)))
+
+        return await self._database.run(forget)
+
+    async def _keep_tidying(self) -> None:
+        await asyncio.sleep(TIDY_FIRST_S)
+        while True:
+            try:
+                await self.forget_gone()
+            except NimbosError as error:
+                _log.warning("ledger.servers_not_tidied", code=error.code)
+            await asyncio.sleep(TIDY_S)
 
     async def _keep_beating(self) -> None:
         while True:
@@ -115,6 +146,7 @@ class Recovery:
     async def _settle(self, ask_id: str, usage: Usage, compute_ms: int) -> bool:
         settlement = Settlement(ask_id=ask_id, usage=usage, outcome=RECOVERED, compute_ms=compute_ms)
         settled = await self._database.run(lambda: self._ledger.settle(settlement), durable=True)
+        self._ledger.remember(settled.prices)
         return settled.new
 
 

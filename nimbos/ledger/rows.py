@@ -31,6 +31,7 @@ _EXTEND = Statement(
         charged_tokens=bindparam("used_tokens"),
         charged_micros=bindparam("used_micros"),
         charged_ms=bindparam("used_ms"),
+        budgets=bindparam("chain"),
     )
 )
 _ABANDON = Statement(
@@ -135,9 +136,20 @@ def lock(ask_id: str) -> Transaction[Row | None]:
     return rows[0] if rows else None
 
 
-def extend_row(ask_id: str, *, hold: Hold, charged: Hold) -> Transaction[None]:
+def owners(row: Row) -> Owners:
+    return Owners(
+        organisation=row["organisation"],
+        project=row["project"],
+        key=row["key"],
+        process=row["process"],
+        model=row["model"],
+    )
+
+
+def extend_row(ask_id: str, *, hold: Hold, charged: Hold, chain: Sequence[Budget]) -> Transaction[None]:
     yield _EXTEND(
         of=ask_id,
+        chain=budgets.encode_ids(chain),
         held_tokens=hold.tokens,
         held_micros=hold.micros,
         used_tokens=charged.tokens,

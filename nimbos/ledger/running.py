@@ -1,7 +1,8 @@
 """One ask that was let in: what was told of it, what it may still use, and its end.
 
 Where a budget holds it, the next slice is reserved ahead of need, in a task beside the stream. Its source is told by
-whatever `extend` is given; a branch that has used all it may waits there meanwhile.
+whatever `extend` is given; a branch that has used all it may waits there meanwhile. Where none does, it is looked after
+each slice whether one does by now; until then the source goes on, whatever becomes of the database.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Running:
         self._sent = dict(self._begun)
         self._finals: dict[int, Final] = {}
         self._allowance_tokens = reserved.allowance_tokens
+        self._look_at_tokens = max(self._begun.values(), default=0) + SLICE_TOKENS
         self._compute_ms = reserved.compute_ms
         self._last = False
         self._tell_source: TellSource | None = None
@@ -104,9 +106,10 @@ class Running:
     def _due(self) -> bool:
         """Whether a branch comes near what is paid for."""
         allowed, limit = self._allowance_tokens, self.ask.limit_tokens
-        if allowed is None or self._last or (limit is not None and allowed >= limit):
+        if self._last or (allowed is not None and limit is not None and allowed >= limit):
             return False
-        return any(self._sent[number] >= allowed - AHEAD_TOKENS for number in self._live())
+        least = self._look_at_tokens if allowed is None else allowed - AHEAD_TOKENS
+        return any(self._sent[number] >= least for number in self._live())
 
     def _out_of_time(self) -> bool:
         """Tokens can be foreseen and time cannot: it is looked at whenever something comes."""
@@ -119,16 +122,18 @@ class Running:
         clock = asyncio.get_running_loop().time
         deadline = clock() + EXTEND_PATIENCE_S
         while self._due():
-            begin = partial(self._extension, self._progress())  # which is read here: a transaction has its own thread
+            progress = self._progress()  # which is read here: a transaction has its own thread
             try:
-                extended = await asyncio.shield(self._desk.extend(begin))
+                extended = await asyncio.shield(self._desk.extend(partial(self._extension, progress)))
             except StorageUnavailable:
-                extended = Extended(allowance_tokens=self._allowance_tokens, wait=True)
+                held = self._allowance_tokens is not None
+                extended = Extended(allowance_tokens=self._allowance_tokens, wait=held)
             except NimbosError as error:  # of a journal
                 _log.error("ledger.extension_refused", ask=self.ask.id, code=error.code)
                 extended = Extended(allowance_tokens=self._allowance_tokens, last=True)
-            if not extended.wait:
+            if not extended.wait or self._allowance_tokens is None:
                 self._compute_ms = extended.compute_ms
+                self._look_at_tokens = progress.allowance_tokens + SLICE_TOKENS
                 self._grant(extended.allowance_tokens, last=extended.last)
                 deadline = clock() + EXTEND_PATIENCE_S
             elif clock() >= deadline:
@@ -146,20 +151,22 @@ class Running:
     def _progress(self) -> Progress:
         live = self._live()
         ended = sum(final.usage.output for final in self._finals.values())
+        before = sum(self._begun[number] for number in live) + (self.ask.paid_output_tokens if live else 0)
         counts = self._desk.meters.read(self._row)
-        assert self._allowance_tokens is not None
+        allowed = self._allowance_tokens
         return Progress(
             usage=counts.usage(),
             compute_ms=counts.compute_us // 1000,
             live=len(live),
-            ended_output=ended - sum(self._begun[number] for number in live),
-            allowance_tokens=self._allowance_tokens,
+            ended_output=ended - before,
+            allowance_tokens=max(self._sent[number] for number in live) if allowed is None else allowed,
             limit_tokens=self.ask.limit_tokens,
         )
 
     def _grant(self, allowance_tokens: int | None, *, last: bool) -> None:
+        unchanged = allowance_tokens is None and self._allowance_tokens is None
         self._allowance_tokens, self._last = allowance_tokens, last
-        if self._tell_source is not None:
+        if self._tell_source is not None and not unchanged:
             self._tell_source(allowance_tokens, last)
 
 

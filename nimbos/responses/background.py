@@ -4,7 +4,8 @@
       └──────────── cancel: row and claim in one transaction, so that only one of the two can be ────────────┘
 
 What computes the answer is given to `attend`; it knows the dialect. A server that dies leaves the claim to lapse, and
-the answer is computed again, with the same seed. Read `journal.py` for the events.
+the answer is computed again, with the same seed; what was paid for it is not paid again. Read `journal.py` for the
+events.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import structlog
 
 from nimbos.db import Transaction
 from nimbos.errors import StorageUnavailable
+from nimbos.ledger import Attempt, Attempts
 from nimbos.responses.ending import Ending
 from nimbos.responses.journal import Journal, Live
 from nimbos.responses.store import Answered, Kept, Store, cancelled
@@ -89,8 +91,16 @@ class Background:
         if self._crew is not None:
             self._crew.wake()
 
-    def ending(self, live: Live, kept: Kept) -> Ending:
-        return Ending(self._store, self._work, self.journal, live, kept)
+    def ending(self, live: Live, kept: Kept, attempt: Attempt) -> Ending:
+        return Ending(self._store, self._work, self.journal, live, kept, attempt=attempt)
+
+    async def settled(self, attempts: Attempts) -> Attempts:
+        """What earlier attempts at a response have paid for."""
+        return await self._database.run(attempts.settled) if attempts.open else attempts
+
+    def keep(self, claim: Claim, payload: Callable[[], bytes]) -> Transaction[None]:
+        """What the next attempt finds. Raises: ClaimLost."""
+        yield from self._work.keep(claim, payload)
 
     async def drop(self, claim: Claim) -> None:
         """Ends work whose response is gone. Raises: ClaimLost."""

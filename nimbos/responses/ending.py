@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nimbos.db import Transaction
+from nimbos.ledger import Attempt
 from nimbos.responses import nodes
 from nimbos.responses.journal import Journal, Live
 from nimbos.responses.nodes import Placed
 from nimbos.responses.segments import Swept
 from nimbos.responses.store import SAID, Kept, Piece, Status, Store, finished, say
+from nimbos.types import Ask, Usage
 from nimbos.work import ClaimLost, Work
 
 
@@ -30,12 +32,15 @@ class _Final:
 class Ending:
     """`prepare` before the ask is settled, then `finish`, in every case."""
 
-    def __init__(self, store: Store, work: Work, journal: Journal, live: Live, kept: Kept) -> None:
+    def __init__(
+        self, store: Store, work: Work, journal: Journal, live: Live, kept: Kept, *, attempt: Attempt
+    ) -> None:
         self._store = store
         self._work = work
         self._journal = journal
         self._live = live
         self._kept = kept
+        self._attempt = attempt
         self._final: _Final | None = None
         self.written = False
 
@@ -66,8 +71,17 @@ class Ending:
     def answered(self, reply: object) -> None:
         """For batches; here it is `prepare` that knows the answer."""
 
-    def reserved(self, ask: object, *, prompt_tokens: int) -> Transaction[None]:
-        yield from ()
+    def of(self, number: int) -> Ending:
+        """For batches; one ask is behind a response."""
+        return self
+
+    @property
+    def paid(self) -> Usage:
+        return self._attempt.paid()
+
+    def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]:
+        """Raises: ClaimLost; then the ask is not begun."""
+        yield from self._attempt.begin(ask.id)
 
     def extended(self, ask_id: str, progress: object, extended: object) -> Transaction[None]:
         yield from ()

@@ -16,6 +16,7 @@ Knows nothing of what the work is. Read `crew.py` for the tasks that claim and d
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +26,7 @@ from sqlalchemy import (
     BigInteger,
     Executable,
     Integer,
+    LargeBinary,
     Text,
     bindparam,
     case,
@@ -121,6 +123,11 @@ class Work:
         rows = yield _CHECK(kind=claim.kind, ref=claim.ref, epoch=claim.epoch, owner=claim.owner)
         if not rows:
             raise ClaimLost(claim)
+
+    def keep(self, claim: Claim, payload: Callable[[], bytes]) -> Transaction[None]:
+        """What the next holder finds. `payload` is called when the claim is locked. Raises: ClaimLost."""
+        yield from self.check(claim)
+        yield _KEEP(kind=claim.kind, ref=claim.ref, payload=payload())
 
     def finish(self, claim: Claim) -> Transaction[None]:
         """Raises: ClaimLost, and then nothing of this transaction is written."""
@@ -279,6 +286,7 @@ _HOLDING = (
     work.c.owner == bindparam("owner", type_=Text),
 )
 _CHECK = Statement(select(work.c.ref).where(*_HOLDING).with_for_update())
+_KEEP = Statement(update(work).where(*_THIS).values(payload=bindparam("payload", type_=LargeBinary)))
 _FINISH = Statement(delete(work).where(*_HOLDING).returning(work.c.ref))
 _DROP = Statement(delete(work).where(*_THIS).returning(work.c.ref))
 _DROP_ALL = Statement(delete(work).where(work.c.kind == bindparam("kind", type_=Text)))

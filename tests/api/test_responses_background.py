@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 import openai
 import pytest
 
+from nimbos.config import Settings
+from nimbos.db import Database
 from tests.api.responses_events import ENDS, events_of, whole
 from tests.api.test_up import up
+from tests.ledger.books import METERS
 from tests.live import PATIENCE_S, Live, error_of, serving, write_script
 
-SLOW = {"default": {"text": " ".join(f"word{number}" for number in range(40)), "tokens_per_second": 20}}
+WORDS = 40
+SLOW = {"default": {"text": " ".join(f"word{number}" for number in range(WORDS)), "tokens_per_second": 20}}
 
 
 def begin(live: Live, text: str = "count", **fields: Any) -> Any:
@@ -166,6 +171,10 @@ def test_one_that_a_server_did_not_finish_is_finished_by_the_next(tmp_path: Path
         assert final.output_text == SLOW["default"]["text"]
         said = "".join(event.delta for event in (*seen, *rest) if event.type == "response.output_text.delta")
         assert said == final.output_text
+        asked = [ask.id for ask in live.sources["demo"].asks]
+        settings = live.settings
+    assert final.usage.output_tokens == WORDS
+    check_paid(settings, final.usage, asked)
 
 
 @pytest.mark.long  # the dead server's lease has to run out
@@ -182,4 +191,29 @@ def test_one_whose_server_was_killed_is_finished_by_the_next(tmp_path: Path) -> 
         client = openai.OpenAI(base_url=f"{second.url}/v1", api_key="nb-test", max_retries=0)
         events = list(client.responses.retrieve(response.id, stream=True))
         assert [event.type for event in events if event.type in ENDS] == ["response.completed"]
-        assert client.responses.retrieve(response.id).output_text == SLOW["default"]["text"]
+        final = client.responses.retrieve(response.id)
+        assert final.output_text == SLOW["default"]["text"]
+    check_paid(Settings(home=str(tmp_path / "home")), final.usage, [])
+
+
+def check_paid(settings: Settings, told: Any, last: list[str]) -> None:
+    """The answer was begun twice, and was paid for once: what is told is what both asks have paid together."""
+    rows = asyncio.run(meters_of(settings))
+    used: dict[str, dict[str, int]] = {}
+    for row in rows:
+        used.setdefault(row["ask"], {})[row["meter"]] = row["quantity"]
+    assert len(used) == 2
+    both = {meter: sum(meters.get(meter, 0) for meters in used.values()) for meter in ("input", "output", "recomputed")}
+    assert (both["input"], both["output"]) == (told.input_tokens, told.output_tokens)
+    first = min(used)
+    assert used[first]["output"] > 0
+    assert both["recomputed"] >= used[first]["output"]
+    assert not last or set(last) == used.keys() - {first}
+
+
+async def meters_of(settings: Settings) -> list[Any]:
+    database = await Database.open(settings)
+    try:
+        return list(await database.read(METERS()))
+    finally:
+        await database.close()

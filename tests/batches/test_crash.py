@@ -114,8 +114,8 @@ def until_over(client: openai.OpenAI, batch_id: str) -> openai.types.Batch:
 
 
 async def check_ledger(settings: Settings, batch_id: str, rows: list[dict[str, Any]]) -> None:
-    """Each answer that was kept is one settled ask, with just the tokens that the answer tells; every other ask of the
-    batch was interrupted by a death, and has no answer anywhere."""
+    """Each answer that was kept is one settled ask; every other ask of the batch was interrupted by a death, and has no
+    answer anywhere. All of them together were paid what the answers tell: nothing was paid for twice."""
     database = await Database.open(settings)
     try:
         found = await database.read(_ASKS(batch=batch_id))
@@ -129,13 +129,10 @@ async def check_ledger(settings: Settings, batch_id: str, rows: list[dict[str, A
         used.setdefault(row["id"], {})[row["meter"]] = row["quantity"]
     kept = {row["response"]["request_id"]: row["response"]["body"]["usage"] for row in rows}
     assert len(kept) == LINES
-    for ask_id, usage in kept.items():
-        assert outcomes[ask_id] == "done"
-        told = usage["prompt_tokens"], usage["completion_tokens"]
-        meter = used[ask_id]
-        assert (
-            meter.get("input", 0) + meter.get("cached", 0),
-            meter.get("output", 0) + meter.get("thinking", 0),
-        ) == told
+    told = [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in kept.values()]
+    assert len(set(told)) == 1
+    assert {outcomes[ask_id] for ask_id in kept} == {"done"}
+    meter_sum = {name: sum(meter.get(name, 0) for meter in used.values()) for name in ("input", "output")}
+    assert (meter_sum["input"], meter_sum["output"]) == (sum(p for p, _ in told), sum(c for _, c in told))
     interrupted = outcomes.keys() - kept.keys()
     assert {outcomes[ask_id] for ask_id in interrupted} <= {"recovered"}

@@ -258,6 +258,28 @@ async def test_changing_a_limit_keeps_what_is_used_and_reaches_running_answers(b
     assert (await books.reserve(prompt=1)).allowance_tokens == 25
 
 
+@pytest.mark.parametrize("before", [None, "unlimited"])
+async def test_a_budget_made_for_an_answer_that_runs_holds_it_as_if_it_had_been_there(
+    books: Books, before: str | None
+) -> None:
+    if before:
+        await books.budget("key", ACCOUNT.key, limit=None)
+    reserved = await books.reserve(prompt=10)
+    assert reserved.allowance_tokens is None
+    unheld = await books.extend(reserved.ask_id, Usage(input=10, output=64), allowance=64)
+    assert (unheld.allowance_tokens, unheld.last) == (None, False)
+    key = await books.budget("key", ACCOUNT.key, limit=100)
+    assert (await books.extend(reserved.ask_id, Usage(input=10, output=70), allowance=70)).allowance_tokens == 90
+    assert ((await books.look(key)).used, (await books.look(key)).reserved) == (80, 20)
+    project = await books.budget("project", ACCOUNT.id, limit=1000)
+    assert (await books.extend(reserved.ask_id, Usage(input=10, output=90), allowance=90)).last
+    for budget in (key, project):
+        assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (100, 0)
+    await books.settle(reserved.ask_id, Usage(input=10, output=91))
+    for budget in (key, project):
+        assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (101, 0)
+
+
 async def test_a_removed_budget_holds_nobody(books: Books) -> None:
     budget = await books.budget("key", ACCOUNT.key, limit=80)
     reserved = await books.reserve(prompt=10)

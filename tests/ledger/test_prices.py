@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nimbos.db import Database
-from nimbos.errors import InvalidRequest
-from nimbos.ledger import Price, PriceTable, current_table, set_prices
+from nimbos.db import Database, Transaction
+from nimbos.errors import Conflict, InvalidRequest
+from nimbos.ledger import Price, PriceTable, Settlement, current_table, prices, set_prices
 from nimbos.ledger.prices import Rates, quantities, tokens_of
 from nimbos.types import AskClass, Usage
-from tests.ledger.books import ASKS, METERS, Books, of_class
+from tests.ledger.books import ACCOUNT, ASKS, CARD, METERS, Books, an_ask, of_class
+from tests.ledger.shop import script, shop
 
 PRICE = st.integers(0, 10**9)
 TOKENS = st.integers(0, 10**7)
@@ -161,6 +163,47 @@ async def test_a_change_of_price_never_touches_the_past_nor_what_runs(books: Boo
     }
     exact = sum(row["quantity"] * row["micros_per_million"] for row in per_ask)
     assert settled.cost_micros == (exact + 500_000) // 10**6
+
+
+async def test_prices_that_were_never_committed_are_not_remembered(database: Database, tmp_path: Path) -> None:
+    """The number of their version comes again, with other prices."""
+    async with shop(database, tmp_path, says=script(10)) as opened:
+        books = opened.books
+        await books.budget("key", ACCOUNT.key, limit=10**6)
+
+        def lost() -> Transaction[None]:
+            assert (yield from set_prices([Price(meter="output", micros_per_million=9_000_000)])) == 1
+            ask = an_ask()
+            yield from books.ledger.reserve(ACCOUNT, ask, prompt_tokens=1, card=CARD)
+            settlement = Settlement(ask_id=ask.id, usage=Usage(output=1), outcome="done")
+            assert (yield from books.ledger.settle(settlement)).cost_micros == 9
+            raise Conflict("the commit is lost")
+
+        with pytest.raises(Conflict, match="lost"):
+            await database.run(lost)
+        assert await books.run(lambda: set_prices([Price(meter="output", micros_per_million=2_000_000)])) == 1
+        told = await opened.ask()
+        assert (await opened.rows())[told.ask.id]["cost_micros"] == 20
+
+
+async def test_a_table_of_prices_is_read_once(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    load = prices.load_table
+
+    def noted(version: int) -> Transaction[PriceTable]:
+        read.append(version)
+        return load(version)
+
+    async with shop(database, tmp_path, says=script(10)) as opened:
+        await opened.books.run(lambda: set_prices([Price(meter="output", micros_per_million=2_000_000)]))
+        monkeypatch.setattr(prices, "load_table", noted)
+        for _ in range(3):
+            await opened.ask()
+        await opened.books.budget("key", ACCOUNT.key, limit=10**6)
+        await opened.ask()
+        assert read == [1]
 
 
 async def test_a_batch_costs_what_its_own_rows_say(books: Books) -> None:

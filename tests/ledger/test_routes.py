@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from nimbos.db import Database
+from nimbos.db import Database, Statement
+from nimbos.db.tables.ledger import servers
 from nimbos.ledger import Price, Recovery, recovery, set_budget, set_limit, set_prices
 from nimbos.types import Usage
 from tests import tiny_gguf
@@ -139,3 +141,27 @@ async def test_asks_of_a_silent_server_give_back_what_they_hold(
     assert (await lost.settle(reserved.ask_id, Usage(input=10, output=20))).new
     assert ((await here.look(budget)).used, (await here.look(budget)).reserved) == (30, 0)
     assert [row["state"] for row in await here.rows(ASKS)] == ["settled"]
+
+
+async def test_a_server_that_is_long_gone_is_forgotten_when_nothing_of_it_is_left(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owing, idle, here = (Books(database, server_id=f"meter-{name}") for name in ("owing", "idle", "here"))
+    for books, home in ((owing, "one"), (idle, "two")):
+        await Recovery(database=database, ledger=books.ledger, run_dir=tmp_path / home).recover()
+    reserved = await owing.reserve(prompt=10)
+    await idle.ask_and_settle(Usage(input=10, output=5))
+    mine = Recovery(database=database, ledger=here.ledger, run_dir=tmp_path / "here")
+    await mine.recover()
+    assert await mine.forget_gone() == 0
+    later_ms = recovery._now_ms() + int(recovery.GONE_AFTER_S * 1000) + 1
+    monkeypatch.setattr(recovery, "_now_ms", lambda: later_ms)
+    assert await mine.release_silent() == 1
+    assert await mine.forget_gone() == 1
+    assert {row["id"] for row in await here.rows(_SERVERS)} == {"meter-owing", "meter-here"}
+    await owing.settle(reserved.ask_id, Usage(input=10, output=20))
+    assert await mine.forget_gone() == 1
+    assert {row["id"] for row in await here.rows(_SERVERS)} == {"meter-here"}
+
+
+_SERVERS = Statement(select(servers))

@@ -7,6 +7,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Transaction
+from nimbos.db.sqlite import SqliteStore
+from nimbos.db.sqlite_file import SqliteFile
 from nimbos.errors import BudgetExhausted, Conflict, Forbidden, Overloaded, StorageUnavailable
 from nimbos.ledger import Extended, Progress, Settled, Settlement, Span, set_limit, usage
 from nimbos.meterfile import Counts
-from nimbos.types import Account, Admission, Ask, FinishReason, Usage
+from nimbos.types import Account, Admission, Ask, Final, FinishReason, TokenChunk, Usage
 from tests import tiny_gguf
 from tests.databases import Postgres
 from tests.ledger.books import ACCOUNT
@@ -120,6 +123,49 @@ async def test_a_budget_that_ends_in_an_answer_ends_it_there(open_shop: Shop) ->
     assert (await open_shop.rows())[told.ask.id]["finish"] == "budget"
     with pytest.raises(BudgetExhausted):
         await open_shop.ask()
+
+
+@pytest.mark.parametrize("before", ["none", "unlimited", "higher"])
+async def test_a_budget_that_is_limited_while_an_answer_runs_ends_it_there(open_shop: Shop, before: str) -> None:
+    if before != "none":
+        await open_shop.books.budget("project", ACCOUNT.id, limit=None if before == "unlimited" else 10_000)
+    told, budget = Told(an_ask()), None
+    async with aclosing(open_shop.service.generate(ACCOUNT, told.ask)) as chunks:
+        async for chunk in chunks:
+            if isinstance(chunk, TokenChunk):
+                told.output += len(chunk.ids)
+            elif isinstance(chunk, Final):
+                told.finals.append(chunk)
+            if told.output == 10:
+                budget = await open_shop.books.budget("project", ACCOUNT.id, limit=100)
+            await extended(open_shop)
+    (final,) = told.finals
+    assert (final.reason, final.budget_ended, told.output) == (FinishReason.LENGTH, True, 99)
+    assert budget is not None
+    after = await open_shop.books.look(budget)
+    assert (after.used, after.reserved) == (100, 0)
+
+
+async def test_an_answer_that_no_budget_holds_goes_on_without_the_database(
+    open_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> Transaction[Extended]:
+        nonlocal looks
+        looks += 1
+        raise StorageUnavailable("the database", reason="it is away.")
+        yield
+
+    looks = 0
+    monkeypatch.setattr(open_shop.books.ledger, "extend", gone)
+    told = await open_shop.ask()
+    assert (told.output, told.finals[0].budget_ended) == (200, False)
+    assert looks >= 1
+
+
+async def extended(opened: Shop) -> None:
+    """The source is told what the running asks may still use."""
+    extending = [task for running in opened.desk._running.values() if (task := running._extending) is not None]
+    await asyncio.gather(*extending)
 
 
 async def test_fifty_asks_at_once_spend_a_budget_to_the_end_and_not_beyond(database: Database, tmp_path: Path) -> None:
@@ -236,6 +282,10 @@ class Diary:
             raise Conflict(f"{what} is refused")
         yield from ()
 
+    @property
+    def paid(self) -> Usage:
+        return Usage()
+
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]:
         yield from self._note("reserved")
 
@@ -307,8 +357,14 @@ async def until(done: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+async def impatient(folder: Path) -> Database:
+    """SQLite that waits for a lock for half a second."""
+    file = SqliteFile(folder / "nimbos.db", lock_patience_s=0.5)
+    return Database(await SqliteStore.open(file), dialect="sqlite")
+
+
 async def test_settlements_wait_for_a_database_that_is_locked(tmp_path: Path) -> None:
-    database = await Database.open(Settings(home=str(tmp_path)))
+    database = await impatient(tmp_path)
     async with shop(database, tmp_path) as opened:
         running = opened.service.generate(ACCOUNT, an_ask())
         for _ in range(5):
@@ -353,7 +409,7 @@ async def test_settlements_wait_for_a_postgresql_that_is_gone(postgres: Postgres
 
 
 async def test_what_still_waits_when_the_server_ends_is_recovered(tmp_path: Path) -> None:
-    database = await Database.open(Settings(home=str(tmp_path)))
+    database = await impatient(tmp_path)
     other = sqlite3.connect(tmp_path / "nimbos.db", isolation_level=None)
     async with shop(database, tmp_path) as opened:
         running = opened.service.generate(ACCOUNT, an_ask())
