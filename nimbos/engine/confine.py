@@ -9,6 +9,7 @@ Source: linux/landlock.h, `man 7 landlock`; the system call numbers are the same
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -43,13 +44,14 @@ def die_with_parent() -> None:
 
 
 def confine(readable: list[Path]) -> str:
-    """Confines the calling thread and every thread it starts later.
+    """Confines the calling thread and every thread it starts later, so call it while there is no other.
 
     Returns: the tier reached: `landlock-N` (N is the kernel's ABI), or `none` with the reason.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux":
         return f"none (no Landlock on {sys.platform})"
+    others = _threads() - 1
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -69,7 +71,15 @@ def confine(readable: list[Path]) -> str:
             return f"none ({os.strerror(ctypes.get_errno())})"
     finally:
         os.close(ruleset)
+    if others:
+        return f"none (threads that were there before it: {others})"
     return f"landlock-{abi}"
+
+
+def _threads() -> int:
+    with contextlib.suppress(OSError):
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+    return 1
 
 
 def _allow(libc: ctypes.CDLL, ruleset: int, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import os
@@ -10,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,37 +59,74 @@ worker.main()
 """
 
 
-def test_the_process_is_confined_when_the_model_is_loaded(tmp_path: Path) -> None:
-    path = tiny_gguf.write("qwen2", tmp_path)
-    (tmp_path / "secret").write_text("another model's")
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`found`: by the spy. `confined`: of each thread, when the model had answered."""
+
+    found: dict[str, Any]
+    ready: protocol.Ready
+    confined: list[bool]
+
+
+def loaded(home: Path, before: str = "") -> Loaded:
+    """`before`: what the process does first of all."""
+    path = tiny_gguf.write("qwen2", home)
+    (home / "secret").write_text("another model's")
     ours, theirs = socket.socketpair()
     environment = dict(os.environ)
     quiet_environment(environment)
     with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listening:
         port = str(listening.getsockname()[1])
         with subprocess.Popen(
-            [sys.executable, "-c", LOADING, str(theirs.fileno()), port],
+            [sys.executable, "-c", before + LOADING, str(theirs.fileno()), port],
             pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, env=environment,
         ) as process:  # fmt: skip
             start = protocol.Start(
-                model_path=str(path), model_id="tiny", model_hash="", settings=settings_in(tmp_path), lease_path=""
-            )
+                model_path=str(path), model_id="tiny", model_hash="", settings=settings_in(home, threads=2),
+                lease_path="",
+            )  # fmt: skip
             ours.sendall(protocol.encode(start))
             assert process.stdout is not None
             found = json.loads(process.stdout.readline())
             length = protocol.LENGTH.unpack(ours.recv(protocol.LENGTH.size, socket.MSG_WAITALL))[0]
             ready = protocol.decode_from_engine(ours.recv(length, socket.MSG_WAITALL))
+            threads = Path(f"/proc/{process.pid}/task").iterdir()
+            confined = ["NoNewPrivs:\t1" in (thread / "status").read_text() for thread in threads]
             ours.shutdown(socket.SHUT_RDWR)
     assert isinstance(ready, protocol.Ready)
-    if ready.tier.startswith("none"):
-        pytest.skip(f"no confinement here: {ready.tier}")
+    return Loaded(found, ready, confined)
+
+
+def test_the_process_is_confined_when_the_model_is_loaded(tmp_path: Path) -> None:
+    process = loaded(tmp_path)
+    found, tier = process.found, process.ready.tier
+    if tier.startswith("none"):
+        pytest.skip(f"no confinement here: {tier}")
     assert found["model"]
     assert not found["secret"]
     assert not found["write"]
     assert not (tmp_path / "written").exists()
     assert all(found["threads"]), "a thread stands outside of the confinement"
-    if int(ready.tier.removeprefix("landlock-")) >= 4:
+    assert len(process.confined) > len(found["threads"]), "none was started since"
+    assert all(process.confined), "a thread that was started since stands outside of the confinement"
+    if int(tier.removeprefix("landlock-")) >= 4:
         assert not found["connect"]
+
+
+def test_a_kernel_without_landlock_is_said_and_the_model_answers_all_the_same(tmp_path: Path) -> None:
+    """The number of a system call that no kernel has: the answer is the one of a kernel without Landlock."""
+    process = loaded(tmp_path, "from nimbos.engine import confine\nconfine._CREATE_RULESET = 1_000_000\n")
+    assert process.ready.tier == f"none ({os.strerror(errno.ENOSYS)})"
+    assert process.found["model"]
+    assert process.found["secret"], "then the process boundary is all there is"
+    assert all(process.confined), "it can still gain no privileges"
+
+
+def test_a_thread_that_was_there_before_is_no_confinement(tmp_path: Path) -> None:
+    early = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    process = loaded(tmp_path, early)
+    assert process.ready.tier.startswith("none (")
+    assert not all(process.confined)
 
 
 def test_of_a_split_model_all_parts_may_be_read_and_nothing_else(tmp_path: Path) -> None:
@@ -133,12 +173,12 @@ async def test_one_that_gets_on_is_waited_for() -> None:
     busy = await asyncio.create_subprocess_exec(sys.executable, "-c", "while True: pass")
     try:
         waiting = asyncio.ensure_future(
-            handshake.first_word(word, busy.pid, stuck_s=0.4, load_s_max=60, look_every_s=0.1)
+            handshake.first_word(word, busy.pid, stuck_s=1.5, load_s_max=60, look_every_s=0.1)
         )
         before = handshake._work_of(busy.pid)
         while handshake._work_of(busy.pid) == before:
             await asyncio.sleep(0)
-        await asyncio.wait({waiting}, timeout=1.2)
+        await asyncio.wait({waiting}, timeout=2)
         assert not waiting.done()
         word.set_result(7)
         assert await waiting == 7
