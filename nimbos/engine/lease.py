@@ -2,8 +2,12 @@
 
 Two thread pools that spin on the same cores collapse each other (seen: 10.1 → 0.12 tokens/s), so whoever computes a
 step holds the lease. It is a file lock, so the kernel gives it back when its holder dies, however it dies. Beside the
-lock the file has a slot for each engine, in which it says that it waits, how urgent its step is, and how much time it
-has had; the one with the least weighted time is next. One engine alone pays two system calls a step.
+lock the file has a slot for each engine, in which it says that it waits and how much time it has had, weighted by the
+class of what it computed; the one with the least is next. Between two steps an engine is away for a moment and keeps
+its place, or two engines would alternate whatever their weights are. Behind the slots stands the clock of all: with how
+much the last holder began. Who was idle begins there, so that idle time is neither credit nor debt. One engine alone
+pays two system calls a step.
+Source: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996).
 """
 
 from __future__ import annotations
@@ -17,15 +21,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from nimbos.types import AskClass
 
 WEIGHT = {AskClass.INTERACTIVE: 16.0, AskClass.AGENT: 4.0, AskClass.BATCH: 1.0}
-_SLOT = struct.Struct("<IId")  # process id, waiting (0 or 1), virtual milliseconds
+_SLOT = struct.Struct("<IIdd")  # process id, waiting (0 or 1), virtual milliseconds, when its last step ended (seconds)
 _SLOTS = 64
+_CLOCK = struct.Struct("<d")  # virtual milliseconds
+_CLOCK_AT = _SLOT.size * _SLOTS
+_FILE_BYTES = _CLOCK_AT + _CLOCK.size
 _YIELD_S = 0.0001
+_AWAY_S = 0.01  # between two steps: sampling, sending, planning
 _PASSED_OVER_MAX = 10  # after so many times of patience with the lease free, others lose their turn
 _PATIENCE_S = 0.02  # a waiting slot whose process does not take its turn for so long may be dead: look
+
+
+class _Row(NamedTuple):
+    slot: int
+    pid: int
+    waiting: int
+    virtual: float
+    left_s: float
 
 
 class Lease:
@@ -36,9 +53,9 @@ class Lease:
         self._virtual = 0.0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with self._locked():
-            if os.fstat(self._fd).st_size < _SLOT.size * _SLOTS:
-                os.ftruncate(self._fd, _SLOT.size * _SLOTS)
-            self._table = mmap.mmap(self._fd, _SLOT.size * _SLOTS)
+            if os.fstat(self._fd).st_size < _FILE_BYTES:
+                os.ftruncate(self._fd, _FILE_BYTES)
+            self._table = mmap.mmap(self._fd, _FILE_BYTES)
             self._slot = self._claim()
 
     def close(self) -> None:
@@ -50,67 +67,81 @@ class Lease:
     @contextlib.contextmanager
     def hold(self, ask_class: AskClass) -> Iterator[None]:
         """Waits for the turn, holds the cores, and pays for the time with the weight of `ask_class`."""
-        self._acquire()
+        self._announce()
+        self._wait()
         start = time.monotonic()
         try:
             yield
         finally:
-            spent_ms = (time.monotonic() - start) * 1e3 / WEIGHT[ask_class]
-            self._virtual += spent_ms
-            self._write(self._slot, os.getpid(), False, self._virtual)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self._leave((time.monotonic() - start) * 1e3, ask_class)
 
-    def _acquire(self) -> None:
-        others = self._others()
-        busiest = [virtual for _, _, waiting, virtual in others if waiting]
-        if busiest:  # idle time is no credit: who comes back starts where the least of those at work are
-            self._virtual = max(self._virtual, min(busiest))
+    def _announce(self) -> None:
+        self._virtual = max(self._virtual, self._clock())
         self._write(self._slot, os.getpid(), True, self._virtual)
+
+    def _wait(self) -> None:
         patience, passed_over = time.monotonic() + _PATIENCE_S, 0
-        while True:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            if not self._somebody_before():
-                self._write(self._slot, os.getpid(), False, self._virtual)
-                return
+        while not self._enter():
             if time.monotonic() > patience:
                 passed_over += 1
-                self._bury_dead(also_slow=passed_over >= _PASSED_OVER_MAX)
+                with self._locked():
+                    self._bury_dead(also_slow=passed_over >= _PASSED_OVER_MAX)
                 patience = time.monotonic() + _PATIENCE_S
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
             time.sleep(_YIELD_S)
 
+    def _enter(self) -> bool:
+        """Waits for the lock, and keeps it if this engine is next. Returns: False when another one is."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        if self._somebody_before():
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            return False
+        self._write(self._slot, os.getpid(), False, self._virtual)
+        _CLOCK.pack_into(self._table, _CLOCK_AT, max(self._virtual, self._clock()))
+        return True
+
+    def _leave(self, spent_ms: float, ask_class: AskClass) -> None:
+        self._virtual += spent_ms / WEIGHT[ask_class]
+        self._write(self._slot, os.getpid(), False, self._virtual, left_s=time.monotonic())
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def _somebody_before(self) -> bool:
+        now, mine = time.monotonic(), (self._virtual, self._slot)
         return any(
-            waiting and (virtual, slot) < (self._virtual, self._slot) for slot, _, waiting, virtual in self._others()
+            (row.waiting or now - _AWAY_S < row.left_s <= now) and (row.virtual, row.slot) < mine
+            for row in self._rows()
+            if row.slot != self._slot
         )
 
     def _bury_dead(self, *, also_slow: bool) -> None:
-        """The lease is free and those before us do not take it. The dead lose their slot; one that is stopped, or whose
+        """Those before us do not take their turn. The dead lose their slot; one that is stopped, or whose
         number another process has now, loses its turn."""
-        for slot, pid, waiting, virtual in self._others():
-            if waiting and not _alive(pid):
-                self._write(slot, 0, False, 0.0)
-            elif waiting and also_slow and (virtual, slot) < (self._virtual, self._slot):
-                self._write(slot, pid, False, virtual)
+        for row in self._rows():
+            if row.slot == self._slot or not row.waiting:
+                continue
+            if not _alive(row.pid):
+                self._write(row.slot, 0, False, 0.0)
+            elif also_slow and (row.virtual, row.slot) < (self._virtual, self._slot):
+                self._write(row.slot, row.pid, False, row.virtual)
 
     def _claim(self) -> int:
-        taken = {slot: pid for slot, pid, _, _ in self._rows() if pid}
+        taken = {row.slot: row.pid for row in self._rows()}
         for slot in range(_SLOTS):
             if slot not in taken or not _alive(taken[slot]):
-                self._virtual = max((v for _, pid, _, v in self._rows() if pid and _alive(pid)), default=0.0)
+                self._virtual = self._clock()
                 self._write(slot, os.getpid(), False, self._virtual)
                 return slot
         raise RuntimeError(f"more than {_SLOTS} engines share one home folder")
 
-    def _others(self) -> list[tuple[int, int, bool, float]]:
-        return [row for row in self._rows() if row[1] and row[0] != self._slot]
+    def _clock(self) -> float:
+        return float(_CLOCK.unpack_from(self._table, _CLOCK_AT)[0])
 
-    def _rows(self) -> list[tuple[int, int, bool, float]]:
-        rows = _SLOT.iter_unpack(self._table[:])
-        return [(slot, pid, bool(waiting), virtual) for slot, (pid, waiting, virtual) in enumerate(rows)]
+    def _rows(self) -> list[_Row]:
+        """Of the slots in use."""
+        rows = enumerate(_SLOT.iter_unpack(self._table[:_CLOCK_AT]))
+        return [_Row(slot, *row) for slot, row in rows if row[0]]
 
-    def _write(self, slot: int, pid: int, waiting: bool, virtual: float) -> None:
-        _SLOT.pack_into(self._table, slot * _SLOT.size, pid, waiting, virtual)
+    def _write(self, slot: int, pid: int, waiting: bool, virtual: float, *, left_s: float = 0.0) -> None:
+        _SLOT.pack_into(self._table, slot * _SLOT.size, pid, waiting, virtual, left_s)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -74,7 +74,7 @@ def test_a_dead_engine_that_was_waiting_is_not_waited_for(tmp_path: Path) -> Non
         assert gone.pid is not None
         lease._write(7, gone.pid, True, -1.0)  # it would be first for ever
         with lease.hold(AskClass.INTERACTIVE):
-            assert not [row for row in lease._others() if row[0] == 7 and row[2]]
+            assert not [row for row in lease._rows() if row.slot == 7]
 
 
 def test_time_costs_batch_more_than_interactive(tmp_path: Path) -> None:
@@ -89,4 +89,4 @@ def test_time_costs_batch_more_than_interactive(tmp_path: Path) -> None:
 def test_engines_of_one_home_share_the_table(tmp_path: Path) -> None:
     with Lease(tmp_path / "lease") as one, Lease(tmp_path / "lease") as other:
         assert one._slot != other._slot
-        assert len(one._others()) == 1
+        assert len(one._rows()) == 2
