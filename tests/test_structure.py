@@ -88,7 +88,7 @@ DOORS = {
         "rehearsal_source",
     },
     "api": {"build", "build_ollama"},
-    "blobs": {"Blobs", "Stored", "hash_of", "open_blobs"},
+    "blobs": {"Aged", "Blobs", "Stored", "hash_of", "open_blobs"},
     "chat": {
         "DIAL_FIELDS",
         "LEVEL_TOKENS",
@@ -152,6 +152,8 @@ DOORS = {
     "ledger": {
         "Alert",
         "Allowance",
+        "Attempt",
+        "Attempts",
         "Budget",
         "Desk",
         "Extended",
@@ -193,6 +195,7 @@ DOORS = {
         "spent",
         "usage",
         "usage_buckets",
+        "with_what_is_paid",
     },
     "responses": {
         "Answered",
