@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
-from nimbos.blobs import Blobs
+from nimbos.blobs import Aged, Blobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,10 @@ class Contents:
                 dropping -= len(piece) - len(kept)
                 if kept:
                     yield kept
+
+    def aged(self, *, before_ms: int, head_bytes: int) -> AsyncIterator[Aged]:
+        """Of whatever is in the same place. `Aged.head` begins with the file's id, if it is one's."""
+        return self._blobs.aged(before_ms=before_ms, head_bytes=head_bytes)
 
     async def remove(self, blob: str) -> None:
         await self._blobs.remove(blob)

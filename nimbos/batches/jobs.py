@@ -23,6 +23,7 @@ from nimbos.batches.endpoint import Endpoint
 from nimbos.batches.fairness import Caps, shares_of
 from nimbos.batches.files import Files
 from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
+from nimbos.batches.orphans import Orphans
 from nimbos.batches.running import Resolve, Running
 from nimbos.batches.validating import Validating
 from nimbos.batches.words import OVER, State, batch_of
@@ -33,6 +34,7 @@ from nimbos.errors import StorageUnavailable
 from nimbos.work import Claim, Crew, Work
 
 SWEEP_S = 5.0
+ORPHANS_FIRST_S, ORPHANS_S = 60.0, 24 * 3600.0
 _JOBS_AT_ONCE = 2
 _OPEN_MAX = 100  # batches whose lines are answered at the same time; further ones wait for these
 
@@ -58,6 +60,7 @@ class Batches:
         self.settings = settings
         contents = Contents(blobs)
         self.files = Files(database, contents, settings)
+        self._orphans = Orphans(database, contents)
         self.desk = Desk(database, self.files, self._work)
         self._caps = Caps()
         self._validating = Validating(database, contents, self._work, settings)
@@ -89,7 +92,7 @@ class Batches:
             run=self._running.run,
             owner=self._lines_owner,
         )
-        self._sweeping: asyncio.Task[None] | None = None
+        self._sweeping: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -104,7 +107,7 @@ class Batches:
         await self._database.run(self._work.adopt)
         self._jobs.start()
         self._lines.start()
-        self._sweeping = asyncio.create_task(self._sweep())
+        self._sweeping = (asyncio.create_task(self._sweep()), asyncio.create_task(self._sweep_orphans()))
 
     def wake(self) -> None:
         """A batch was submitted or cancelled, or has no line left."""
@@ -113,9 +116,9 @@ class Batches:
 
     async def close(self) -> None:
         """Lines that are not answered yet are handed back: another server, or the next start, goes on."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            await asyncio.gather(self._sweeping, return_exceptions=True)
+        for task in self._sweeping:
+            task.cancel()
+        await asyncio.gather(*self._sweeping, return_exceptions=True)
         await asyncio.gather(self._lines.close(), self._jobs.close())
 
     async def expire(self) -> None:
@@ -187,3 +190,14 @@ class Batches:
             except StorageUnavailable as error:
                 _log.warning("batches.not_swept", reason=error.reason)
             await asyncio.sleep(SWEEP_S)
+
+    async def _sweep_orphans(self) -> None:
+        """Soon after the start, and once a day: it looks at every content there is."""
+        await asyncio.sleep(ORPHANS_FIRST_S)
+        while True:
+            try:
+                if removed := await self._orphans.sweep():
+                    _log.warning("batches.orphans_removed", contents=removed)
+            except StorageUnavailable as error:
+                _log.warning("batches.orphans_not_swept", reason=error.reason)
+            await asyncio.sleep(ORPHANS_S)

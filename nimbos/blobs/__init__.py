@@ -6,6 +6,6 @@ that store one keep its hash in their rows.
 """
 
 from nimbos.blobs.blobs import open_blobs
-from nimbos.blobs.content import Blobs, Stored, hash_of
+from nimbos.blobs.content import Aged, Blobs, Stored, hash_of
 
-__all__ = ["Blobs", "Stored", "hash_of", "open_blobs"]
+__all__ = ["Aged", "Blobs", "Stored", "hash_of", "open_blobs"]

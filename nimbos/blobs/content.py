@@ -22,6 +22,15 @@ class Stored:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Aged:
+    """`head`: its first bytes. `stored_ms`: when it came, first; a content that is put again is not younger."""
+
+    hash: str
+    head: bytes
+    stored_ms: int
+
+
 class Blobs(Protocol):
     """All methods may raise StorageUnavailable, also for a content whose bytes no longer have its hash."""
 
@@ -48,6 +57,10 @@ class Blobs(Protocol):
         ...
 
     async def has(self, hash: str) -> bool: ...
+
+    def aged(self, *, before_ms: int, head_bytes: int) -> AsyncIterator[Aged]:
+        """All contents that came before then."""
+        ...
 
     async def remove(self, hash: str) -> None:
         """For whoever knows that nothing refers to it any more. What is not there is no error."""

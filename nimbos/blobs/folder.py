@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from nimbos.blobs.content import (
     READ_BYTES,
+    Aged,
     Stored,
     check_content,
     check_name,
@@ -27,6 +28,7 @@ from nimbos.blobs.content import (
 from nimbos.errors import StorageUnavailable
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_BYTE_CHARACTERS = 2  # of a hash
 _LEFT_BEHIND_S = 24 * 3600  # an incoming file that old is of a program that died
 
 
@@ -74,6 +76,11 @@ class FolderBlobs:
 
     async def has(self, hash: str) -> bool:
         return await asyncio.to_thread(self._path(hash).is_file)
+
+    async def aged(self, *, before_ms: int, head_bytes: int) -> AsyncIterator[Aged]:
+        for folder in await asyncio.to_thread(_below, self._folder):
+            for found in await asyncio.to_thread(_aged, folder, before_ms, head_bytes):
+                yield found
 
     async def remove(self, hash: str) -> None:
         await asyncio.to_thread(self._remove, hash)
@@ -178,6 +185,32 @@ def _read(file: BinaryIO, size: int) -> bytes:
         return file.read(size)
     except OSError as error:
         raise _meaning(error, Path(file.name)) from error
+
+
+def _below(folder: Path) -> list[Path]:
+    """The folders that hold contents, one for each first byte of a hash."""
+    try:
+        return sorted(path for path in folder.iterdir() if len(path.name) == _BYTE_CHARACTERS)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _meaning(error, folder) from error
+
+
+def _aged(folder: Path, before_ms: int, head_bytes: int) -> list[Aged]:
+    """In one such folder. What goes while it is looked at is left out."""
+    found: list[Aged] = []
+    for path in sorted(folder.glob(f"??/{folder.name}*")):
+        try:
+            stored_ms = path.stat().st_mtime_ns // 1_000_000
+            if stored_ms < before_ms:
+                with path.open("rb") as file:
+                    found.append(Aged(path.name, file.read(head_bytes), stored_ms))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _meaning(error, path) from error
+    return found
 
 
 def _remove_left_behind(folder: Path) -> None:

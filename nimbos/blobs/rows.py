@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from sqlalchemy import bindparam, delete, func, select
+from sqlalchemy import Integer, and_, bindparam, delete, func, select
 
 from nimbos.blobs.content import (
     PIECE_BYTES,
     READ_BYTES,
+    Aged,
     Stored,
     check_content,
     check_name,
@@ -26,6 +27,8 @@ from nimbos.types import new_id
 
 _LEFT_BEHIND_MS = 24 * 3600 * 1000  # an upload that old is of a program that died
 
+_AGED_AT_ONCE = 100
+
 _ADD_UPLOAD = insert(blob_uploads)
 _ADD_PIECE = insert(blob_pieces)
 _ADD_BLOB = insert_ignored(blobs, key=("hash",))
@@ -38,6 +41,15 @@ _PART = Statement(
     select(func.substr(blob_pieces.c.content, bindparam("first"), bindparam("count")).label("part")).where(
         blob_pieces.c.upload == bindparam("of"), blob_pieces.c.number == bindparam("at")
     )
+)
+_AGED = Statement(
+    select(
+        blobs.c.hash, blobs.c.created_ms, func.substr(blob_pieces.c.content, 1, bindparam("head_bytes")).label("head")
+    )
+    .join(blob_pieces, and_(blob_pieces.c.upload == blobs.c.upload, blob_pieces.c.number == 0))
+    .where(blobs.c.created_ms < bindparam("before_ms"), blobs.c.hash > bindparam("after"))
+    .order_by(blobs.c.hash)
+    .limit(bindparam("most", type_=Integer))
 )
 
 
@@ -97,6 +109,15 @@ class DatabaseBlobs:
 
     async def has(self, hash: str) -> bool:
         return bool(await self._database.read(_FIND(name=check_name(hash))))
+
+    async def aged(self, *, before_ms: int, head_bytes: int) -> AsyncIterator[Aged]:
+        after = ""
+        while rows := await self._database.read(
+            _AGED(before_ms=before_ms, head_bytes=head_bytes, after=after, most=_AGED_AT_ONCE)
+        ):
+            for row in rows:
+                yield Aged(row["hash"], bytes(row["head"]), row["created_ms"])
+            after = rows[-1]["hash"]
 
     async def remove(self, hash: str) -> None:
         check_name(hash)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nimbos.db import schema
 from nimbos.db.sqlite_file import SqliteFile
-from nimbos.errors import Conflict, StorageUnavailable
+from nimbos.errors import Conflict, NotFound, StorageUnavailable
 
 _MIGRATION_PATIENCE_S = 60.0  # while another server migrates the same file
 
@@ -49,6 +49,10 @@ def _migrate(file: SqliteFile, connection: sqlite3.Connection) -> None:
 def _keep(file: SqliteFile, version: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     target = file.path.parent / "backups" / f"{file.path.stem}-{version}-{stamp}.db"
+    try:
+        target.parent.mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageUnavailable(str(target.parent), reason=f"{error.strerror}.") from error
     copy(file, target)
     return target
 
@@ -56,13 +60,12 @@ def _keep(file: SqliteFile, version: str) -> Path:
 def copy(file: SqliteFile, target: Path) -> None:
     """A whole copy of what is committed now, also while others write. It is one file, readable by its owner only.
 
-    Raises: StorageUnavailable, and Conflict where `target` exists; nothing is left then.
+    Raises: StorageUnavailable, NotFound where its folder does not exist, and Conflict where `target` does; nothing is
+    left then.
     """
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if target.exists():
-            raise _exists(target)
+        _check_place(target)
         try:
             _copy_into(file, partial)
             _name(partial, target)
@@ -90,6 +93,21 @@ def _name(partial: Path, target: Path) -> None:
         os.link(partial, target)
     except FileExistsError as error:
         raise _exists(target) from error
+
+
+def _check_place(target: Path) -> None:
+    """No folder is made on the way: one that is missing is a typing error, or a disk that is not mounted.
+
+    Raises: NotFound, Conflict, OSError.
+    """
+    if target.is_dir():
+        raise Conflict(f"{target} is a folder. Name a file in it that does not exist yet.")
+    if target.exists() or target.is_symlink():
+        raise _exists(target)
+    if not target.parent.exists():
+        raise NotFound(f"There is no folder {target.parent}. Make it first, or mount what belongs there.")
+    if not target.parent.is_dir():
+        raise NotFound(f"{target.parent} is not a folder. Choose another place.")
 
 
 def _exists(target: Path) -> Conflict:

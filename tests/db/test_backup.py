@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import stat
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -62,6 +64,7 @@ async def test_a_copy_is_a_database(settings: Settings, tmp_path: Path) -> None:
     database = await Database.open(settings)
     await database.run(lambda: count("a", 7))
     other = tmp_path / "other"
+    other.mkdir()
     await database.backup(other / "nimbos.db")
     await database.close()
     assert stat.S_IMODE((other / "nimbos.db").stat().st_mode) == 0o600
@@ -76,11 +79,43 @@ async def test_a_copy_goes_over_nothing_and_needs_a_place(settings: Settings, tm
     with pytest.raises(Conflict, match="exists"):
         await Database.copy(settings, there)
     assert there.read_text() == "mine"
-    with pytest.raises(StorageUnavailable):
+    link, folder = tmp_path / "link", tmp_path / "folder"
+    link.symlink_to(tmp_path / "what is not there")
+    folder.mkdir()
+    with pytest.raises(Conflict, match="exists"):
+        await Database.copy(settings, link)
+    with pytest.raises(Conflict, match="is a folder"):
+        await Database.copy(settings, folder)
+    with pytest.raises(Conflict, match="exists"):
+        await Database.copy(settings, Path(settings.home) / "nimbos.db")
+    with pytest.raises(NotFound, match=r"there is not a folder"):
         await Database.copy(settings, there / "below")
+    with pytest.raises(NotFound, match=r"no folder .*/not mounted/yet\. Make it first"):
+        await Database.copy(settings, tmp_path / "not mounted" / "yet" / "copy.db")
+    with pytest.raises(StorageUnavailable, match="too long"):
+        await Database.copy(settings, tmp_path / ("x" * 300))
     with pytest.raises(NotFound, match="no database yet"):
         await Database.copy(Settings(home=str(tmp_path / "nowhere")), tmp_path / "copy")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "home", "link", "there"]
+    assert list(folder.iterdir()) == []
+
+
+async def test_a_copy_that_does_not_fit_leaves_nothing(settings: Settings, small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free - 64 * 1024))
+    with pytest.raises(StorageUnavailable, match="full"):
+        await Database.copy(settings, small_disk / "copy.db")
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    ballast.unlink()
+    await Database.copy(settings, small_disk / "copy.db")
+    assert [path.name for path in small_disk.iterdir()] == ["copy.db"]
+
+
+async def test_a_copy_on_a_read_only_disk_is_told(settings: Settings, small_disk: Path) -> None:
+    await asyncio.to_thread(subprocess.run, ["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StorageUnavailable, match=r"[Rr]ead-only"):
+        await Database.copy(settings, small_disk / "copy.db")
 
 
 def test_the_command_copies_while_the_server_runs(tmp_path: Path) -> None:
@@ -92,6 +127,8 @@ def test_the_command_copies_while_the_server_runs(tmp_path: Path) -> None:
         assert str(target) in done.stdout
         assert live.chat().status_code == 200
         assert "exists already" in refusal(home, "backup", str(target))
+        assert "There is no folder" in refusal(home, "backup", str(tmp_path / "disk" / "saturday.db"))
+        assert not (tmp_path / "disk").exists()
     with closing(sqlite3.connect(target)) as copy:
         assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert copy.execute("SELECT count(*) FROM asks").fetchone() == (1,)

@@ -1,0 +1,94 @@
+"""Contents of files that have no row: of a server that died between the two, or whose removal was lost.
+
+A content that has no row may be about to get one, however unlikely that is after a day: the file's id, with which its
+content begins, is taken first, by a row that is nobody's file. Whoever comes with the row then is refused it, as ids
+are unique, and nobody names what is removed. Other contents are not looked at: segments of responses have rows before
+they have bytes and are swept by these (`nimbos/responses/segments.py`); those of processes and programs stay.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+from sqlalchemy import Text, bindparam, select
+
+from nimbos.batches.contents import Contents
+from nimbos.db import Database, Statement, Transaction, insert, upsert
+from nimbos.db.tables.batches import file_totals, files
+from nimbos.errors import Conflict
+
+LEAST_AGE_S = 24 * 3600.0
+NOBODY = ""
+_UPLOAD_MOST_MS = 7 * 24 * 3600 * 1000  # between a file's id and the last of its bytes
+_CLOCKS_MS = 3_600_000  # of another machine
+_TAKEN_MS = 30 * 24 * 3600 * 1000  # then the row that takes the id goes, as files do whose time is over
+_HEAD = re.compile(rb"(file_([0-9a-f]{12})[0-9a-f]{20})\n")
+HEAD_BYTES = 38
+
+_GET = Statement(select(files.c.project).where(files.c.id == bindparam("id", type_=Text)))
+_TAKE = insert(files)
+_COUNT = upsert(file_totals, key=("project",), add=("size_bytes", "files"))
+
+
+class Orphans:
+    def __init__(self, database: Database, contents: Contents) -> None:
+        self._database = database
+        self._contents = contents
+
+    async def sweep(self, *, least_age_s: float = LEAST_AGE_S) -> int:
+        """Removes those that have been there for so long; how many. Raises: StorageUnavailable."""
+        removed = 0
+        before_ms = _now_ms() - int(least_age_s * 1000)
+        async for found in self._contents.aged(before_ms=before_ms, head_bytes=HEAD_BYTES):
+            file_id = file_of(found.head, found.stored_ms)
+            if file_id is None or await self._named(file_id):
+                continue
+            if await self._taken(file_id, found.hash):
+                await self._contents.remove(found.hash)
+                removed += 1
+        return removed
+
+    async def _taken(self, file_id: str, blob: str) -> bool:
+        try:
+            return await self._database.run(lambda: _take(file_id, blob), durable=True)
+        except Conflict:  # whoever has stored it was faster
+            return False
+
+    async def _named(self, file_id: str) -> bool:
+        """Nearly all are, so the rest is looked at twice."""
+        rows = await self._database.read(_GET(id=file_id))
+        return bool(rows) and rows[0]["project"] != NOBODY
+
+
+def file_of(head: bytes, stored_ms: int) -> str | None:
+    """The file whose content begins so, if one can: ids begin with their time."""
+    match = _HEAD.fullmatch(head)
+    if match is None or not -_CLOCKS_MS <= stored_ms - int(match[2], 16) <= _UPLOAD_MOST_MS:
+        return None
+    return match[1].decode()
+
+
+def _take(file_id: str, blob: str) -> Transaction[bool]:
+    """Whether the id is nobody's file from now on."""
+    rows = yield _GET(id=file_id)
+    if rows:
+        return bool(rows[0]["project"] == NOBODY)
+    now_ms = _now_ms()
+    yield _TAKE(
+        id=file_id,
+        project=NOBODY,
+        key="",
+        purpose="",
+        filename="",
+        size_bytes=0,
+        blob=blob,
+        created_ms=now_ms,
+        expires_ms=now_ms + _TAKEN_MS,
+    )
+    yield _COUNT(project=NOBODY, size_bytes=0, files=1)
+    return True
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
