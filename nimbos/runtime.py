@@ -168,7 +168,7 @@ async def _kernel(
     settings: Settings, database: Database, blobs: Blobs, service: Service, *, server: str, dead: Iterable[str]
 ) -> Kernel:
     """Imported in a thread, beside the first model's start."""
-    await asyncio.to_thread(import_module, "nimbos.kernel")
+    await asyncio.to_thread(import_module, "nimbos.kernel.kernel")
     from nimbos.kernel import Kernel, release_dead
 
     await release_dead(database, dead)

@@ -1,4 +1,4 @@
-"""One running server: its socket, its signals, its traces on disk. `cli/up.py` builds it; tests run it in a thread.
+"""One running server: its socket and its signals. `cli/up.py` builds it; tests run it in a thread.
 
 SIGINT and SIGTERM let answers finish for a while; a second one does not wait.
 """
@@ -19,20 +19,12 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 
-from nimbos.api.access import is_loopback
 from nimbos.api.protocol import limited_protocol
-from nimbos.config import ServerSettings, Settings
+from nimbos.config import ServerSettings
 from nimbos.errors import ConfigError
+from nimbos.presence import is_loopback
 
 SHUTDOWN_GRACE_S = 10
-
-
-class RunningServer(msgspec.Struct, frozen=True, kw_only=True):
-    """`NIMBOS_HOME/run/server.json`. `certificate`: the file its clients may trust, "" without TLS."""
-
-    pid: int
-    url: str
-    certificate: str = ""
 
 
 class Server(uvicorn.Server):
@@ -133,50 +125,6 @@ def address_of(settings: ServerSettings, bound: socket.socket) -> str:
     if ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
     return f"{'https' if settings.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-@contextlib.contextmanager
-def traced(settings: Settings, url: str) -> Iterator[None]:
-    """While it runs, `run/server.json` says where it is; afterwards where the one is that it stood for, if that still
-    runs: a home may have several servers, and commands speak to the latest."""
-    settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    certificate = str(Path(settings.server.tls_cert).absolute()) if settings.server.tls_cert else ""
-    ours, earlier = RunningServer(pid=os.getpid(), url=url, certificate=certificate), find_running(settings)
-    _write_trace(settings, ours)
-    try:
-        yield
-    finally:
-        if find_running(settings) == ours:
-            if earlier is not None and earlier.pid != ours.pid and _lives(earlier.pid):
-                _write_trace(settings, earlier)
-            else:
-                (settings.run_dir / "server.json").unlink(missing_ok=True)
-
-
-def _write_trace(settings: Settings, running: RunningServer) -> None:
-    """Whole or not at all."""
-    file = settings.run_dir / "server.json"
-    draft = file.with_name(f".server.{os.getpid()}.json")
-    draft.write_bytes(msgspec.json.encode(running))
-    draft.replace(file)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def find_running(settings: Settings) -> RunningServer | None:
-    """The server that says it runs in this home; it may have died without taking the file along."""
-    try:
-        return msgspec.json.decode((settings.run_dir / "server.json").read_bytes(), type=RunningServer)
-    except (OSError, msgspec.MsgspecError):
-        return None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ LAYERS = (
     ("types", "integers", "toolwire"),
     ("config", "meterfile"),
     ("db",),
-    ("blobs", "keys"),
+    ("blobs", "keys", "presence"),
     ("accounts", "ledger", "work", "engine", "chat", "meters", "telemetry", "watching"),
     ("hub",),
     ("cloud", "sources"),

@@ -9,7 +9,6 @@ alone, and what they change must come from a page of this very origin.
 
 from __future__ import annotations
 
-import ipaddress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +21,7 @@ from nimbos.accounts.roles import check
 from nimbos.api import errors
 from nimbos.config import ServerSettings
 from nimbos.errors import Forbidden, InvalidRequest, NimbosError, Unauthorized
+from nimbos.presence import is_loopback
 from nimbos.types import Account
 
 LOGIN = "/v1/console/login"
@@ -180,15 +180,6 @@ def _place_of(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bare_host(host: str) -> str:

@@ -13,23 +13,16 @@ from typing import Any, Protocol
 
 import httpx2
 import msgspec
-import uvloop
 
-from nimbos.accounts import Accounts, Identity, Role
-from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL
-from nimbos.api import admin
 from nimbos.cli.conversation import ServerRefused
 from nimbos.cli.running import admin_client
 from nimbos.config import Settings
-from nimbos.db import Database
 from nimbos.errors import NotReady, Unauthorized
-from nimbos.server import find_running
-from nimbos.types import Account
+from nimbos.presence import find_running
 
 Query = Mapping[str, str | int | list[str]]
 
 _PAGE = 100
-_OWNER = Identity(account=Account(id=DEFAULT_PROJECT, name="default"), actor=LOCAL, role=Role.OWNER)
 
 
 class Admin(Protocol):
@@ -109,11 +102,20 @@ def connect(settings: Settings) -> Iterator[Admin]:
 @contextmanager
 def on_database(settings: Settings) -> Iterator[Admin]:
     """Raises: StorageUnavailable."""
+    import uvloop
+
+    from nimbos.accounts import Accounts, Identity, Role
+    from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL
+    from nimbos.api import admin
+    from nimbos.db import Database
+    from nimbos.types import Account
+
+    owner = Identity(account=Account(id=DEFAULT_PROJECT, name="default"), actor=LOCAL, role=Role.OWNER)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         database = runner.run(Database.open(settings))
         try:
             accounts = runner.run(Accounts.open(database))
-            transport = httpx2.ASGITransport(app=admin.app(accounts, _OWNER))
+            transport = httpx2.ASGITransport(app=admin.app(accounts, owner))
             client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
             try:
                 yield OnDatabase(runner, client)

@@ -17,10 +17,9 @@ import msgspec
 from rich.console import Console
 
 from nimbos import config
-from nimbos.api.access import is_loopback
 from nimbos.errors import InvalidRequest, NimbosError, NotReady, Unauthorized
 from nimbos.keys import owner_key_file
-from nimbos.server import find_running
+from nimbos.presence import find_running, is_loopback
 
 _HELP = "/clear begins anew · /system TEXT tells the model who to be · /exit leaves · Ctrl-C stops an answer"
 _CONNECT_S = 5.0

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nimbos.config import Settings
 from nimbos.errors import NotReady
 from nimbos.keys import owner_key_file
-from nimbos.server import RunningServer, find_running
+from nimbos.presence import RunningServer, find_running
 
 _PATIENCE_S = 5.0
 

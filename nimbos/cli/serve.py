@@ -25,8 +25,9 @@ from nimbos.engine.scripted import ScriptedSource
 from nimbos.errors import ConfigError, ModelNotFound, NimbosError
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
+from nimbos.presence import traced
 from nimbos.runtime import Runtime, assemble
-from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals, traced
+from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals
 
 _SCRIPTED = "scripted:"
 _GARBAGE_THRESHOLDS = (20_000, 20, 100)

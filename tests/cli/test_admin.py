@@ -25,7 +25,7 @@ from nimbos.cli.budget import prices_of
 from nimbos.cli.quantities import exact_money, micros_of, money_of, seconds_until, since_ms
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, NimbosError
-from nimbos.server import RunningServer, find_running, traced
+from nimbos.presence import RunningServer, find_running, traced
 from tests.cli.command import NIMBOS, document, environment, refusal, run
 from tests.conftest import DEMO
 from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving

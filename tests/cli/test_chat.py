@@ -9,7 +9,7 @@ import pytest
 
 from nimbos.cli.conversation import _connect
 from nimbos.errors import InvalidRequest, Unauthorized
-from nimbos.server import RunningServer
+from nimbos.presence import RunningServer
 from tests.cli.command import make_home, refusal
 
 OWN, SECRET = "http://127.0.0.1:8123", "nb-owner"

@@ -18,7 +18,7 @@ from nimbos.cli.probe import Refused, Timing
 from nimbos.config import EngineSettings, Settings, load
 from nimbos.engine.llama import wheel_library
 from nimbos.hub import Hub
-from nimbos.server import traced
+from nimbos.presence import traced
 from tests import tiny_gguf
 from tests.cli.command import document, make_home, refusal, run
 from tests.live import OWNER_SECRET, serving
