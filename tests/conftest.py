@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compileall
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,5 +42,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def pytest_configure() -> None:
-    """A run in the background of a shell ignores Ctrl-C, and so would every program that these tests interrupt."""
+    """A run in the background of a shell ignores Ctrl-C, and so would every program that these tests interrupt. And
+    hundreds of programs are started here, which should not compile Nimbos anew each time."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    compileall.compile_dir(Path(__file__).parent.parent / "nimbos", quiet=2)

@@ -83,9 +83,17 @@ def missing(names: Any, text: str) -> list[str]:
     return sorted(name for name in names if f"`{name}`" not in text)
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for file in sorted((ROOT / "nimbos").rglob("*.py")):
-        yield str(file.relative_to(ROOT)), ast.parse(file.read_text())
+@cache
+def modules() -> tuple[tuple[str, ast.Module], ...]:
+    files = sorted((ROOT / "nimbos").rglob("*.py"))
+    return tuple((str(file.relative_to(ROOT)), ast.parse(file.read_text())) for file in files)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees_are_let_go() -> Iterator[None]:
+    """Each is parsed once, and all together are a few hundred megabytes."""
+    yield
+    modules.cache_clear()
 
 
 # --- the HTTP API

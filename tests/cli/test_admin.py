@@ -26,10 +26,11 @@ from nimbos.cli.quantities import exact_money, micros_of, money_of, seconds_unti
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, NimbosError
 from nimbos.presence import RunningServer, find_running, traced
-from tests.cli.command import NIMBOS, document, environment, refusal, run
+from tests.cli.command import NIMBOS, called, document, environment, refusal, refused, run
 from tests.conftest import DEMO
 from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
@@ -47,8 +48,8 @@ def running(home: Path) -> Iterator[Live]:
         yield live
 
 
-def made_key(home: Path, *arguments: str, **more: str) -> str:
-    done = run(home, "key", "create", *arguments, **more)
+def made_key(home: Path, *arguments: str, by: Run = called, **more: str) -> str:
+    done = by(home, "key", "create", *arguments, **more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("nb-")
@@ -57,7 +58,7 @@ def made_key(home: Path, *arguments: str, **more: str) -> str:
 
 
 def test_a_key_made_without_a_server_works_on_the_one_that_starts_later(home: Path) -> None:
-    secret = made_key(home, "laptop", "--models", "demo", "--rpm", "2")
+    secret = made_key(home, "laptop", "--models", "demo", "--rpm", "2", by=run)
     with running(home) as live:
         headers = {"authorization": f"Bearer {secret}"}
         body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
@@ -75,11 +76,11 @@ def test_a_key_made_without_a_server_works_on_the_one_that_starts_later(home: Pa
 
 def test_a_second_key_of_a_living_name_is_an_error(home: Path) -> None:
     made_key(home, "laptop")
-    assert "has a key named 'laptop' already" in refusal(home, "key", "create", "laptop")
-    run(home, "project", "create", "other")
+    assert "has a key named 'laptop' already" in refused(called(home, "key", "create", "laptop"))
+    called(home, "project", "create", "other")
     made_key(home, "laptop", "--project", "other")
-    assert "Several projects" in refusal(home, "key", "revoke", "laptop")
-    assert run(home, "key", "revoke", "laptop", "--project", "other").returncode == 0
+    assert "Several projects" in refused(called(home, "key", "revoke", "laptop"))
+    assert called(home, "key", "revoke", "laptop", "--project", "other").returncode == 0
     made_key(home, "laptop", "--project", "other")
 
 
@@ -87,7 +88,7 @@ def test_a_key_may_have_everything_at_once(home: Path) -> None:
     options = ("--rpm", "60", "--tpm", "9000", "--concurrent", "4", "--weight", "2.5", "--classes", "batch,agent")
     more = ("--routes", "/v1/chat/completions,/v1/embeddings", "--admin", "--expires", "30d", "--per", "month")
     made_key(home, "all", *options, *more, "--budget-tokens", "1000", "--budget", "12.50usd")
-    (key,) = json.loads(run(home, "key", "list", "--json").stdout)
+    (key,) = json.loads(called(home, "key", "list", "--json").stdout)
     assert key["x_nimbos"]["scopes"] == [
         "class:batch",
         "class:agent",
@@ -97,7 +98,7 @@ def test_a_key_may_have_everything_at_once(home: Path) -> None:
     ]
     assert key["x_nimbos"]["weight"] == 2.5
     assert key["expires_at"] - key["created_at"] in (30 * 86_400, 30 * 86_400 - 1)
-    budgets = {budget["meter"]: budget for budget in json.loads(run(home, "budget", "show", "--json").stdout)}
+    budgets = {budget["meter"]: budget for budget in json.loads(called(home, "budget", "show", "--json").stdout)}
     assert {meter: (budget["limit"], budget["period"]) for meter, budget in budgets.items()} == {
         "tokens": (1000, "month"),
         "cost_micros": (12_500_000, "month"),
@@ -147,7 +148,7 @@ def test_usage_tells_who_used_what(home: Path) -> None:
     env = {"NIMBOS_API_KEY": OWNER_SECRET}
     assert run(home, "prices", "set", "demo", "--input", "2", "--output", "8").returncode == 0
     with running(home) as live:
-        secret = made_key(home, "=counted", **env)
+        secret = made_key(home, "=counted", by=run, **env)
         body = {"model": "demo", "messages": [{"role": "user", "content": "count"}]}
         told = live.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}).json()[
             "usage"
@@ -180,43 +181,45 @@ def test_usage_tells_who_used_what(home: Path) -> None:
 
 def test_budgets_are_set_raised_shown_and_removed(home: Path) -> None:
     owner = "project:default"
-    assert run(home, "budget", "set", owner, "--money", "20", "--per", "month", "--alert", "15").returncode == 0
-    assert run(home, "budget", "raise", owner, "--money", "0.000001", "--per", "month").returncode == 0
-    (budget,) = json.loads(run(home, "budget", "show", "--json").stdout)
+    assert called(home, "budget", "set", owner, "--money", "20", "--per", "month", "--alert", "15").returncode == 0
+    assert called(home, "budget", "raise", owner, "--money", "0.000001", "--per", "month").returncode == 0
+    (budget,) = json.loads(called(home, "budget", "show", "--json").stdout)
     assert (budget["limit"], budget["remaining"], budget["alerts"][0]["threshold"]) == (
         20_000_001,
         20_000_001,
         15_000_000,
     )
-    shown = run(home, "budget").stdout
+    shown = called(home, "budget").stdout
     assert "project:default" in shown
     assert "20.000001" in shown
-    assert run(home, "budget", "remove", owner, "--money", "--per", "month").returncode == 0
-    assert json.loads(run(home, "budget", "show", "--json").stdout) == []
+    assert called(home, "budget", "remove", owner, "--money", "--per", "month").returncode == 0
+    assert json.loads(called(home, "budget", "show", "--json").stdout) == []
 
 
 def test_limits_are_set_shown_and_taken_away(home: Path) -> None:
     made_key(home, "laptop")
-    assert run(home, "limit", "set", "key:laptop", "--model", "demo", "--rpm", "5", "--rpm-burst", "2").returncode == 0
-    (limit,) = json.loads(run(home, "limit", "show", "--json").stdout)
+    assert (
+        called(home, "limit", "set", "key:laptop", "--model", "demo", "--rpm", "5", "--rpm-burst", "2").returncode == 0
+    )
+    (limit,) = json.loads(called(home, "limit", "show", "--json").stdout)
     assert (limit["owner"]["name"], limit["model"], limit["requests_per_min"]) == ("laptop", "demo", 5)
     assert (limit["requests_burst"], limit["tokens_per_min"]) == (2, None)
-    assert run(home, "limit", "set", "key:laptop", "--model", "demo").returncode == 0
-    assert "No limits" in run(home, "limit").stdout
+    assert called(home, "limit", "set", "key:laptop", "--model", "demo").returncode == 0
+    assert "No limits" in called(home, "limit").stdout
 
 
 def test_prices_come_from_a_file_exactly(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "prices.toml"
     file.write_text('["*"]\ninput = 0.1\noutput = "0.40"\n[demo]\ninput = 1\n[demo.batch]\ninput = 0.000001\n')
-    assert run(home, "prices", str(file)).returncode == 0
-    table = document(home, "prices", "show")
+    assert called(home, "prices", str(file)).returncode == 0
+    table = json.loads(called(home, "prices", "show", "--json").stdout)
     assert {(one["model"], one["class"], one["meter"]): one["micros_per_million"] for one in table["prices"]} == {
         ("*", "*", "input"): 100_000,
         ("*", "*", "output"): 400_000,
         ("demo", "*", "input"): 1_000_000,
         ("demo", "batch", "input"): 1,
     }
-    assert "0.40" in run(home, "prices").stdout
+    assert "0.40" in called(home, "prices").stdout
 
 
 @pytest.mark.parametrize(
@@ -240,29 +243,29 @@ def test_people_and_projects(home: Path) -> None:
     ) as adding:
         printed, _ = adding.communicate("correct horse battery\n", timeout=PATIENCE_S)
     assert printed.startswith("user_")
-    (ann,) = [one for one in json.loads(run(home, "user", "list", "--json").stdout) if one["role"] == "admin"]
+    (ann,) = [one for one in json.loads(called(home, "user", "list", "--json").stdout) if one["role"] == "admin"]
     assert (ann["id"], ann["x_nimbos"]["has_password"]) == (printed.strip(), True)
-    made = run(home, "project", "create", "research").stdout.strip()
-    assert made in run(home, "project", "list").stdout
+    made = called(home, "project", "create", "research").stdout.strip()
+    assert made in called(home, "project", "list").stdout
     made_key(home, "robot", "--project", "research")
-    assert run(home, "project", "archive", "research").returncode == 0
-    assert "project archived" in run(home, "key", "list").stdout
-    assert made not in run(home, "project", "list").stdout
-    assert made in run(home, "project", "list", "--archived").stdout
-    assert run(home, "user", "remove", "ann@example.org").returncode == 0
-    assert "ann@example.org" not in run(home, "user", "list").stdout
+    assert called(home, "project", "archive", "research").returncode == 0
+    assert "project archived" in called(home, "key", "list").stdout
+    assert made not in called(home, "project", "list").stdout
+    assert made in called(home, "project", "list", "--archived").stdout
+    assert called(home, "user", "remove", "ann@example.org").returncode == 0
+    assert "ann@example.org" not in called(home, "user", "list").stdout
 
 
 def test_the_audit_log_is_shown_and_checked(home: Path) -> None:
     made_key(home, "laptop")
-    assert "api_key.created" in run(home, "audit").stdout
-    checked = run(home, "audit", "--verify")
+    assert "api_key.created" in called(home, "audit").stdout
+    checked = called(home, "audit", "--verify")
     assert checked.returncode == 0
     assert checked.stdout.startswith("3 rows, as they were written.")
     with sqlite3.connect(home / "nimbos.db") as database:
         database.execute("UPDATE audit_log SET actor_email = 'x' WHERE seq = 2")
     database.close()
-    tampered = run(home, "audit", "--verify")
+    tampered = called(home, "audit", "--verify")
     assert tampered.returncode == 1
     assert "tampered" in tampered.stderr
     assert "Row 2" in tampered.stderr

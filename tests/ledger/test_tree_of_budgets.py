@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Transaction
 from nimbos.errors import BudgetExhausted
-from nimbos.ledger import Price, set_prices
+from nimbos.ledger import Budget, Price, find_budget, set_prices
 from nimbos.ledger.budgets import Held
 from nimbos.ledger.prices import Rates, tokens_of
 from nimbos.types import Account, Usage
@@ -254,7 +254,7 @@ class TreeOfBudgets(RuleBasedStateMachine):
 
     @invariant()
     def check(self) -> None:
-        found = {node.id: self.do(self.books.look(self.node_budget(node))) for node in self.nodes}
+        found = self.do(self.books.run(self.found))
         for node in self.nodes:
             budget = found[node.id]
             assert (budget.used, budget.reserved) == self.truth(node), node.name  # nothing lost, nothing twice
@@ -262,6 +262,13 @@ class TreeOfBudgets(RuleBasedStateMachine):
             children = [found[child.id] for child in self.children(node)]
             assert sum(child.used for child in children) <= budget.used
             assert sum(child.reserved for child in children) <= budget.reserved or node.limit is None
+
+    def found(self) -> Transaction[dict[str, Budget]]:
+        """All in one transaction: they are looked at after each step."""
+        budgets = {}
+        for node in self.nodes:
+            budgets[node.id] = yield from find_budget(node.id)
+        return budgets
 
     def never_over(self, node: Node, committed: int) -> None:
         """Beyond its limit it may only be by what was there when the limit was lowered, and that only shrinks (but
@@ -274,16 +281,14 @@ class TreeOfBudgets(RuleBasedStateMachine):
         below = {"o": ("p0", "p1"), "p0": ("k0", "k1"), "p1": ("k2",), "child": ("grandchild",)}.get(node.name, ())
         return (child for child in self.nodes if child.name in below and child.meter == node.meter)
 
-    def node_budget(self, node: Node) -> Any:
-        return node
-
     def teardown(self) -> None:
         for ask in self.open:
             self.do(self.books.settle(ask.id, ask.usage()))
         self.settled += [(ask.chain, ask.usage()) for ask in self.open]
         self.open = []
+        found = self.do(self.books.run(self.found))
         for node in self.nodes:
-            budget = self.do(self.books.look(self.node_budget(node)))
+            budget = found[node.id]
             assert (budget.used, budget.reserved) == self.truth(node)
             assert budget.reserved == 0
 
