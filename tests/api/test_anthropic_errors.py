@@ -175,7 +175,7 @@ def test_a_client_that_loses_patience_ends_its_ask(own: Live) -> None:
     while source.ended.acquire(blocking=False):
         pass
     with (
-        anthropic.Anthropic(base_url=own.url, api_key=OWNER_SECRET, max_retries=0, timeout=0.3) as hasty,
+        anthropic.Anthropic(base_url=own.url, api_key=OWNER_SECRET, max_retries=0, timeout=1.0) as hasty,
         pytest.raises(anthropic.APITimeoutError),
     ):
         ask(hasty, "endless", max_tokens=10_000)

@@ -276,7 +276,7 @@ def test_a_client_that_goes_ends_its_ask(live: Live) -> None:
     next(events)
     events.close()
     close_shared_sync_session()
-    assert live.sources["demo"].ended.acquire(timeout=20)
+    assert live.sources["demo"].ended.acquire(timeout=60)
 
 
 async def test_the_asynchronous_client_asks_and_streams(live: Live) -> None:

@@ -246,7 +246,7 @@ def send_raw(live: Live, content: bytes) -> bytes:
     """What comes back on a connection of its own, up to its end or the end of the headers and some body."""
     host, port = live.url.removeprefix("http://").split(":")
     received = b""
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             connection.sendall(content)
             while b"\r\n\r\n" not in received or b"}" not in received.split(b"\r\n\r\n", 1)[1]:

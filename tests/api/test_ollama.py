@@ -382,7 +382,7 @@ def test_a_client_that_goes_ends_its_ask(client: ollama.Client, live: Live) -> N
     pieces = client.chat("demo", messages=user("endless"), stream=True)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert live.sources["demo"].ended.acquire(timeout=20)
+    assert live.sources["demo"].ended.acquire(timeout=60)
 
 
 async def test_the_asynchronous_client_asks_and_streams(live: Live) -> None:

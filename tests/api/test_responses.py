@@ -408,7 +408,7 @@ def test_a_client_that_leaves_cancels_its_answer(live: Live) -> None:
     stream = live.client.responses.create(model="demo", input="endless", stream=True)
     first = next(iter(stream))
     stream.close()
-    assert source.ended.acquire(timeout=30)
+    assert source.ended.acquire(timeout=60)
     assert first.type == "response.created"
     with pytest.raises(openai.NotFoundError):
         live.client.responses.retrieve(first.response.id)

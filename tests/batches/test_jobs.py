@@ -23,7 +23,7 @@ from nimbos.db.tables.batches import batches as batch_table
 from nimbos.db.tables.work import work as work_table
 from nimbos.errors import BudgetExhausted, EngineFailed, InvalidRequest, NimbosError, Overloaded
 from nimbos.types import Account, Origin
-from nimbos.work import Work
+from nimbos.work import LEASE_S, Work
 
 PATIENCE_S = 60
 ENDPOINT = "/v1/echo"
@@ -58,9 +58,10 @@ class Echo:
 
 
 class Shop:
-    """One server's batches."""
+    """One server's batches. `lease_s`: short for a server that is to lose its lines; a machine that stands still for so
+    long takes them from any other, too."""
 
-    def __init__(self, database: Database, home: Path, **limits: int) -> None:
+    def __init__(self, database: Database, home: Path, *, lease_s: float = LEASE_S, **limits: int) -> None:
         self.database = database
         self.echo = Echo()
         settings = Settings(home=str(home))
@@ -70,7 +71,7 @@ class Shop:
             self.blobs,
             BatchSettings(**limits),
             server_id=f"srv_{id(self)}",
-            work=Work(database, lease_s=0.5),
+            work=Work(database, lease_s=lease_s),
         )
 
     async def open(self) -> None:
@@ -271,7 +272,7 @@ async def test_two_servers_share_a_batch_and_none_of_its_lines(database: Databas
 
 
 async def test_a_server_that_falls_silent_loses_its_lines_to_another(database: Database, tmp_path: Path) -> None:
-    silent, other = Shop(database, tmp_path, lines_at_once=4), Shop(database, tmp_path, lines_at_once=4)
+    silent, other = (Shop(database, tmp_path, lease_s=0.5, lines_at_once=4) for _ in range(2))
     silent.echo.gate = asyncio.Event()
     await silent.open()
     made = await silent.submit([line(f"{n}", n=n) for n in range(12)])

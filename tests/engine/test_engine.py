@@ -382,7 +382,7 @@ async def test_the_engine_ends_when_its_server_lets_go(engine: Engine) -> None:
     assert engine._writer is not None
     engine._closing = True
     engine._writer.close()
-    assert await asyncio.wait_for(process.wait(), 30) == 0
+    assert await asyncio.wait_for(process.wait(), 60) == 0
 
 
 async def test_the_engine_process_is_confined(engine: Engine) -> None:

@@ -35,5 +35,5 @@ def test_a_waiting_thread_gets_what_arrives() -> None:
     thread = threading.Thread(target=lambda: got.append(turns.get()))
     thread.start()
     turns.put("a", 7)
-    thread.join(30)
+    thread.join(60)
     assert got == [7]

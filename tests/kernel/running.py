@@ -23,7 +23,7 @@ from nimbos.types import Account, new_id
 from nimbos.work import Work
 from tests.ledger.shop import shop
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 ACCOUNT = Account(id="proj_one", name="one", organisation="org_default", key="key_one")
 OTHER = Account(id="proj_two", name="two", organisation="org_default", key="key_two")
 FILES = {"nimbos.toml": b'name = "plain"\n', "instructions.md": b"Be plain.\n"}

@@ -18,6 +18,7 @@ from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance, Budget, Price, budgets_of, set_budget, set_prices
 from tests.kernel.gating import Gated, call, gated, tool
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
+from tests.kernel.running import PATIENCE_S
 
 HELD = State.ASKING, Reason.BUDGET
 
@@ -164,7 +165,7 @@ async def test_a_childs_exhaustion_parks_the_child_and_tells_its_parent(
 
 async def heard(place: Minds, pid: str) -> SignalReceived:
     """The first signal that a process is sent."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         with place.kernel.bells.follow(pid) as follower:
             while True:
                 follower.news.clear()
@@ -217,7 +218,7 @@ async def test_children_at_the_same_time_never_spend_a_token_twice(
 
 async def spent_somewhere(place: Minds, parent: str) -> None:
     """Until nothing of the family goes on by itself, and the budget is why."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             family = await place.kernel.tree(ACCOUNT, parent)
             states = {(head.state, head.reason) for head in family}

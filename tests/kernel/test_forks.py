@@ -21,7 +21,7 @@ from nimbos.kernel.tools import copies
 from nimbos.ledger import Allowance
 from nimbos.types import AskClass
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
-from tests.kernel.running import OTHER
+from tests.kernel.running import OTHER, PATIENCE_S
 
 MANIFEST = '[tools]\nbuiltin = ["ask"]\n'
 TOOLS = b'''
@@ -204,7 +204,7 @@ async def test_a_running_fork_is_adopted_by_its_own_server(database: Database, d
         await answer(place, made, "long")
         await place.until_partial(made)
         await place.kernel.adopt(ACCOUNT, made)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             with place.kernel.bells.follow(made) as follower:
                 follower.news.clear()
                 while (await place.head(made)).withheld:
@@ -290,7 +290,7 @@ async def test_a_fork_spends_what_its_original_has(database: Database, database_
         made = await place.kernel.fork(ACCOUNT, pid, n=3)
         for each in made:
             await answer(place, each, "much")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             for each in made:
                 while (await place.head(each)).state in (State.READY, State.RUNNING):
                     await asyncio.sleep(0.01)  # of three, nobody knows which will be held

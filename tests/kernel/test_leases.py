@@ -12,9 +12,11 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import bindparam, update
 
 from nimbos.config import Settings
-from nimbos.db import Database, Transaction
+from nimbos.db import Database, Statement, Transaction
+from nimbos.db.tables.work import work
 from nimbos.kernel import Event, Reason, SignalKind, State, release_dead
 from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
@@ -27,6 +29,7 @@ from nimbos.work import Work
 from tests.kernel.running import ACCOUNT, Body, Place, running
 
 PATIENCE_S = 60
+_LAPSE = Statement(update(work).where(work.c.ref == bindparam("pid")).values(free_at_ms=0))
 SAID = Draft(body=Note(about="said", text="a word"))
 
 
@@ -172,13 +175,19 @@ async def heard(process: Process, word: str) -> str:
     raise AssertionError(f"the server ended before it said {word!r}")
 
 
+def lapse(pid: str) -> Transaction[None]:
+    """As if its lease had run out."""
+    yield _LAPSE(pid=pid)
+
+
 async def test_a_server_that_was_stopped_past_its_lease_is_fenced_when_it_wakes(
     database: Database, database_settings: Settings
 ) -> None:
     async with running(database, database_settings, {"plain": answer}, start=False) as place:
         pid = await place.spawn()
-        async with server(database_settings, lease_s=3) as stopped:
+        async with server(database_settings, lease_s=3600) as stopped:
             assert await heard(stopped, "driving") == "1"  # and then it stands still
+            await database.run(lambda: lapse(pid))
             await place.kernel.start(place.drive)
             head = await place.over(pid)
             assert (head.reason, head.epoch) == (Reason.OK, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.holding import Holding
-from tests.kernel.running import running
+from tests.kernel.running import PATIENCE_S, Place, running
 
 MANY = 1_000
 OWN_TASKS_MAX = 20  # of the test, the crew, timers, mail
@@ -43,10 +44,10 @@ async def test_a_thousand_parked_processes_hold_nothing_and_wake(
         pids = await asyncio.gather(*(place.spawn() for _ in range(MANY)))
         await parked.wait()
         for pid in pids:
-            await place.until(pid, STATES_OF[(await place.head(pid)).state])
+            await place.when(pid, partial(rests, place, pid))
         crew = place.kernel._crew
         assert crew is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while crew.holding("process"):
                 await asyncio.sleep(0)
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("process proc_")]
@@ -61,7 +62,10 @@ async def test_a_thousand_parked_processes_hold_nothing_and_wake(
 
 
 STATES = ((State.WAITING, Reason.SIGNAL), (State.ASKING, Reason.INPUT))
-STATES_OF = {State.RUNNING: State.WAITING, State.WAITING: State.WAITING, State.ASKING: State.ASKING}
+
+
+async def rests(place: Place, pid: str) -> bool:
+    return (await place.head(pid)).state in (State.WAITING, State.ASKING)
 
 
 async def test_a_server_with_nothing_but_parked_processes_asks_the_database_for_work_alone(

@@ -110,6 +110,8 @@ async def test_a_follower_is_told_everything_to_the_end_and_deltas_on_the_way(
         pid = await place.spawn()
         following = asyncio.create_task(told(place, pid))
         await place.until(pid, State.RUNNING)
+        while not place.kernel.bells.followed(pid):
+            await asyncio.sleep(0)
         go.set()
         heard = await following
         events = [one for one in heard if isinstance(one, Event)]

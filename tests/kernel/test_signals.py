@@ -16,7 +16,7 @@ from nimbos.kernel.log import Draft
 from nimbos.kernel.words import Effect
 from tests.kernel.running import Place, begin_call, running
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 async def read_and_wait(holding: Holding) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from nimbos.errors import BrokenProgram
+from nimbos.kernel.tools import live
 from nimbos.kernel.tools.live import WorkerDied
 from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker
 from nimbos.kernel.words import Effect
 from nimbos.toolwire import RunDone, Step, WorkerLimits
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 TOOLS = '''
 import asyncio, os, signal, socket, struct, subprocess, sys, time
@@ -274,7 +275,10 @@ async def test_odd_values_that_json_can_say_are_said(bench: Bench) -> None:
     assert (await worker.call("returns", {"what": "nan"}, deadline_s=PATIENCE_S)).value == [None]
 
 
-async def test_an_async_tool_is_stopped_at_its_deadline_and_the_worker_lives_on(bench: Bench) -> None:
+async def test_an_async_tool_is_stopped_at_its_deadline_and_the_worker_lives_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "GRACE_S", PATIENCE_S)
     worker = bench.worker()
     await worker.describe()
     pid = worker.pid

@@ -22,7 +22,7 @@ from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.work import work as work_table
 from nimbos.work import Claim, ClaimLost, Crew, Work
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 _LEASE_END = Statement(select(work_table.c.free_at_ms))
 T = TypeVar("T")
 

@@ -22,6 +22,7 @@ from tests.kernel.matrix.scenarios import Scenario, programs, script
 from tests.live import OWNER_SECRET, PATIENCE_S
 
 POLL_S = 0.02
+RUN_PATIENCE_S = 3 * PATIENCE_S  # of a whole run, with a server's death in it
 FORKS = 2
 
 
@@ -160,7 +161,7 @@ class House:
         if scenario.budget:
             body["budget"] = scenario.budget
         root = str(self.send("POST", "processes", body)["id"])
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + RUN_PATIENCE_S
         while True:
             forks = self._forks(root) if scenario.forks else []
             family = [one for pid in (root, *forks) for one in self.send("GET", f"processes/{pid}/tree")["data"]]
