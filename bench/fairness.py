@@ -29,11 +29,13 @@ class Demand:
 
 
 FLOOD = Demand(account="first", prompt=512, out=64, clients=64)
-POLITE = Demand(account="second", prompt=256, out=32, every_s=5.0)
+# Asks for about a quarter of what the machine computes, less than its share: of more than that, no order could give it.
+POLITE = Demand(account="second", prompt=128, out=24, every_s=5.0)
 # Both always have asks waiting; one has twice as many, of twice the size.
 GREEDY = Demand(account="first", prompt=512, out=64, clients=48)
 MODEST = Demand(account="second", prompt=256, out=32, clients=24)
 LENGTH_S = 180.0
+LAST_SHARE = 1 / 3  # of the run, in which single asks are answered and none begins: an unanswered one counts as the run
 ROOM = 16  # asks that the cells can hold at once: the rest waits in the queue, where order matters most
 
 
@@ -52,7 +54,7 @@ async def _both(setup: Setup, server: Server, demands: tuple[Demand, Demand], le
         tasks = [
             asyncio.create_task(_loop(setup, client, demand, number))
             for client, demand in zip(clients, demands, strict=True)
-            for number in range(demand.clients or int(length_s // demand.every_s))
+            for number in range(demand.clients or int((1 - LAST_SHARE) * length_s // demand.every_s))
         ]
         await asyncio.sleep(length_s)
         for task in tasks:
