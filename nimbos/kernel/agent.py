@@ -29,7 +29,7 @@ from nimbos.errors import (
 from nimbos.kernel.answering import Thought
 from nimbos.kernel.answers import Misfit, NothingFits, value_of
 from nimbos.kernel.context import Window, estimate, load, tokens_of, window_of
-from nimbos.kernel.events import CallWanted, CtxChanged, Segment, SignalConsumed
+from nimbos.kernel.events import CtxChanged, Segment, SignalConsumed
 from nimbos.kernel.eviction import make_room
 from nimbos.kernel.fold import Received, View
 from nimbos.kernel.gate import Gate, Outcome
@@ -39,6 +39,7 @@ from nimbos.kernel.requests import request_of, tools_shown
 from nimbos.kernel.segments import Segments, text_of
 from nimbos.kernel.showing import CUT, MISFIT, TOOL, headed, returned, shown, spoken
 from nimbos.kernel.think import Interrupted, Thinker, ThinkRequest, wait_for_room
+from nimbos.kernel.together import perform
 from nimbos.kernel.tools import WorkerDied
 from nimbos.kernel.words import Reason, SignalKind
 from nimbos.service import Service
@@ -60,7 +61,7 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    wanted: CallWanted
+    """What the last answer calls; `together.py` says how many of it at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def decide(view: View, *, turns_most: int) -> Step:
     if not view.context:
         return Begin()
     if view.wanted:
-        return Call(view.wanted[0])
+        return Call()
     said = tuple(signal for signal in view.signals if signal.signal is SignalKind.MESSAGE)
     if said:
         return Listen(said)
@@ -136,8 +137,8 @@ class Agent:
                 await self._begin(holding)
             case Listen(signals):
                 await self._listen(holding, signals)
-            case Call(wanted):
-                await self._gate.wanted(holding, wanted, also=self._telling(holding))
+            case Call():
+                await perform(self._gate, holding, also=self._telling(holding))
             case Answer(segment):
                 await self._answer(holding, segment)
             case GiveUp(why):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nimbos.errors import BrokenProgram, InvalidRequest, PayloadTooLarge
+from nimbos.kernel.branches import stopped
 from nimbos.kernel.events import Note
 from nimbos.kernel.gate import Gate
 from nimbos.kernel.holding import Holding
@@ -25,10 +26,10 @@ from nimbos.kernel.segments import Segments
 from nimbos.kernel.steps import Asked, BadStep, Occurrences, record_of, said_of
 from nimbos.kernel.think import Thinker
 from nimbos.kernel.tools import FunctionRun, NotJson, ToolWorkers, WorkerDied, read_value
-from nimbos.kernel.underway import Branching, Open, Underway, stopped
+from nimbos.kernel.underway import Open, Underway
 from nimbos.kernel.view import CallStatus, Recorded
 from nimbos.kernel.words import Reason
-from nimbos.toolwire import FRAME_BYTES_MAX, Quiet, RunDone, Step, shortened
+from nimbos.toolwire import Quiet, RunDone, Step, shortened
 
 STEPS_MAX = 10_000  # of one process
 DEATHS_MAX = 3  # of the worker, without a new record
@@ -46,13 +47,13 @@ class Durable:
 
     async def drive(self, holding: Holding) -> None:
         """Raises: Parked, Exited; whatever ends the run so that another one goes on."""
-        await _Run(self, Branching(holding)).lead()
+        await _Run(self, holding).lead()
 
 
 class _Run:
     """From a claim until it parks or exits. `_asked`: the steps that the function has asked for since its top."""
 
-    def __init__(self, durable: Durable, holding: Branching) -> None:
+    def __init__(self, durable: Durable, holding: Holding) -> None:
         self._durable = durable
         self._holding = holding
         self._underway = Underway(holding, gate=durable.gate, thinker=durable.thinker)
@@ -107,6 +108,7 @@ class _Run:
                 limit_s = None if running else self._holding.program.manifest.limits.tool_deadline_s
                 done, _ = await asyncio.wait(waited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
+                    await self._leave_nothing_unknown()
                     error = f"Its code took more than {limit_s:g} s between two steps; long work belongs into a tool."
                     await self._holding.exit(Reason.FAILED, error=error)
                 self._mail = self._mail or bell in done
@@ -193,7 +195,7 @@ class _Run:
         if done.error:
             await exit(Reason.FAILED, error=shortened(done.message or done.error), drafts=self._changed())
         try:
-            value = read_value(done.value, limit=FRAME_BYTES_MAX)
+            value = read_value(done.value)
             result = await self._durable.segments.put(self._holding.view.account, value)
         except (NotJson, InvalidRequest, PayloadTooLarge) as error:
             await exit(Reason.FAILED, error=f"What it returned cannot be kept: {error}")

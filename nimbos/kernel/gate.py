@@ -12,15 +12,19 @@ the transactions, `drivers/` those who do the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from nimbos.errors import BrokenProgram
 from nimbos.kernel import calling
 from nimbos.kernel.arguments import Checker, WrongArguments, read_arguments
+from nimbos.kernel.branches import at_once
 from nimbos.kernel.calling import Ending
 from nimbos.kernel.deciding import approval
 from nimbos.kernel.drivers.answers import Answered
+from nimbos.kernel.drivers.builtin import WAITING
 from nimbos.kernel.drivers.own import Own
 from nimbos.kernel.drivers.waiting import timed
 from nimbos.kernel.effects import HARMLESS, bound_hash, effect_key
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Also", "Gate", "Outcome", "Syscall", "Wait", "nothing"]
 
+CALLS_AT_ONCE: Final = 8  # of one answer
 _RESOURCE_CHARACTERS = 200
 _WITHHELD = "Withheld: this process is a fork, and what it does outside happens only when the fork is adopted."
 
@@ -62,15 +67,15 @@ class Gate:
         """
         return tuple((await offers(holding, self._workers)).values())
 
-    async def wanted(self, holding: Holding, wanted: CallWanted, *, also: Also = nothing) -> Outcome:
-        """A call as a model wrote it. Raises: as `call`."""
+    async def wanted(self, holding: Holding, wanted: CallWanted, *, also: Also = nothing) -> Outcome | Wait:
+        """A call as a model wrote it: what is no JSON is refused. As `attempt`."""
         syscall = Syscall(call_id=wanted.call_id, verb=verb_of(holding, wanted.name), resource=wanted.name)
         if wanted.call_id not in holding.view.calls:
             try:
                 syscall = replace(syscall, arguments=read_arguments(wanted.arguments))
             except WrongArguments as wrong:
                 return await self._deny(holding, syscall, str(wrong), "wrong_arguments", also)
-        return await self.call(holding, syscall, also=also)
+        return await self.attempt(holding, syscall, also=also)
 
     async def call(self, holding: Holding, syscall: Syscall, *, also: Also = nothing) -> Outcome:
         """Also goes on with the same call where it was left.
@@ -113,7 +118,9 @@ class Gate:
         """
         await _forget_timers(holding)
         left_open = list(holding.view.calls.values())
-        done = [await self._go_on(holding, call, also) for call in left_open]
+        done = [await self._go_on(holding, call, also) for call in left_open if call.intent.effect is not Effect.PURE]
+        pure = [partial(self._go_on, holding, call, also) for call in left_open if call.intent.effect is Effect.PURE]
+        done += await at_once(holding, pure, most=CALLS_AT_ONCE)
         done += await self._release(holding)
         waits = [wait for wait in done if isinstance(wait, Wait)]
         if waits and not (partly and len(waits) < len(done)):
@@ -150,11 +157,7 @@ class Gate:
             return _permission(intent)
         if offered.verb is Verb.TOOL:
             return await self._outward.begin(holding, intent, arguments, also)
-        answered = await self._own.perform(holding, intent, arguments)
-        if isinstance(answered, Wait):
-            await holding.append(said)
-            return answered
-        return await self._finish(holding, intent, answered, Ending(first=(said,), label=label), also)
+        return await self._perform(holding, intent, arguments, Ending(first=(said,), label=label), also)
 
     async def _go_on(self, holding: Holding, call: Call, also: Also) -> Outcome | Wait:
         """With a call that was left without an outcome."""
@@ -178,11 +181,18 @@ class Gate:
             first = said.drafts
         if intent.verb is Verb.TOOL:
             return await self._outward.start(holding, call, arguments, also, first=first)
-        answered = await self._own.perform(holding, intent, arguments)
-        if isinstance(answered, Answered):
-            return await self._finish(holding, intent, answered, Ending(first=first), also)
-        if first:
-            await holding.append(*first)
+        return await self._perform(holding, intent, arguments, Ending(first=first), also)
+
+    async def _perform(
+        self, holding: Holding, intent: CallIntent, arguments: Any, ending: Ending, also: Also
+    ) -> Outcome | Wait:
+        """One of the kernel's own verbs."""
+        async with holding.answering if intent.verb in WAITING else nullcontext():
+            answered = await self._own.perform(holding, intent, arguments)
+            if isinstance(answered, Answered):
+                return await self._finish(holding, intent, answered, ending, also)
+        if ending.first:
+            await holding.append(*ending.first)
         return answered
 
     async def _deny(self, holding: Holding, syscall: Syscall, why: str, code: str, also: Also) -> Outcome:

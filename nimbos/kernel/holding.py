@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from nimbos.kernel.ending import Ended, Endings, Exited, Parked, Shared, Tell, a
 from nimbos.kernel.events import Event, ProcExited, ProcState
 from nimbos.kernel.fold import View
 from nimbos.kernel.log import Draft, Holder
+from nimbos.kernel.releasing import to_release
 from nimbos.kernel.view import CallStatus, Received
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.types import Account
@@ -45,7 +46,9 @@ class Stop(StrEnum):
 
 class Holding:
     """`mail` is set when something was put into its mailbox. `account`: what whoever spawned it may do now.
-    `closing`: what was started for this run, like its tools' worker; the runner closes it."""
+    `closing`: what was started for this run, like its tools' worker; the runner closes it. `alone`: awaited before it
+    parks, where several things are under way. `answering`: held from a look at the mail to the outcome that consumes
+    some of it, so that nothing is consumed twice."""
 
     program: Program  # set by the runner before anything drives
 
@@ -59,8 +62,11 @@ class Holding:
         self.mail = asyncio.Event()
         self.rung = asyncio.Event()  # the runner's own, who alone clears it
         self.closing = closing
+        self.alone: Callable[[], Awaitable[None]] | None = None
+        self.answering = asyncio.Lock()
         self._shared = shared
         self._folding = threading.Lock()
+        self._owed = frozenset(call_id for call_id, _ in to_release(view))
         self._endings = Endings(shared, holder, self.appending)
 
     def ring(self) -> None:
@@ -162,6 +168,8 @@ class Holding:
 
         Raises: Parked, always, if nothing else.
         """
+        if self.alone is not None:
+            await self.alone()
         body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
         view = self._copied()
         await self._settle(
@@ -171,11 +179,18 @@ class Holding:
         )
 
     async def exit(
-        self, reason: Reason, *, result: str | None = None, error: str = "", drafts: Sequence[Draft] = ()
+        self,
+        reason: Reason,
+        *,
+        result: str | None = None,
+        error: str = "",
+        drafts: Sequence[Draft] = (),
+        driven: bool = True,
     ) -> None:
         """Ends the process: children that are not detached are cancelled, its parent is told, all in one transaction.
-        `result`: a segment. A process that would end well while words for it are on their way hears them first: then
-        nothing of this is written, and another run goes on.
+        `result`: a segment. A process that would end well while words for it are on their way hears them first, and
+        one that was adopted makes the calls that it withheld first: then nothing of this is written, and another run
+        goes on. `driven` False: none could.
 
         Raises: Exited or Parked, always, if nothing else.
         """
@@ -185,7 +200,7 @@ class Holding:
         body = ProcExited(reason=reason, result=result, error=error)
 
         def begin() -> Transaction[Ended]:
-            if reason is Reason.OK and (yield from self._endings.is_spoken_to(self.view)):
+            if driven and (yield from self._endings.goes_on(self.view, reason, self._owed)):
                 return (yield from self._endings.yielding([]))
             return (yield from self._endings.exiting(self.view, body, told, drafts))
 

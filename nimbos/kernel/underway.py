@@ -5,11 +5,11 @@ They run at once, on one holding. Knows no worker; `durable.py` says who asked f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from nimbos.errors import EngineFailed, Forbidden, InvalidRequest, ModelUnusable, NimbosError, NotFound
+from nimbos.kernel.branches import Parting, stopped
 from nimbos.kernel.events import BudgetSettled, ModelFailed, ModelIntent
 from nimbos.kernel.gate import Gate
 from nimbos.kernel.holding import Holding
@@ -21,19 +21,6 @@ from nimbos.kernel.view import Call
 from nimbos.types import new_id
 
 _REFUSALS = (InvalidRequest, NotFound, Forbidden, ModelUnusable, EngineFailed)
-
-
-class Branching(Holding):
-    """The same holding, for steps that run at once: whoever parks waits until nothing else is under way, so that no
-    outcome is left without a hand to write it."""
-
-    def __init__(self, holding: Holding) -> None:
-        self.__dict__ = holding.__dict__
-        self.alone: Callable[[], Awaitable[None]]
-
-    async def park(self, *arguments: Any, **named: Any) -> None:
-        await self.alone()
-        await super().park(*arguments, **named)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,16 +36,14 @@ class Open:
 class Underway:
     """Of one run. `open`: by call id."""
 
-    def __init__(self, holding: Branching, *, gate: Gate, thinker: Thinker) -> None:
-        holding.alone = self._alone
+    def __init__(self, holding: Holding, *, gate: Gate, thinker: Thinker) -> None:
         self.open: dict[str, Open] = {}
         self._holding = holding
         self._gate = gate
         self._thinker = thinker
         self._running: dict[asyncio.Task[Wait | None], Open] = {}
-        self._parking = asyncio.Lock()  # never let go: whoever has it ends this run
-        self._parkers: set[asyncio.Task[Any] | None] = set()
-        self._another = asyncio.Event()  # parks, too
+        self._parting = Parting(lambda: self._running)
+        holding.alone = self._parting.alone
 
     @property
     def running(self) -> tuple[asyncio.Task[Wait | None], ...]:
@@ -72,7 +57,7 @@ class Underway:
         call_id = one.work.call_id
         one.wait = None
         self.open[call_id] = one
-        if not self._parking.locked():  # else this run ends, and the next one begins it
+        if not self._parting.begun:  # else this run ends, and the next one begins it
             task = asyncio.create_task(self._perform(one.work), name=f"{self._holding.pid} {call_id}")
             self._running[task] = one
 
@@ -142,24 +127,3 @@ class Underway:
             Draft(body=ModelFailed(ask_id=ask_id, code=error.code, message=error.message)),
             Draft(body=BudgetSettled(used={}, ask_id=ask_id)),
         )
-
-    async def _alone(self) -> None:
-        """Until all that is under way has ended or parks, too. The first goes on, the others wait for ever."""
-        self._parkers.add(asyncio.current_task())
-        self._another.set()
-        await self._parking.acquire()
-        while others := {task for task in self._running if task not in self._parkers and not task.done()}:
-            self._another.clear()
-            another = asyncio.create_task(self._another.wait())
-            try:
-                await asyncio.wait({*others, another}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                another.cancel()
-
-
-async def stopped(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancelled, and put away. What they raised is told by what ended the run, or by the log."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,6 +12,7 @@ from nimbos.kernel import Allowance, Reason, SignalKind, State
 from nimbos.kernel.events import CallIntent, CallWanted, CtxChanged, Segment
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
+from nimbos.kernel.syscall import Outcome
 from nimbos.kernel.words import Effect, Verb
 from tests.kernel.gating import call, gated, on_sqlite, tool
 from tests.kernel.running import ACCOUNT
@@ -76,7 +77,9 @@ async def test_a_call_is_taken_as_a_model_wrote_it(database: Database, database_
         async def body(holding: Holding) -> None:
             for number, arguments in enumerate(written):
                 wanted = CallWanted(call_id=f"c{number}", name="look", arguments=arguments)
-                told.append((await at.gate.wanted(holding, wanted)).error)
+                outcome = await at.gate.wanted(holding, wanted)
+                assert isinstance(outcome, Outcome)
+                told.append(outcome.error)
             await holding.exit(Reason.OK)
 
         at.place.bodies["plain"] = body

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _CALL_EVENTS = (CallIntent, CallApproved, CallDenied, CallStarted, CallDone, CallUnknown, CallResolved)
 _MODEL_EVENTS = (ModelIntent, ModelPartial, ModelDone, ModelFailed)
 _WORK = _CALL_EVENTS + _MODEL_EVENTS  # what only a running process does
+_OUTCOMES = (ModelPartial, ModelDone, CallDone, CallDenied, CallResolved, ProcCreated, ProcForked, ProcExited)
 _ASKED = frozenset({State.READY, State.RUNNING, State.PAUSED})  # in which the last question is still known
 
 
@@ -59,6 +60,12 @@ def why_not_now(view: View, body: Body) -> str | None:
     if view.state is not State.RUNNING and isinstance(body, _WORK):
         return f"the process is {view.state}"
     return None
+
+
+def came_of_it(body: Body) -> bool:
+    """Whether a run that brings this about was not for nothing."""
+    parked = isinstance(body, ProcState) and body.to not in (State.READY, State.RUNNING)
+    return parked or isinstance(body, _OUTCOMES)
 
 
 def changed(view: View, body: Body, ts_ms: int) -> str | None:
@@ -81,7 +88,7 @@ def changed(view: View, body: Body, ts_ms: int) -> str | None:
         case CallIntent() | CallApproved() | CallDenied() | CallStarted() | CallDone() | CallUnknown() | CallResolved():
             return _call(view, body, ts_ms)
         case CtxChanged():
-            return view.shown.change(body)
+            return view.shown.change(body, turn=[call.call_id for call in view.syscalls.turn])
         case BudgetReserved() | BudgetSettled() | BudgetExhausted():
             return _budget(view, body)
         case Note(about="adopted"):

@@ -8,6 +8,7 @@ process, `adk/worker.py` is its side.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,11 @@ class ToolWorker:
             deadline_ms = round(deadline_s * 1000)
             return Call(number=number, tool=tool, arguments=content, key=key, deadline_ms=deadline_ms)
 
+        begun = time.monotonic()
         try:
             return self._result(await live.exchange(ask, deadline_s))
         except WorkerDied as died:
-            if died.deadline:
+            if died.deadline and time.monotonic() - begun >= deadline_s:  # its own, not that of a call beside it
                 return ToolResult(error="deadline", message=f"It took longer than {deadline_s:g} s.", perhaps=True)
             return ToolResult(error="died", message=f"The tool's process is gone: {died}.", perhaps=True)
         except NotJson as error:

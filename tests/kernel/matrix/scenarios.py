@@ -106,13 +106,14 @@ LOOK_PAY_MAIL = [
     {"name": "pay", "arguments": {}},
     {"name": "mail", "arguments": {"to": "Ada"}},
 ]
+LOOK_LARGE: list[dict[str, Any]] = [{"name": name, "arguments": {}} for name in ("look", "look", "large")]  # at once
 SCRIPT: dict[str, Any] = {
     "replies": chain(
         ("everything", calling("look")),
         ("look is done", calling("pay")),
         ("pay is done", calling("book")),
         ("book is done", calling("mail")),
-        ("mail is done$", calling("large")),
+        ("mail is done$", {"text": "", "tool_calls": LOOK_LARGE}),
         ("word word", calling("read", handle="00000000")),
         ("handle", calling("pin", text="promise to finish")),
         ("promise", calling("no_such_tool")),
