@@ -289,9 +289,12 @@ class Loop:
                 return False
             self._preempt(loser)
             match = self._match(job)
+        need, piece = len(job.tokens) - match.length, self._piece_cells(job, match)
+        if not self._write_out(need + piece, keep=match):
+            self._changed = True  # it waits for the rest, a few pieces a step: to forget that would cost more
+            return False
         try:
-            kept = self.residence.known(self._root(job), job.tokens[:-1], match.length)
-            self._make_room(max(len(job.tokens) - match.length, kept), keep=match, unpin=not self._live)
+            self._make_room(max(need, piece), keep=match, unpin=not self._live)
             sequence, operations = self.tree.open(self._root(job), match, _now_ms())
         except NoRoom:
             return False
@@ -348,12 +351,21 @@ class Loop:
 
     def _make_room(self, cells: int, *, keep: Match | None = None, unpin: bool = False) -> None:
         """Idle contexts give way: some are written out, as many as one step may wait for; the others are forgotten."""
-        for _ in range(PIECES_AT_ONCE):
-            if self.tree.free_cells >= cells or not self.residence.write_out_one(keep=keep):
-                break
+        self._write_out(cells, keep=keep)
         operations = self.tree.make_room(cells, keep=keep, unpin=unpin)
         self.counters.evictions += len(operations)
         self._perform(operations)
+
+    def _piece_cells(self, job: Job, match: Match) -> int:
+        return self.residence.piece_cells(self._root(job), job.tokens[:-1], match.length)
+
+    def _write_out(self, cells: int, *, keep: Match | None) -> bool:
+        """Pieces of idle contexts, until so many cells are free. Returns: False when one step may wait for no more of
+        them, and there are more."""
+        for _ in range(PIECES_AT_ONCE):
+            if self.tree.free_cells >= cells or not self.residence.write_out_one(keep=keep):
+                return True
+        return self.tree.free_cells >= cells
 
     def _preempt(self, job: Job) -> None:
         """Back to waiting; what it computed stays as cache as long as cells allow."""

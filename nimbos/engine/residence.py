@@ -73,8 +73,9 @@ class Residence:
         self._store.put(Piece(account, tokens, start, end, state))
         self.written_tokens += end - start
 
-    def known(self, account: str, tokens: Sequence[int], at: int) -> int:
-        """How many cells putting back needs at most at a time, when [0, at) are there; 0 when nothing is kept."""
+    def piece_cells(self, account: str, tokens: Sequence[int], at: int) -> int:
+        """How many cells putting back needs at most at a time, when [0, at) are there; 0 when nothing is kept. A piece
+        comes whole: with what it overlaps, and with what these tokens do not have."""
         found = self._store.find(account, tokens, at)
         return found.piece.end - found.piece.start if found is not None else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -18,15 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nimbos.engine import llama, residence, store
+from nimbos.engine import loop as loop_module
 from nimbos.engine.calibrate import StepTime
 from nimbos.engine.context import ContextTree, Copy, NoRoom, Operation
 from nimbos.engine.llama import Library
+from nimbos.engine.loop import Loop
 from nimbos.engine.model import Model, ModelOptions, Rows
+from nimbos.engine.protocol import FromEngine, Produced, Submit
 from nimbos.engine.residence import Residence
+from nimbos.engine.scheduler import Rules
 from nimbos.engine.store import Piece, Store
 from nimbos.engine.swapfile import Extent, SwapFile
 from nimbos.meterfile import MeterFile
-from nimbos.types import AskClass, Tokens, Usage
+from nimbos.types import AskClass, Final, Tokens, Usage
 from tests import tiny_gguf
 from tests.engine.asking import PROMPT, answer, ask, started
 from tests.engine.test_engine import greedy_up_to_ties
@@ -128,7 +133,7 @@ class Swapping(RuleBasedStateMachine):
     @rule(account=ACCOUNTS, tokens=TOKENS)
     def open(self, account: str, tokens: list[int]) -> None:
         match = self.tree.match(account, tokens[:-1])
-        kept = self.residence.known(account, tokens[:-1], match.length)
+        kept = self.residence.piece_cells(account, tokens[:-1], match.length)
         self.perform(self.tree.make_room(max(len(tokens) - match.length, kept), keep=match))
         try:
             branch, operations = self.tree.open(account, match, self.now)
@@ -458,3 +463,53 @@ async def test_a_run_that_waited_for_its_tool_goes_on_without_a_prefill(where: s
             assert not list((tmp_path / "run").glob("swap-*")), "its file has no name"
     finally:
         await engine.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_long_context_leaves_whole_and_comes_back_whatever_one_step_may_wait_for(
+    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pieces are more than are written out between two steps; the first of them, which is the last to be written,
+    is what the others are put back behind. `busy`: others' steps go on meanwhile."""
+    monkeypatch.setattr(loop_module, "PIECES_AT_ONCE", 2)
+    options = ModelOptions(cells=768 if busy else 512, sequences=9, threads=1, step_tokens=128)
+    model = Model(Library(llama.wheel_library()), tiny_gguf.write("qwen2", tmp_path), options)
+    model.open_context()
+    costs = StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
+    posted: list[FromEngine] = []
+    loop = Loop(
+        model, costs, Rules(), post=posted.append, hold=lambda _: contextlib.nullcontext(), share=True,
+        context_limit=512, swap_bytes=1 << 24,
+    )  # fmt: skip
+    loop.residence._piece_tokens = 40
+
+    def submit(first: int, tokens: int, *, limit: int = 1, account: str = "a") -> str:
+        prompt = tuple(7 + (first * 37 + n * (n + first)) % 40 for n in range(tokens))
+        one = ask(limit_tokens=limit, ignore_eos=True, account=account, ask_class=AskClass.AGENT)
+        loop.submit(Submit(ask=one), prompt, None)
+        return one.id
+
+    def until(ask_id: str) -> Final:
+        while loop.step(lambda: None):
+            loop.check()
+            told = [c for m in posted if isinstance(m, Produced) for i, c in m.chunks if i == ask_id]
+            if told and isinstance(told[-1], Final):
+                return told[-1]
+        raise AssertionError("it was never answered")
+
+    try:
+        until(submit(1, 450))
+        if busy:
+            submit(3, 20, limit=400, account="b")
+            for _ in range(3):
+                loop.step(lambda: None)
+        until(submit(2, 500))
+        assert loop.residence.written_tokens > 4 * 40, "more than the two pieces of one step"
+        computed = loop.counters.computed_tokens
+        final = until(submit(1, 450))
+        assert loop.residence.restored_tokens > 4 * 40
+        assert final.usage.cached > 450 - 32
+        if not busy:
+            assert loop.counters.computed_tokens - computed < 32
+    finally:
+        model.close()
