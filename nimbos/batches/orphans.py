@@ -2,8 +2,11 @@
 
 A content that has no row may be about to get one, however unlikely that is after a day: the file's id, with which its
 content begins, is taken first, by a row that is nobody's file. Whoever comes with the row then is refused it, as ids
-are unique, and nobody names what is removed. Other contents are not looked at: segments of responses have rows before
-they have bytes and are swept by these (`nimbos/responses/segments.py`); those of processes and programs stay.
+are unique, and nobody names what is removed. That is a week later: an older copy of the database that is put in place
+knows no files that are newer, and whoever puts the right one back finds them all.
+
+Other contents are not looked at: segments of responses have rows before they have bytes and are swept by these
+(`nimbos/responses/segments.py`); those of processes and programs stay.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from nimbos.db.tables.batches import file_totals, files
 from nimbos.errors import Conflict
 
 LEAST_AGE_S = 24 * 3600.0
+GRACE_S = 7 * 24 * 3600.0
 NOBODY = ""
 _UPLOAD_MOST_MS = 7 * 24 * 3600 * 1000  # between a file's id and the last of its bytes
 _CLOCKS_MS = 3_600_000  # of another machine
@@ -26,7 +30,7 @@ _TAKEN_MS = 30 * 24 * 3600 * 1000  # then the row that takes the id goes, as fil
 _HEAD = re.compile(rb"(file_([0-9a-f]{12})[0-9a-f]{20})\n")
 HEAD_BYTES = 38
 
-_GET = Statement(select(files.c.project).where(files.c.id == bindparam("id", type_=Text)))
+_GET = Statement(select(files.c.project, files.c.created_ms).where(files.c.id == bindparam("id", type_=Text)))
 _TAKE = insert(files)
 _COUNT = upsert(file_totals, key=("project",), add=("size_bytes", "files"))
 
@@ -36,24 +40,27 @@ class Orphans:
         self._database = database
         self._contents = contents
 
-    async def sweep(self, *, least_age_s: float = LEAST_AGE_S) -> int:
-        """Removes those that have been there for so long; how many. Raises: StorageUnavailable."""
+    async def sweep(self, *, least_age_s: float = LEAST_AGE_S, grace_s: float = GRACE_S) -> int:
+        """Takes the ids of those that have been there for so long, and removes those whose id was taken before the
+        grace; how many. Raises: StorageUnavailable."""
         removed = 0
         before_ms = _now_ms() - int(least_age_s * 1000)
         async for found in self._contents.aged(before_ms=before_ms, head_bytes=HEAD_BYTES):
             file_id = file_of(found.head, found.stored_ms)
             if file_id is None or await self._named(file_id):
                 continue
-            if await self._taken(file_id, found.hash):
+            taken_ms = await self._taken(file_id, found.hash)
+            if taken_ms is not None and taken_ms <= _now_ms() - int(grace_s * 1000):
                 await self._contents.remove(found.hash)
                 removed += 1
         return removed
 
-    async def _taken(self, file_id: str, blob: str) -> bool:
+    async def _taken(self, file_id: str, blob: str) -> int | None:
+        """Since when, None if somebody else has it."""
         try:
             return await self._database.run(lambda: _take(file_id, blob), durable=True)
         except Conflict:  # whoever has stored it was faster
-            return False
+            return None
 
     async def _named(self, file_id: str) -> bool:
         """Nearly all are, so the rest is looked at twice."""
@@ -69,11 +76,11 @@ def file_of(head: bytes, stored_ms: int) -> str | None:
     return match[1].decode()
 
 
-def _take(file_id: str, blob: str) -> Transaction[bool]:
-    """Whether the id is nobody's file from now on."""
+def _take(file_id: str, blob: str) -> Transaction[int | None]:
+    """The id is nobody's file from now on, or has been for a while; None where it is somebody's."""
     rows = yield _GET(id=file_id)
     if rows:
-        return bool(rows[0]["project"] == NOBODY)
+        return int(rows[0]["created_ms"]) if rows[0]["project"] == NOBODY else None
     now_ms = _now_ms()
     yield _TAKE(
         id=file_id,
@@ -87,7 +94,7 @@ def _take(file_id: str, blob: str) -> Transaction[bool]:
         expires_ms=now_ms + _TAKEN_MS,
     )
     yield _COUNT(project=NOBODY, size_bytes=0, files=1)
-    return True
+    return now_ms
 
 
 def _now_ms() -> int:

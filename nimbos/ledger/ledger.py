@@ -128,11 +128,13 @@ class Ledger:
         that was made since then holds the ask as if it had been there from the beginning."""
         now_ms = _now_ms()
         row = yield from rows.lock(ask_id)
-        if row is None or row["state"] != rows.OPEN:
+        if row is None or row["state"] == rows.SETTLED:
             return Extended(allowance_tokens=progress.allowance_tokens, last=True)
         chain = yield from budgets.lock_chain(rows.owners(row), now_ms)
         if not budgets.limited(chain):
             return Extended(allowance_tokens=None)
+        if row["state"] == rows.ABANDONED:  # what it held was given back
+            return Extended(allowance_tokens=progress.allowance_tokens, last=True)
         table = yield from self._table(row["price_version"])
         rates = table.rates(row["model"], row["class"], row["pin_tokens"])
         own, before = rows.held(row), rows.charged(row)

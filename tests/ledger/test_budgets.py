@@ -280,6 +280,17 @@ async def test_a_budget_made_for_an_answer_that_runs_holds_it_as_if_it_had_been_
         assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (101, 0)
 
 
+async def test_an_answer_whose_server_was_silent_goes_on_where_no_budget_holds_it(books: Books) -> None:
+    reserved = await books.reserve(prompt=10)
+    await books.run(lambda: books.ledger.abandon(reserved.ask_id))
+    free = await books.extend(reserved.ask_id, Usage(input=10, output=64), allowance=64)
+    assert (free.allowance_tokens, free.last) == (None, False)
+    await books.budget("key", ACCOUNT.key, limit=10_000)
+    assert (await books.extend(reserved.ask_id, Usage(input=10, output=128), allowance=128)).last
+    await books.settle(reserved.ask_id, Usage(input=10, output=128))
+    assert (await books.extend(reserved.ask_id, Usage(input=10, output=128), allowance=128)).last
+
+
 async def test_a_removed_budget_holds_nobody(books: Books) -> None:
     budget = await books.budget("key", ACCOUNT.key, limit=80)
     reserved = await books.reserve(prompt=10)
