@@ -5,11 +5,13 @@ Every field of OpenAI's request is here: honoured, or refused by name with the r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 
 from nimbos.api import fields as shared
+from nimbos.api.cache_marks import behind_last_mark
 from nimbos.api.dialogue import Asked
 from nimbos.api.messages import ToolChoice, allow_tools, check_messages
 from nimbos.chat import ChatRequest, Dial
@@ -89,16 +91,21 @@ class ChatBody(shared.SamplingFields, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def asked(body: ChatBody, account: Account, *, header_class: str | None, origin: Origin = ORIGIN) -> Asked:
-    """The body in no dialect's words. `header_class`: of `x-nimbos-class`.
+def asked(
+    body: ChatBody, account: Account, *, header_class: str | None, origin: Origin = ORIGIN, at: str = "messages"
+) -> Asked:
+    """The body in no dialect's words. `header_class`: of `x-nimbos-class`. `at`: where its messages stood.
 
     Raises: InvalidRequest naming the field; Forbidden for a class that the key is not for.
     """
     shared.check_stream(body)
     limit = limit_of(body)
+    messages = behind_last_mark(body.messages, at=at)
+    marked = msgspec.structs.replace(body, messages=messages) if messages is not None else None
     return Asked(
         model=body.model,
         request=lambda card: chat_request(body, card),
+        marked=partial(chat_request, marked) if marked is not None else None,
         sampling=shared.sampling_of(body, logprobs=logprobs_of(body)),
         ask_class=shared.class_of(body.service_tier, shared.extension_class(body), header_class, account),
         n=shared.count_of(body),

@@ -23,9 +23,10 @@ from nimbos.api import errors
 from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
 from nimbos.api.dashscope_request import Form, read_chat, wants_stream
-from nimbos.api.dialogue import Ended, Event, Opened, Question, Said, Told, answer, understand
+from nimbos.api.dialogue import Ended, Event, Opened, Question, Said, Told, answer
 from nimbos.api.exchange import ask_headers, event_stream, json_reply
 from nimbos.api.lenient import Ignored
+from nimbos.api.pins import understand_pinned
 from nimbos.api.sse import or_gone
 from nimbos.chat import ContentDelta, ReasoningDelta, ToolCallDelta
 from nimbos.config import ServerSettings
@@ -55,8 +56,9 @@ class Generation:
             account_of(request),
             header_class=request.headers.get("x-nimbos-class"),
             origin=Origin(route=request.url.path),
+            at="input.messages",
         )
-        question = await or_gone(request, understand(self._service, account_of(request), wanted))
+        question = await or_gone(request, understand_pinned(self._service, account_of(request), wanted))
         try:
             return await self._reply(request, question, form, ignored, streamed=wants_stream(request.headers, table))
         except NimbosError as error:  # from here on it can be found by the ask's id
@@ -96,7 +98,7 @@ async def replies(
     last: Ended | None = None
 
     def reply(told_now: list[told.Choice]) -> told.Reply:
-        usage = told.UsageBody.of(used()) if len(choices) == 1 else UNSET
+        usage = told.UsageBody.of(used(), pin_tokens=question.ask.pin_tokens) if len(choices) == 1 else UNSET
         return msgspec.structs.replace(_reply(question, form, told_now), usage=usage)
 
     async with aclosing(events):
@@ -133,7 +135,8 @@ async def whole(question: Question, events: AsyncGenerator[Event, None], form: F
 
 def _with_usage(reply: told.Reply, question: Question, event: Told) -> told.Reply:
     receipt = wire.receipt([question.ask], list(event.finals), question.card)
-    return msgspec.structs.replace(reply, usage=told.UsageBody.of(event.usage), x_nimbos=receipt)
+    usage = told.UsageBody.of(event.usage, pin_tokens=question.ask.pin_tokens)
+    return msgspec.structs.replace(reply, usage=usage, x_nimbos=receipt)
 
 
 def _reply(question: Question, form: Form, choices: list[told.Choice]) -> told.Reply:

@@ -47,7 +47,7 @@ _REFUSED_MESSAGE = {
     "partial": "an answer cannot go on from a beginning",
     "prefix": "an answer cannot go on from a beginning",
 }
-_HINTS = frozenset({"type", "cache_control"})  # beside the text of a part
+_BESIDE_TEXT = frozenset({"type", "cache_control"})
 _MEDIA = frozenset({"audio", "file", "image", "image_url", "input_audio", "video", "video_url"})
 
 
@@ -238,7 +238,7 @@ def _message(given: Any, at: str, ignored: Ignored) -> dict[str, Any]:
 
 
 def _part(part: Any, at: str, ignored: Ignored) -> dict[str, Any]:
-    """`{"text": "…"}` or OpenAI's text part. A mark for the cache is a hint: what is shared is found by itself."""
+    """`{"text": "…"}` or OpenAI's text part, with a mark for the cache (`cache_marks.py`) where there is one."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
@@ -252,6 +252,7 @@ def _part(part: Any, at: str, ignored: Ignored) -> dict[str, Any]:
     if not isinstance(text, str):
         raise InvalidRequest(f"`{at}` holds no text.", param=at)
     for name in part:
-        if name != "text" and name not in _HINTS:
+        if name != "text" and name not in _BESIDE_TEXT:
             ignored.add(f"{at}.{name}")
-    return {"type": "text", "text": text}
+    marker = {"cache_control": part["cache_control"]} if part.get("cache_control") is not None else {}
+    return {"type": "text", "text": text, **marker}

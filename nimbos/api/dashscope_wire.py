@@ -35,10 +35,6 @@ _CODES = {
 _LIMITS = {"requests": "Throttling.RateQuota", "tokens": "Throttling.AllocationQuota"}
 
 
-class PromptDetails(msgspec.Struct):
-    cached_tokens: int
-
-
 class OutputDetails(msgspec.Struct):
     reasoning_tokens: int
 
@@ -47,16 +43,17 @@ class UsageBody(msgspec.Struct, kw_only=True):
     input_tokens: int
     output_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: wire.PromptDetails
     output_tokens_details: OutputDetails
 
     @classmethod
-    def of(cls, usage: Usage) -> UsageBody:
+    def of(cls, usage: Usage, *, pin_tokens: int = 0) -> UsageBody:
+        """`pin_tokens`: of the ask."""
         return cls(
             input_tokens=usage.input,
             output_tokens=usage.output,
             total_tokens=usage.input + usage.output,
-            prompt_tokens_details=PromptDetails(usage.cached),
+            prompt_tokens_details=wire.PromptDetails.of(usage, pin_tokens),
             output_tokens_details=OutputDetails(usage.thinking),
         )
 

@@ -35,7 +35,8 @@ from nimbos.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """`request` makes the chat request once the model's card is known (its context length, its kind).
+    """`request` makes the chat request once the model's card is known (its context length, its kind), and `marked` the
+    same with something else behind the prefix that is to be kept (`pins.py`); None: no such prefix is named.
     `limit_tokens`: of the answer in each branch, thinking included."""
 
     model: str
@@ -48,6 +49,7 @@ class Asked:
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
     origin: Origin = NOWHERE
+    marked: Callable[[ModelCard], ChatRequest] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

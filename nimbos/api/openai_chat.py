@@ -19,9 +19,10 @@ from nimbos.api import body as bodies
 from nimbos.api import chat_request as asked
 from nimbos.api import openai_wire as wire
 from nimbos.api.access import account_of
-from nimbos.api.dialogue import Asked, Ended, Event, Opened, Question, Said, answer, understand
+from nimbos.api.dialogue import Asked, Ended, Event, Opened, Question, Said, answer
 from nimbos.api.exchange import ask_headers, json_reply, stream_reply
 from nimbos.api.fields import check_unstreamed
+from nimbos.api.pins import understand_pinned
 from nimbos.api.sse import DONE, or_gone
 from nimbos.batches import AnswerJournal, Reply
 from nimbos.chat import ContentDelta, ReasoningDelta, ToolCallDelta
@@ -44,7 +45,7 @@ class ChatCompletions:
         account = account_of(request)
         wanted = asked.asked(body, account, header_class=request.headers.get("x-nimbos-class"))
         if body.stream:
-            question = await or_gone(request, understand(self._service, account, wanted))
+            question = await or_gone(request, understand_pinned(self._service, account, wanted))
             include = body.stream_options is not None and body.stream_options.include_usage
             chunks = chunks_of(question, answer(self._service, question), tier=tier_of(body, question), usage=include)
             return await stream_reply(request, _events(chunks), question=question, settings=self._settings)
@@ -54,7 +55,7 @@ class ChatCompletions:
     async def _whole(
         self, account: Account, body: asked.ChatBody, wanted: Asked
     ) -> tuple[Question, wire.ChatCompletion]:
-        question = await understand(self._service, account, wanted)
+        question = await understand_pinned(self._service, account, wanted)
         return question, await complete(self._service, question, tier=tier_of(body, question))
 
 
@@ -65,7 +66,7 @@ async def perform(
     decoded = bodies.decode(body, asked.ChatBody, refused=asked.REFUSED)
     check_unstreamed(decoded.stream)
     wanted = asked.asked(decoded, account, header_class=None, origin=origin)
-    question = await understand(runtime.service, account, wanted, journal=journal)
+    question = await understand_pinned(runtime.service, account, wanted, journal=journal)
     completion = await complete(runtime.service, question, tier=tier_of(decoded, question))
     return _reply(question, completion)
 
@@ -122,7 +123,9 @@ async def chunks_of(
                 yield ending
             elif usage:
                 receipt = wire.receipt([ask], list(event.finals), question.card)
-                yield msgspec.structs.replace(template, usage=wire.UsageBody.of(event.usage), x_nimbos=receipt)
+                yield msgspec.structs.replace(
+                    template, usage=wire.UsageBody.of(event.usage, pin_tokens=ask.pin_tokens), x_nimbos=receipt
+                )
 
 
 def _choice(said: Said) -> wire.ChunkChoice:

@@ -10,8 +10,24 @@ from msgspec import UNSET, UnsetType
 from nimbos.types import Ask, AskClass, ChosenLogprob, Final, FinishReason, ModelCard, Receipt, TokenLogprob, Usage
 
 
+class CacheCreation(msgspec.Struct):
+    ephemeral_5m_input_tokens: int
+
+
 class PromptDetails(msgspec.Struct):
+    """What is behind `cached_tokens` is there where a prefix was marked, in Model Studio's words."""
+
     cached_tokens: int = 0
+    cache_creation_input_tokens: int | UnsetType = UNSET
+    cache_creation: CacheCreation | UnsetType = UNSET
+    cache_type: str | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, usage: Usage, pin_tokens: int) -> PromptDetails:
+        if not pin_tokens:
+            return cls(usage.cached)
+        written = max(0, min(pin_tokens, usage.input) - usage.cached)
+        return cls(usage.cached, written, CacheCreation(written), "ephemeral")
 
 
 class CompletionDetails(msgspec.Struct):
@@ -26,12 +42,13 @@ class UsageBody(msgspec.Struct, kw_only=True):
     completion_tokens_details: CompletionDetails
 
     @classmethod
-    def of(cls, usage: Usage) -> UsageBody:
+    def of(cls, usage: Usage, *, pin_tokens: int = 0) -> UsageBody:
+        """`pin_tokens`: of the ask."""
         return cls(
             prompt_tokens=usage.input,
             completion_tokens=usage.output,
             total_tokens=usage.input + usage.output,
-            prompt_tokens_details=PromptDetails(usage.cached),
+            prompt_tokens_details=PromptDetails.of(usage, pin_tokens),
             completion_tokens_details=CompletionDetails(usage.thinking),
         )
 

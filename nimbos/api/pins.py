@@ -10,13 +10,22 @@ from dataclasses import replace
 
 import msgspec
 
-from nimbos.api.dialogue import Question
+from nimbos.api.dialogue import Asked, Question, understand
+from nimbos.batches import AnswerJournal
 from nimbos.chat import ChatRequest
 from nimbos.errors import PromptTooLong
 from nimbos.service import Service
-from nimbos.types import Part, Text, Usage
+from nimbos.types import Account, Part, Text, Usage
 
 PIN_S = 300.0
+
+
+async def understand_pinned(
+    service: Service, account: Account, asked: Asked, *, journal: AnswerJournal | None = None
+) -> Question:
+    """Raises: what `understand` raises."""
+    question = await understand(service, account, asked, journal=journal)
+    return question if asked.marked is None else await pinned(service, question, asked.marked(question.card))
 
 
 async def pinned(service: Service, question: Question, marked: ChatRequest) -> Question:
