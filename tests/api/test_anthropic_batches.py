@@ -184,6 +184,16 @@ def test_what_is_no_batch_is_told(own: Live, body: dict[str, Any]) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_batch_that_is_larger_than_a_body_may_be_is_refused_whole(own: Live, claude: anthropic.Anthropic) -> None:
+    before = [batch.id for batch in claude.messages.batches.list(limit=1).data]
+    with pytest.raises(anthropic.APIStatusError, match="at most 200000 bytes") as refused:
+        claude.messages.batches.create(requests=[request(f"n{number}", "word " * 100) for number in range(400)])
+    assert refused.value.status_code == 413
+    body: Any = refused.value.body
+    assert body["error"]["type"] == "request_too_large"
+    assert [batch.id for batch in claude.messages.batches.list(limit=1).data] == before
+
+
 def test_a_nest_without_end_is_told(own: Live) -> None:
     nest = b'{"requests": [{"custom_id": "x", "params": ' + b'{"a":' * 30_000 + b"1" + b"}" * 30_000 + b"}]}"
     assert own.http.post(BATCHES, content=nest).status_code in (200, 400, 413)
