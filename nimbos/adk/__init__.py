@@ -5,7 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 from nimbos.adk.program import Program, read_program
 from nimbos.adk.schema import BadTool, Field
-from nimbos.adk.steps import Child, Ended, StepFailed, ask, call, child, each, gather, send, sleep, spawn, think, wait
+from nimbos.adk.steps import (
+    Child,
+    Ended,
+    Message,
+    StepFailed,
+    ask,
+    call,
+    child,
+    each,
+    gather,
+    receive,
+    send,
+    sleep,
+    spawn,
+    think,
+    wait,
+)
 from nimbos.adk.tools import Happened, Tool, tool
 
 if TYPE_CHECKING:
@@ -18,6 +34,7 @@ __all__ = [
     "Ended",
     "Field",
     "Happened",
+    "Message",
     "Process",
     "Program",
     "Refused",
@@ -30,6 +47,7 @@ __all__ = [
     "each",
     "gather",
     "read_program",
+    "receive",
     "send",
     "sleep",
     "spawn",

@@ -51,7 +51,8 @@ class StepFailed(Exception):
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True):
-    """How a child ended: `reason` is `ok`, `failed`, `cancelled`, `killed` or `rejected`."""
+    """How a child ended: `reason` is `ok`, `failed`, `cancelled`, `killed` or `rejected`. Or `asking`: it has not
+    ended, and is out of budget, as `error` says."""
 
     pid: str
     reason: str
@@ -63,6 +64,13 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         if self.reason != "ok":
             raise StepFailed(f"child_{self.reason}", self.error or f"The child {self.pid} ended: {self.reason}.")
         return self.result
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """`sender`: `user:…`, or `process:` and an id. `body`: what was sent."""
+
+    sender: str = msgspec.field(name="from")
+    body: Any = msgspec.field(name="message", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,19 +206,27 @@ async def spawn(
 
 
 async def wait(
-    *children: Child | str, any_of: bool = False, timeout_s: float | None = None, name: str = "wait"
+    *children: Child | str,
+    any_of: bool = False,
+    timeout_s: float | None = None,
+    asking: bool = False,
+    name: str = "wait",
 ) -> list[Ended]:
     """Waits until all children have ended, or any of them, or the time is up; gives those that have ended, in the order
-    they were named."""
+    they were named. With `asking` also when one of them is out of budget, which is among them then: `send` may give it
+    more, and it is waited for again."""
     pids = [one.pid if isinstance(one, Child) else one for one in children]
     if not pids:
         return []
     asked: dict[str, Any] = {"children": pids, "mode": "any" if any_of else "all"}
     if timeout_s is not None:
         asked["timeout_s"] = timeout_s
+    if asking:
+        asked["asking"] = True
     waited: dict[str, Any] = await _step("wait", name, asked, dict[str, Any])
-    exited = waited["exited"]
-    return [_ended(pid, exited[pid]) for pid in dict.fromkeys(pids) if pid in exited]
+    spent = {pid: {"reason": "asking", "result": why} for pid, why in waited.get("asking", {}).items()}
+    told = {**spent, **waited["exited"]}
+    return [_ended(pid, told[pid]) for pid in dict.fromkeys(pids) if pid in told]
 
 
 async def ask(question: str, *, choices: Sequence[str] = (), name: str = "ask") -> Any:
@@ -232,6 +248,13 @@ async def send(to: Child | str, message: Any, *, budget: Budget | None = None, n
     pid = to.pid if isinstance(to, Child) else to
     more = {"budget": dict(budget)} if budget else {}
     await _step("send", name, {"to": pid, "message": message, **more}, Any)
+
+
+async def receive(*, timeout_s: float | None = None, name: str = "receive") -> Message | None:
+    """The next message that somebody sends this process, as soon as there is one; each is received once. None when the
+    time is up."""
+    asked = {} if timeout_s is None else {"timeout_s": timeout_s}
+    return await _step("receive", name, asked, Message | None)
 
 
 async def gather(*steps: Awaitable[Any]) -> list[Any]:

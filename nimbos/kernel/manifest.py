@@ -29,7 +29,7 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN, max_length=NAME_CHARACT
 Version = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z][0-9A-Za-z.+-]*\Z", max_length=64)]
 Path = Annotated[str, msgspec.Meta(max_length=200)]
 ToolName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z_][A-Za-z0-9_-]*\Z", max_length=64)]
-BuiltinTool = Literal["ask", "pin", "read", "send", "sleep", "spawn", "wait"]
+BuiltinTool = Literal["ask", "pin", "read", "receive", "send", "sleep", "spawn", "wait"]
 Level = Literal["auto", "none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000_000)]
 

@@ -39,6 +39,7 @@ _VERBS: Final = {
     "ask": Verb.ASK,
     "sleep": Verb.SLEEP,
     "send": Verb.SEND,
+    "receive": Verb.RECEIVE,
 }
 _HASH_CHARACTERS = 16
 _CALL_CHARACTERS = 32

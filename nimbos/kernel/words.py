@@ -96,6 +96,7 @@ class Verb(StrEnum):
     SLEEP = "sleep"
     ASK = "ask"  # a person
     READ = "read"  # a segment's hash: the rest of a large result
+    RECEIVE = "receive"  # a message
     PIN = "pin"  # a segment: a goal, a promise, an open question
 
 

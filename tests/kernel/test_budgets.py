@@ -339,3 +339,54 @@ async def test_a_parent_gives_a_child_more_of_its_own_and_the_child_goes_on(
         own, other = await budgets(database, pid), await budgets(database, child)
         assert (own["calls"].limit, own["calls"].used) == (3, 3), "its own limit stays, and nothing was spent twice"
         assert (other["calls"].limit, other["calls"].used) == (3, 3)
+
+
+async def test_a_wait_lets_a_parent_out_that_can_give_its_child_more(
+    database: Database, database_settings: Settings
+) -> None:
+    """Once for each time that the child parks, and what it was told so is no message besides."""
+    async with gated(database, database_settings) as gate:
+        gate.program(*(tool("look", id=f"c{n}") for n in range(3)), name="child")
+        spawning = call(Verb.SPAWN, id="s", input={}, name="child", budget={"calls": 1})
+        parent = gate.program(spawning, call(Verb.WAIT, id="w1"), call(Verb.ASK, id="a", question="?"), name="parent")
+        pid = await gate.spawn("parent")
+        await gate.asking(pid, Reason.INPUT)
+        child = parent.outcomes["s"].child
+        told = parent.outcomes["w1"].value
+        assert (told["exited"], told["running"]) == ({}, [child])
+        assert "is out of budget and waits: 1 of 1 calls" in told["asking"][child]
+
+        more = {"to": child, "message": "go on", "budget": {"calls": 1}}
+        parent.syscalls = (
+            *parent.syscalls,
+            call(Verb.SEND, id="one", **more),
+            call(Verb.WAIT, id="w2"),
+            call(Verb.SEND, id="another", **more),
+            call(Verb.WAIT, id="w3", asking=False),
+        )
+        await gate.answer(pid, "yes")
+        assert (await gate.place.over(pid)).reason is Reason.OK
+        assert list(parent.outcomes["w2"].value["asking"]) == [child]
+        assert parent.outcomes["w3"].value == {"exited": {child: {"reason": "ok", "result": None}}, "running": []}
+        kinds = [body.signal for _, body in await gate.log(pid) if isinstance(body, SignalReceived)]
+        assert kinds.count(SignalKind.MESSAGE) == 2, "it was told of each by its wait"
+
+
+async def test_a_function_that_wants_to_know_is_told_that_a_child_is_out_of_budget(
+    database: Database, database_settings: Settings
+) -> None:
+    main = b"""
+from nimbos.adk import send, spawn, wait
+
+async def main(input):
+    part = await spawn("agents", "child", budget={"tokens": 60})
+    (stuck,) = await wait(part, asking=True)
+    await send(part, "go on", budget={"tokens": 1000})
+    (ended,) = await wait(part)
+    return [stuck.reason, "out of budget" in stuck.error, len(ended.value().split())]
+"""
+    async with minds(database, database_settings, script(default=words(100))) as place:
+        await place.kernel.programs.put(ACCOUNT, {"nimbos.toml": b'name = "agents"\n', "instructions.md": b"Talk."})
+        program = await place.program('entry = "main.py:main"\n', {"main.py": main})
+        pid = await place.run(program, budget=Allowance(tokens=5_000))
+        assert await place.result(pid) == ["asking", True, 100]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
@@ -14,7 +15,8 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State, runner
 from nimbos.kernel import durable as durables
-from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, Note
+from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, Note, ProcState
+from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance
 from tests.kernel.minds import ACCOUNT, Minds, minds
 from tests.kernel.running import PATIENCE_S
@@ -489,3 +491,48 @@ async def test_the_log_has_no_prompt_and_names_each_step(database: Database, dat
         assert [step.partition("#")[0] for step in steps] == ["ask it", "look"]
         events = [event async for event in place.kernel.log.all(pid)]
         assert all(b"secret" not in event.body for event in events)
+
+
+async def test_a_function_receives_each_message_once_in_their_order(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+early = await receive(timeout_s=0.01)
+first, second = await gather(receive(), receive())
+third = await receive()
+late = await receive(timeout_s=0.01)
+return [early, [one.body for one in (first, second, third)], first.sender, late]
+"""
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body)
+
+        async def listens() -> bool:
+            made = [body.verb for body in await place.bodies_of(pid) if isinstance(body, CallIntent)]
+            return made.count(Verb.RECEIVE) == 3
+
+        await place.when(pid, listens)
+        await place.until(pid, State.WAITING, reason="signal")
+        for words in ("one", {"two": 2}, "three"):
+            await place.send(pid, SignalKind.MESSAGE, body=words)
+        assert await place.result(pid) == [None, ["one", {"two": 2}, "three"], "user:test", None]
+        assert (await place.view(pid)).signals == []
+
+
+async def test_children_are_waited_for_by_several_steps_at_once(
+    database: Database, database_settings: Settings
+) -> None:
+    also = """
+@child
+async def one(n):
+    return n
+"""
+    body = """
+first = await spawn(one, 1)
+ended = await gather(wait(first), wait(first), wait(first, any_of=True))
+return [each[0].result for each in ended]
+"""
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body, also=also)
+        assert await place.result(pid) == [1, 1, 1]
+        states = [body.to for body in await place.bodies_of(pid) if isinstance(body, ProcState)]
+        assert (State.RUNNING, State.READY) not in pairwise(states), "no run of it was cut off"

@@ -79,6 +79,18 @@ BUILTINS: Final[dict[str, Builtin]] = {
             "additionalProperties": False,
         },
     ),
+    "receive": Builtin(
+        verb=Verb.RECEIVE,
+        effect=Effect.PURE,
+        description="Wait until somebody sends you a message, and get it with who sent it. With `timeout_s`, nothing "
+        "when none has come by then.",
+        parameters={
+            "type": "object",
+            "properties": {"timeout_s": _SECONDS},
+            "required": [],
+            "additionalProperties": False,
+        },
+    ),
     "send": Builtin(
         verb=Verb.SEND,
         effect=Effect.INTERNAL,
@@ -125,13 +137,15 @@ BUILTINS: Final[dict[str, Builtin]] = {
         verb=Verb.WAIT,
         effect=Effect.PURE,
         description="Wait until processes that you started are over, and get their results: those named, or all; "
-        "with mode `any` until the first of them is.",
+        "with mode `any` until the first of them is; with `asking` also until one is out of budget, which goes on when "
+        "`send` gives it more.",
         parameters={
             "type": "object",
             "properties": {
                 "children": {"type": "array", "items": _PID, "maxItems": 1_000},
                 "mode": {"enum": ["all", "any"]},
                 "timeout_s": _SECONDS,
+                "asking": {"type": "boolean"},
             },
             "required": [],
             "additionalProperties": False,
@@ -140,4 +154,4 @@ BUILTINS: Final[dict[str, Builtin]] = {
 }
 
 INTERNAL: Final = frozenset({Verb.SEND, Verb.SPAWN, Verb.PIN})
-WAITING: Final = frozenset({Verb.ASK, Verb.WAIT, Verb.SLEEP})
+WAITING: Final = frozenset({Verb.ASK, Verb.RECEIVE, Verb.WAIT, Verb.SLEEP})

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nimbos.kernel import heads
 from nimbos.kernel.drivers.answers import Answered
 from nimbos.kernel.drivers.builtin import WAITING
 from nimbos.kernel.drivers.internal import pin, send
 from nimbos.kernel.drivers.paging import page_of, read_page
 from nimbos.kernel.drivers.spawning import Spawning
-from nimbos.kernel.drivers.waiting import Look, look
+from nimbos.kernel.drivers.waiting import Look, look, out_of_budget
 from nimbos.kernel.events import CallIntent
 from nimbos.kernel.syscall import Wait
-from nimbos.kernel.words import Verb
+from nimbos.kernel.words import Reason, State, Verb
 
 if TYPE_CHECKING:
     from nimbos.kernel.holding import Holding, Shared
@@ -29,7 +30,9 @@ class Own:
         """Raises: NotFound for a segment that is gone; StorageUnavailable."""
         view, segments, call_id = holding.view, self._shared.segments, intent.call_id
         if intent.verb in WAITING:
-            at = Look(call_id=call_id, verb=intent.verb, arguments=arguments, now_ms=holding.now_ms())
+            asking = await self._asking(holding, intent, arguments) if intent.verb is Verb.WAIT else frozenset[str]()
+            now_ms = holding.now_ms()
+            at = Look(call_id=call_id, verb=intent.verb, arguments=arguments, now_ms=now_ms, asking=asking)
             return await look(view, segments, at)
         if intent.verb is Verb.SPAWN:
             return await self._spawning.spawn(holding, call_id, arguments)
@@ -42,3 +45,14 @@ class Own:
         if (path := str(arguments["handle"])) in holding.program.documents:
             return page_of(await self._programs.file(holding.program, path), arguments, page_bytes=page_bytes)
         return await read_page(view, segments, arguments, page_bytes=page_bytes)
+
+    async def _asking(self, holding: Holding, intent: CallIntent, arguments: Any) -> frozenset[str]:
+        """Children that are out of budget now, for whoever wants to know while it waits: a model that can give them
+        more, and would else never learn of it; a function that says so. Raises: StorageUnavailable."""
+        gives = not intent.step and "send" in holding.program.manifest.tools.builtin
+        if not arguments.get("asking", gives):
+            return frozenset()
+        rows = [row for pid in out_of_budget(holding.view) for row in await self._shared.database.read(heads.one(pid))]
+        return frozenset(
+            row["id"] for row in rows if (row["state"], row["reason"]) == (State.ASKING.value, Reason.BUDGET.value)
+        )
