@@ -1,7 +1,8 @@
 """Embedding: inputs in, vectors out, in the same process and under the same lease as generation.
 
 An embedding model needs a whole input in one pass and keeps nothing, so it has no context tree; asks are served in the
-order of class, account and arrival, as many inputs a step as fit. Read `ranker.py` for the one that scores documents.
+order of class (rising with age), account and arrival. A step takes as many inputs as nobody notices who waits for the
+next one, here or in another engine on the same cores. Read `ranker.py` for the one that scores documents.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from nimbos.engine.intake import weight_of
 from nimbos.engine.loop import Hold, Post
 from nimbos.engine.model import Model, Rows
 from nimbos.engine.protocol import Produced, Submit
-from nimbos.engine.scheduler import RANK, FairClock
+from nimbos.engine.scheduler import RANK, FairClock, Rules, rank
 from nimbos.engine.tally import Tally
 from nimbos.meterfile import Row
 from nimbos.types import Ask, AskClass, Chunk, Final, FinishReason, Receipt, VectorChunk
+
+FORGET = 0.3
+TIDY_EVERY = 1024  # steps
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +44,14 @@ class Work:
     compute_ms: float = 0.0
     steps: int = 0
     started_ms: float | None = field(default=None)
+
+    @property
+    def account(self) -> str:
+        return self.ask.account
+
+    @property
+    def ask_class(self) -> AskClass:
+        return self.ask.ask_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +76,9 @@ class Piece:
 class Embedder:
     """Has the same face as `Loop`: `submit`, `cancel`, `step`, `idle`, `counts`, `flush`."""
 
-    def __init__(self, model: Model, *, post: Post, hold: Hold) -> None:
-        self.model = model
+    def __init__(self, model: Model, rules: Rules, *, post: Post, hold: Hold) -> None:
+        self.model, self._rules = model, rules
+        self._token_ms = 0.0  # of the last steps; 0: not known yet
         self.counters = Counters()
         self.clock = FairClock()
         self.abortable = False
@@ -79,7 +92,7 @@ class Embedder:
         tally = Tally(starts[-1], row, paid_prompt=ask.paid_prompt_tokens)
         tally.resume(output=0, thinking=0, cached=None)
         self.clock.arrive(ask.account, {work.ask.account for work in self._waiting})
-        self._waiting.append(Work(ask, inputs, tally, time.monotonic() * 1e3, submit.restarts, starts))
+        self._waiting.append(Work(ask, inputs, tally, _now_ms(), submit.restarts, starts))
 
     def cancel(self, ask_id: str) -> None:
         self._waiting = [work for work in self._waiting if work.ask.id != ask_id]
@@ -114,21 +127,32 @@ class Embedder:
     def _choose(self) -> list[Piece]:
         """Whole inputs, each in an empty sequence."""
         pieces: list[Piece] = []
-        room = self.model.options.step_tokens
+        room = self._room()
         for work in self._order():
             for index in range(work.done, len(work.inputs)):
                 tokens = len(work.inputs[index])
-                if tokens > room or len(pieces) >= self.model.options.sequences:
+                if pieces and (tokens > room or len(pieces) >= self.model.options.sequences):
                     return pieces
                 self.model.drop(len(pieces))
                 pieces.append(Piece(work, index, 0, tokens, len(pieces)))
                 room -= tokens
         return pieces
 
+    def _room(self) -> int:
+        """Tokens of a step that keeps the stall target, if a single input is not longer than that. A slow model gets
+        the rows without which it would be slower still."""
+        fitting = int(self._rules.stall_target_ms / self._token_ms) if self._token_ms else 0
+        return min(self.model.options.step_tokens, max(self._rules.quiet_rows, fitting))
+
     def _order(self) -> list[Work]:
-        return sorted(
-            self._waiting, key=lambda w: (RANK[w.ask.ask_class], self.clock.virtual(w.ask.account), w.arrived_ms)
-        )
+        now = _now_ms()
+        if not self._rules.fair:
+            return sorted(self._waiting, key=lambda w: w.arrived_ms)
+
+        def key(work: Work) -> tuple[int, float, float]:
+            return rank(work, self.clock, self._rules, now), self.clock.virtual(work.account), work.arrived_ms
+
+        return sorted(self._waiting, key=key)
 
     def _deliver(self, pieces: list[Piece], milliseconds: float) -> None:
         chunks: list[tuple[str, Chunk]] = []
@@ -162,17 +186,22 @@ class Embedder:
         self.counters.computed_tokens += tokens
         self.counters.prompt_tokens += tokens
         self.counters.step_seconds_sum += milliseconds / 1e3
+        token_ms = milliseconds / max(1, tokens)
+        self._token_ms += (FORGET if self._token_ms else 1.0) * (token_ms - self._token_ms)
+        if self.counters.steps % TIDY_EVERY == 0:
+            self.clock.forget_idle({work.account for work in self._waiting})
 
     def _charge(self, piece: Piece, share_ms: float, step_ms: float) -> None:
         work = piece.work
         if work.started_ms is None:
-            work.started_ms = time.monotonic() * 1e3 - step_ms
+            work.started_ms = _now_ms() - step_ms
         start = work.starts[piece.index]
         work.tally.found(start + piece.start)
         work.tally.computed(start + piece.start, piece.count, milliseconds=share_ms)
         work.compute_ms += share_ms
         work.steps += 1
-        self.clock.charge(work.ask.account, share_ms, weight=weight_of(work.ask))
+        self.clock.charge(work.account, share_ms, weight=weight_of(work.ask))
+        self.clock.served(work.account, work.ask_class, _now_ms())
         self.counters.charge(work.ask.account, share_ms)
 
     def flush(self) -> None:
@@ -202,3 +231,7 @@ def _final(work: Work) -> Final:
             restarts=work.restarts,
         ),
     )
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1e3

@@ -13,6 +13,7 @@ from nimbos.engine.loop import Hold, Post
 from nimbos.engine.model import Model
 from nimbos.engine.protocol import Submit
 from nimbos.engine.ranking import Ranking
+from nimbos.engine.scheduler import Rules
 from nimbos.meterfile import Row
 from nimbos.types import Chunk, ScoreChunk
 
@@ -21,8 +22,8 @@ WORTH_SHARING = 8  # tokens
 
 
 class Ranker(Embedder):
-    def __init__(self, model: Model, ranking: Ranking, *, post: Post, hold: Hold) -> None:
-        super().__init__(model, post=post, hold=hold)
+    def __init__(self, model: Model, ranking: Ranking, rules: Rules, *, post: Post, hold: Hold) -> None:
+        super().__init__(model, rules, post=post, hold=hold)
         self._ranking = ranking
         self._homes: dict[int, tuple[Work, int]] = {}  # by sequence: whose, and its tokens; least recently used first
         self._used = 0  # of the documents' sequences
@@ -59,7 +60,7 @@ class Ranker(Embedder):
     def _documents(self, work: Work, home: int | None) -> list[Piece]:
         """As many of the next documents as fit. A prompt that fits no step goes alone, in pieces."""
         self._free_cells(len(work.inputs[work.done]) - work.shared, keep=home)
-        room = min(self.model.options.step_tokens, self._free)
+        room = min(self._room(), self._free)
         pieces: list[Piece] = []
         for index in range(work.done, len(work.inputs)):
             own = len(work.inputs[index]) - work.shared
@@ -74,7 +75,8 @@ class Ranker(Embedder):
         return pieces
 
     def _cut(self, work: Work, index: int, start: int, sequence: int) -> Piece:
-        end = min(len(work.inputs[index]), start + self.model.options.step_tokens)
+        most = self._room() if self.model.causal else self.model.options.step_tokens
+        end = min(len(work.inputs[index]), start + most)
         piece = Piece(work, index, start, end, sequence)
         self._unfinished = None if piece.whole else piece
         return piece

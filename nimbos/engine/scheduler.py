@@ -37,6 +37,17 @@ class Costs(Protocol):
         ...
 
 
+class Claim(Protocol):
+    """Whoever waits to be served: a job, or an ask of `embedder.py`."""
+
+    @property
+    def account(self) -> str: ...
+    @property
+    def ask_class(self) -> AskClass: ...
+    @property
+    def arrived_ms(self) -> float: ...
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One branch of an ask. `tokens` are prompt and answer; the first `computed` of them are in memory.
@@ -128,7 +139,7 @@ class FairClock:
     def served(self, account: str, ask_class: AskClass, now_ms: float) -> None:
         self._served_ms[account, ask_class] = now_ms
 
-    def unserved_since(self, job: Job) -> float:
+    def unserved_since(self, job: Claim) -> float:
         """Since when the job's account has had nothing in the job's class, though the job was there."""
         return max(job.arrived_ms, self._served_ms.get((job.account, job.ask_class), 0.0))
 
@@ -156,7 +167,7 @@ class FairClock:
             del self._behind_ms[process]
 
 
-def rank(job: Job, clock: FairClock, rules: Rules, now_ms: float) -> int:
+def rank(job: Claim, clock: FairClock, rules: Rules, now_ms: float) -> int:
     """0 is served first. What an account has in a class rises while all of it goes unserved; one job that waits behind
     its own account's others does not, or a flood would overtake by growing old."""
     if not rules.fair:

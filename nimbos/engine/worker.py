@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from nimbos.config import Settings
+from nimbos.config import EngineSettings, Settings
 from nimbos.engine import confine, protocol
 from nimbos.engine.calibrate import StepTime, StepTimeTable
 from nimbos.engine.embedder import Embedder
@@ -116,18 +116,12 @@ class Worker:
         self._grammars = GrammarFactory(model.vocab)
         hold = lease.hold if lease else _no_lease
         costs = _costs(start.table, model)
+        rules = _rules(settings.engine, model)
         if ranking is not None:
-            self._loop: Loop | Embedder = Ranker(model, ranking, post=pipe.send, hold=hold)
+            self._loop: Loop | Embedder = Ranker(model, ranking, rules, post=pipe.send, hold=hold)
         elif whole:
-            self._loop = Embedder(model, post=pipe.send, hold=hold)
+            self._loop = Embedder(model, rules, post=pipe.send, hold=hold)
         else:
-            rules = Rules(
-                stall_target_ms=settings.engine.stall_target_ms,
-                max_rows=step,
-                fair=settings.engine.fair,
-                quiet_rows=min(128, step),
-                live_jobs=max(1, min(64, model.options.sequences // (2 if model.shares_prefixes else 1))),
-            )
             share = settings.engine.share_prefixes and model.shares_prefixes
             swap_bytes = settings.engine.swap_memory_mib * 1024 * 1024
             self._loop = Loop(
@@ -334,6 +328,17 @@ def _sequences(model: Model, wanted: int) -> int:
     """Ids in use: each costs a recurrent model a whole state, and others nothing."""
     most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES
     return max(2, min(most, wanted if model.kind is Kind.GENERATE else 64))
+
+
+def _rules(settings: EngineSettings, model: Model) -> Rules:
+    step = model.options.step_tokens
+    return Rules(
+        stall_target_ms=settings.stall_target_ms,
+        max_rows=step,
+        fair=settings.fair,
+        quiet_rows=min(128, step),
+        live_jobs=max(1, min(64, model.options.sequences // (2 if model.shares_prefixes else 1))),
+    )
 
 
 def _costs(table: bytes, model: Model) -> StepTime:
