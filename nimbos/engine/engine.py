@@ -349,7 +349,8 @@ class Engine:
             raise EngineFailed(f"The engine for {self.model_id!r} did not answer within {timeout:.0f} s.") from error
         finally:
             self._replies.pop(number, None)
-            self._unanswered.pop(number, None)
+            if self._unanswered.pop(number, None) is not None and self._up.is_set() and future.cancelled():
+                self._send(protocol.Forget(number=number))
             self._prepare_deaths.pop(number, None)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

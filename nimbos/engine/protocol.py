@@ -37,6 +37,12 @@ class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
     ask: Ask
 
 
+class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
+    """Nobody waits any more for the reply to the Prepare with this number."""
+
+    number: int
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     """`cached[branch]`: prompt tokens that the first run found in memory, when this one follows an engine's death.
     `begun[branch]`: how many of the tokens in `ask.emitted` were there when the ask was first made, and paid for then.
@@ -175,7 +181,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 STEP_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, float("inf"))
 
-ToEngine = Start | Prepare | Submit | Cancel | Extend | StatsRequest
+ToEngine = Start | Prepare | Forget | Submit | Cancel | Extend | StatsRequest
 FromEngine = Ready | LoadFailed | PreparedReply | Failed | Admitted | Produced | Learned | EngineStats
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,8 +1,8 @@
 """The engine process: `python -m nimbos.engine.worker FD`, where FD is its end of a socket to the server.
 
 Threads: the main one runs the step loop; one reads frames (and stops a long step when something urgent arrives, and
-the process when the server is gone); one tokenizes and compiles grammars, for each account in turn. Nothing else
-happens inside a step.
+the process when the server is gone); one tokenizes and compiles grammars, urgent ones first, for each account in turn.
+Nothing else happens inside a step.
 Read `engine.py` for the server's side, `loop.py` for the steps.
 """
 
@@ -34,7 +34,7 @@ from nimbos.engine.model import SEQUENCES_MAX, Model, ModelOptions
 from nimbos.engine.prompts import Prompts
 from nimbos.engine.ranker import Ranker
 from nimbos.engine.ranking import Ranking
-from nimbos.engine.scheduler import Rules
+from nimbos.engine.scheduler import RANK, Rules
 from nimbos.engine.sizes import choose_cells
 from nimbos.engine.swapfile import SwapFile
 from nimbos.engine.turns import Turns
@@ -183,18 +183,27 @@ class Worker:
 
     def _sort(self, message: protocol.ToEngine) -> None:
         if isinstance(message, protocol.Prepare):
-            self._preparing.put(message.ask.account, message)
+            self._queue(message, message.number)
+        elif isinstance(message, protocol.Forget):
+            self._preparing.drop(message.number)
         elif isinstance(message, protocol.Submit):
             if message.ask.grammar is not None:
                 self._compiling[message.ask.id] = None
-                self._preparing.put(message.ask.account, message)
+                self._queue(message, message.ask.id)
             else:
                 self._arrive(message)
         elif isinstance(message, protocol.Cancel):
+            if self._preparing.drop(message.ask_id):
+                self._compiling.pop(message.ask_id, None)
+                return
             self._cancelled.add(message.ask_id)
             self._arrive(message)
         elif isinstance(message, protocol.Extend | protocol.StatsRequest):
             self._arrive(message)
+
+    def _queue(self, message: protocol.Prepare | protocol.Submit, key: int | str) -> None:
+        ask = message.ask
+        self._preparing.put(message, key=key, account=ask.account, rank=RANK[ask.ask_class])
 
     def _arrive(self, message: _Arrival) -> None:
         self._inbox.append(message)
