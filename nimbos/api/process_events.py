@@ -30,7 +30,7 @@ from nimbos.types import Account
 
 TEXT_BYTES_MAX = 64 * 1024  # of a segment that is told with its event
 
-_SEQ_DIGITS_MAX = 15
+SEQ_DIGITS_MAX = 15
 _ORIGINS = ("external", "tool", "user")
 _SECRECIES = ("public", "private", "credential")
 
@@ -129,7 +129,7 @@ def seq_of(text: str | None, name: str) -> int:
     """Raises: InvalidRequest."""
     if text is None:
         return 0
-    if not (text.isascii() and text.isdigit() and len(text) <= _SEQ_DIGITS_MAX):
+    if not (text.isascii() and text.isdigit() and len(text) <= SEQ_DIGITS_MAX):
         raise InvalidRequest(f"`{name}` must be the number of an event.", param=name)
     return int(text)
 
