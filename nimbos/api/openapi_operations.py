@@ -176,7 +176,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "GET /v1/programs/{program}": Operation(gives=ProgramTold),
     "GET /v1/usage": Operation(gives=own_usage.OwnUsage),
     "GET /v1/organization/live": Operation(gives=live.LiveBody),
-    "GET /v1/organization/usage/asks": Operation(media=("text/csv",)),
+    "GET /v1/organization/usage/asks": Operation(media=("text/csv", "application/jsonl")),
     "POST /v1/console/login": Operation(takes=console.LoginBody),
 }
 
