@@ -91,7 +91,7 @@ class MessageBatches:
         return json_reply(await self._told(request, batch))
 
     async def page(self, request: Request) -> Response:
-        query = dict(request.query_params)
+        query = request.query_params
         limit = limit_of(query, default=20, most=LIST_MAX)
         after, before = (_own_id(query[name]) if name in query else "" for name in ("after_id", "before_id"))
         found = await self._desk.list(

@@ -10,7 +10,7 @@ import msgspec
 from nimbos.errors import InvalidRequest, ModelNotFound
 from nimbos.sources import Listed
 
-_LIMIT, _LIMIT_MAX = 20, 1000
+_LIMIT, LIMIT_MAX = 20, 1000
 
 
 class ModelInfo(msgspec.Struct, kw_only=True, tag_field="type", tag="model"):
@@ -61,8 +61,8 @@ def one(models: Sequence[Listed], aliases: Mapping[str, str], name: str) -> Mode
 def limit_of(query: Mapping[str, str]) -> int:
     """Of entries on a page. Raises: InvalidRequest."""
     text = query.get("limit", str(_LIMIT))
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= _LIMIT_MAX):
-        raise InvalidRequest(f"`limit` must be from 1 to {_LIMIT_MAX}.", param="limit")
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= LIMIT_MAX):
+        raise InvalidRequest(f"`limit` must be from 1 to {LIMIT_MAX}.", param="limit")
     return int(text)
 
 

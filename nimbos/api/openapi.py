@@ -1,6 +1,6 @@
 """`GET /openapi.json`: our own description of the API, made of the routes and of the structs that bodies are read into.
 
-Fields that are refused by name are not in it, and queries of lists are not either: docs/api.md has both.
+Fields that are refused by name are not in it: docs/api.md has them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from starlette.routing import Route
 import nimbos
 from nimbos.api import anthropic_errors, dashscope_wire, errors, ollama_wire
 from nimbos.api.openapi_operations import JSON, Operation, operations, plain_path
+from nimbos.api.openapi_queries import Query, queries
 
 _REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+)\}")
@@ -50,7 +51,7 @@ class Description:
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:
     """An OpenAPI 3.1 document. What no table tells of is described as taking and giving any JSON."""
-    known = operations()
+    known, asked = operations(), queries()
     named = [
         (method, plain_path(route.path), known.get(f"{method} {plain_path(route.path)}", Operation()))
         for route in routes
@@ -59,7 +60,8 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
     references, components = _components([operation for _, _, operation in named])
     paths: dict[str, dict[str, Any]] = {}
     for method, path, operation in named:
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, references)
+        query = asked.get(f"{method} {path}", ())
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation, query, references)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Nimbos", "version": nimbos.__version__, "license": {"name": "Apache-2.0"}},
@@ -84,7 +86,9 @@ def _components(used: list[Operation]) -> tuple[dict[type, Any], dict[str, Any]]
     return dict(zip(structs, schemas, strict=True)), components
 
 
-def _operation(method: str, path: str, operation: Operation, references: dict[type, Any]) -> dict[str, Any]:
+def _operation(
+    method: str, path: str, operation: Operation, query: Query, references: dict[type, Any]
+) -> dict[str, Any]:
     error = next(struct for prefix, struct in _ERRORS if path.startswith(prefix))
     given = references[operation.gives] if operation.gives is not None else _UNSAID
     content = {JSON: {"schema": given}, **{media: {"schema": _UNSAID} for media in operation.media}}
@@ -96,12 +100,13 @@ def _operation(method: str, path: str, operation: Operation, references: dict[ty
             "default": {"description": "Refused or failed.", "content": {JSON: {"schema": references[error]}}},
         },
     }
-    names = _PARAMETER.findall(path)
-    if names:
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in names
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in _PARAMETER.findall(path)
+    ]
+    parameters += [parameter.described() for parameter in query]
+    if parameters:
+        described["parameters"] = parameters
     if operation.takes is not None:
         described["requestBody"] = _body(operation.takes, references)
     if path in _KEYLESS:

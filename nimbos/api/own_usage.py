@@ -15,7 +15,7 @@ from nimbos.errors import InvalidRequest
 from nimbos.ledger import Budget, Span, budgets_of, usage
 from nimbos.runtime import Runtime
 
-_BY = ("model", "day", "class", "process")
+BY = ("model", "day", "class", "process")
 _DIGITS_MAX = 16  # milliseconds, until long after the year 9999
 
 
@@ -58,7 +58,7 @@ def routes(runtime: Runtime) -> list[Route]:
 
     async def get(request: Request) -> Response:
         query = only(request, "by", "since_ms", "until_ms")
-        by = choice_of(query, "by", _BY)
+        by = choice_of(query, "by", BY)
         since_ms, until_ms = _at(query.get("since_ms"), "since_ms"), _at(query.get("until_ms"), "until_ms")
         account = account_of(request)
         span = Span(since_ms=since_ms, until_ms=until_ms, filters={"key": (account.key,), "project": (account.id,)})

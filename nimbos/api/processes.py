@@ -31,7 +31,7 @@ from nimbos.types import Account, AskClass, new_id
 LIST_MAX = 1_000
 EVENTS_MAX = 500
 _OPEN = frozenset(State) - {State.DONE}
-_STATES = ("", "open", *(state.value for state in State))  # open: whatever is not done
+STATES = ("", "open", *(state.value for state in State))  # open: whatever is not done
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -108,7 +108,7 @@ class ProcessRoutes:
         account = account_of(request)
         query = only(request, "after", "limit", "state", "prefix")
         limit = limit_of(query, default=100, most=LIST_MAX)
-        state = choice_of(query, "state", _STATES)
+        state = choice_of(query, "state", STATES)
         heads = await self._kernel.list(
             account,
             limit=limit + 1,

@@ -13,7 +13,7 @@ from nimbos.api.responses_wire import Page
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.responses import Placed, Store
 
-_LIMIT_MAX = 100
+LIMIT_MAX = 100
 _LIMIT = 20
 _INCLUDE = ("include", "include[]")
 
@@ -60,8 +60,8 @@ def paging(request: Request) -> Paging:
     if order not in ("asc", "desc"):
         raise InvalidRequest("`order` must be asc or desc.", param="order")
     limit = _number(request.query_params.get("limit", str(_LIMIT)), "limit")
-    if not 1 <= limit <= _LIMIT_MAX:
-        raise InvalidRequest(f"`limit` is {limit}; it must be from 1 to {_LIMIT_MAX}.", param="limit")
+    if not 1 <= limit <= LIMIT_MAX:
+        raise InvalidRequest(f"`limit` is {limit}; it must be from 1 to {LIMIT_MAX}.", param="limit")
     return Paging(after=request.query_params.get("after"), limit=limit, descending=order == "desc")
 
 

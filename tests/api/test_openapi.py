@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,8 +19,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
 
-from nimbos.api import build
+from nimbos.api import build, query, responses_query
+from nimbos.api.admin.desk import Query
 from nimbos.api.openapi_operations import operations, plain_path
 from tests.conftest import DEMO
 from tests.live import Live, serving
@@ -116,8 +123,134 @@ def with_models(described: dict[str, Any], models: list[str]) -> dict[str, Any]:
     return changed
 
 
-def test_what_schemathesis_makes_up_is_answered_as_described(server: Live, described: dict[str, Any]) -> None:
+def test_what_schemathesis_makes_up_is_answered_as_described(
+    server: Live, described: dict[str, Any], reading: Reading
+) -> None:
     explore(server, described, 3)
+    assert reading.undescribed(described) == set()
+
+
+def test_each_query_parameter_that_is_read_is_described_and_each_described_is_read(
+    server: Live, described: dict[str, Any], reading: Reading
+) -> None:
+    """Each route once with what it must have, and once with all that is described for it: a value may be refused before
+    the next name is looked for."""
+    for path, item in described["paths"].items():
+        for method, operation in item.items():
+            asked = [one for one in operation.get("parameters", ()) if one["in"] == "query"]
+            for sent in ([one for one in asked if one["required"]], asked):
+                server.http.request(
+                    method,
+                    path.replace("{project_id}", "proj_default").format_map(Anything()),
+                    params={one["name"]: example(one["schema"]) for one in sent},
+                    headers={"anthropic-version": "2023-06-01"} if path == "/v1/models" else {},
+                )
+    assert reading.undescribed(described) == set()
+    assert reading.unread(described) == set()
+
+
+def test_each_query_parameter_is_in_the_docs(described: dict[str, Any]) -> None:
+    docs = "".join(page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("*.md"))
+    assert {name for _, name in queries_of(described) if f"`{name}" not in docs} == set()
+
+
+def test_a_parameter_that_nobody_described_is_noticed(
+    server: Live, described: dict[str, Any], reading: Reading
+) -> None:
+    without = json.loads(json.dumps(described))
+    listing = without["paths"]["/v1/files"]["get"]
+    listing["parameters"] = [one for one in listing["parameters"] if one["name"] != "purpose"]
+    assert server.http.get("/v1/files").status_code == 200
+    assert reading.undescribed(without) == {("GET /v1/files", "purpose")}
+
+
+class Anything(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return f"no_{name}"
+
+
+def example(schema: dict[str, Any]) -> Any:
+    if schema["type"] == "array":
+        return example(schema["items"])
+    return schema.get("enum", [schema.get("minimum", "x")])[0]
+
+
+class Reading:
+    """Which query parameters each route has looked for, whether they were there or not."""
+
+    def __init__(self) -> None:
+        self.looked_for: set[tuple[str, str]] = set()  # "GET /v1/files", "after"
+
+    def undescribed(self, described: dict[str, Any]) -> set[tuple[str, str]]:
+        known = queries_of(described)
+        return {(self.operation(described, request), name) for request, name in self.looked_for} - known
+
+    def unread(self, described: dict[str, Any]) -> set[tuple[str, str]]:
+        return queries_of(described) - {(self.operation(described, request), name) for request, name in self.looked_for}
+
+    def operation(self, described: dict[str, Any], request: str) -> str:
+        """The one that a request was for: that with the fewest parameters in its path."""
+        method, path = request.split(" ", 1)
+        fitting = [
+            template
+            for template, item in described["paths"].items()
+            if method.lower() in item and re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template)), path)
+        ]
+        return f"{method} {min(fitting, key=lambda template: template.count('{'), default=path)}"
+
+
+def queries_of(described: dict[str, Any]) -> set[tuple[str, str]]:
+    return {
+        (f"{method.upper()} {path}", one["name"])
+        for path, item in described["paths"].items()
+        for method, operation in item.items()
+        for one in operation.get("parameters", ())
+        if one["in"] == "query"
+    }
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    """Everything that reads a query goes through one of these three: `only`, `check_query` and Starlette's own."""
+    found, request_of = Reading(), ContextVar[str]("request_of")
+    params = Request.query_params.fget  # type: ignore[attr-defined]
+
+    class Noted(QueryParams):
+        def get(self, key: Any, default: Any = None) -> Any:
+            found.looked_for.add((request_of.get(), key))
+            return super().get(key, default)
+
+        def __getitem__(self, key: Any) -> Any:
+            found.looked_for.add((request_of.get(), key))
+            return super().__getitem__(key)
+
+        def __contains__(self, key: Any) -> bool:
+            found.looked_for.add((request_of.get(), key))
+            return super().__contains__(key)
+
+    def noted(request: Request) -> QueryParams:
+        request_of.set(f"{request.method} {request.url.path}")
+        return Noted(params(request))
+
+    def noting(names_of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request: Request, *names: str) -> Any:
+            found.looked_for |= {(f"{request.method} {request.url.path}", name) for name in names}
+            return names_of(request, *names)
+
+        return call
+
+    def texts(query: Query, name: str) -> list[str]:
+        found.looked_for.add((request_of.get(), name))
+        return original(query, name)
+
+    original = Query.texts
+    monkeypatch.setattr(Query, "texts", texts)
+    monkeypatch.setattr(Request, "query_params", property(noted))
+    for name, function in (("only", query.only), ("check_query", responses_query.check_query)):
+        for module in [one for key, one in list(sys.modules.items()) if key.startswith("nimbos.api")]:
+            if getattr(module, name, None) is function:
+                monkeypatch.setattr(module, name, noting(function))
+    return found
 
 
 @pytest.mark.long

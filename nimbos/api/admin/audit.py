@@ -15,7 +15,7 @@ from nimbos.db.tables.accounts import audit_log
 from nimbos.errors import InvalidRequest
 
 AUDIT = "/v1/organization/audit_logs"
-_FILTERS = {
+FILTERS = {
     "event_types": "action",
     "project_ids": "project_id",
     "actor_ids": "actor_id",
@@ -38,7 +38,7 @@ _TYPES = {
 _FILTER_VALUES_MAX = 100
 _LAST = 2**62
 _SEQ = Statement(select(audit_log.c.seq).where(audit_log.c.id == bindparam("wanted")))
-_MOMENTS = ("gt", "gte", "lt", "lte")
+MOMENTS = ("gt", "gte", "lt", "lte")
 
 
 class Entries(msgspec.Struct, kw_only=True):
@@ -65,7 +65,7 @@ async def list_entries(call: Call) -> Entries:
     query = call.query
     window = Window.of(query)
     before = query.text("before")
-    filters = {column: query.texts(name) for name, column in _FILTERS.items()}
+    filters = {column: query.texts(name) for name, column in FILTERS.items()}
     filters["action"] = _actions(filters["action"])
     since_ms, until_ms = _moments(query)
     query.flag("tenant_only")
@@ -178,7 +178,7 @@ async def _seq(call: Call, entry_id: str) -> int:
 
 def _moments(query: Query) -> tuple[int, int]:
     """`effective_at[gte]` and the like as [since, until) in milliseconds."""
-    found = {word: query.integer(f"effective_at[{word}]", 0, 2**40) for word in _MOMENTS}
+    found = {word: query.integer(f"effective_at[{word}]", 0, 2**40) for word in MOMENTS}
     since = max(
         0 if found["gte"] is None else found["gte"] * 1000,
         0 if found["gt"] is None else (found["gt"] + 1) * 1000,

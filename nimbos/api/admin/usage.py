@@ -33,11 +33,14 @@ Width = Literal["1m", "1h", "1d"]
 Kind = Literal["completions", "embeddings", "moderations"]
 
 _WIDTH_S: dict[str, int] = {"1m": 60, "1h": 3600, "1d": 86_400}
-_BUCKETS: dict[str, tuple[int, int]] = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}  # default, most
-_COST_BUCKETS = (7, 180)
+BUCKETS: dict[str, tuple[int, int]] = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}  # default, most
+COST_BUCKETS = (7, 180)
 _SECONDS_MAX = 2**40
+TOKEN_GROUPS = ("project_id", "user_id", "api_key_id", "model")
+COMPLETION_GROUPS = ("batch", "service_tier", "api_source")  # besides those
+COST_GROUPS = ("project_id", "user_id", "line_item", "api_key_id", "api_source")
 _GROUPS = {"project_id": "project", "api_key_id": "key", "model": "model", "service_tier": "class", "batch": "class"}
-_EMPTY: dict[str, tuple[str, ...]] = {
+EMPTY: dict[str, tuple[str, ...]] = {
     "images": ("project_id", "user_id", "api_key_id", "model", "size", "source"),
     "audio_speeches": ("project_id", "user_id", "api_key_id", "model"),
     "audio_transcriptions": ("project_id", "user_id", "api_key_id", "model"),
@@ -113,10 +116,8 @@ class Frame:
 
 
 async def tokens(kind: Kind, call: Call) -> Buckets:
-    frame = Frame.of(call.query, ("1m", "1h", "1d"), _BUCKETS)
-    more = ("batch", "service_tier", "api_source") if kind == "completions" else ()
-    known = ("project_id", "user_id", "api_key_id", "model", *more)
-    groups = _groups(call.query, known)
+    frame = Frame.of(call.query, ("1m", "1h", "1d"), BUCKETS)
+    groups = _groups(call.query, (*TOKEN_GROUPS, *(COMPLETION_GROUPS if kind == "completions" else ())))
     span = await _span(call, frame, batch=call.query.flag("batch") if kind == "completions" else None)
     users = set(call.query.texts("user_ids"))
     results: dict[int, list[dict[str, Any]]] = {}
@@ -127,8 +128,8 @@ async def tokens(kind: Kind, call: Call) -> Buckets:
 
 
 async def costs(call: Call) -> Buckets:
-    frame = Frame.of(call.query, ("1d",), {"1d": _COST_BUCKETS})
-    groups = _groups(call.query, ("project_id", "user_id", "line_item", "api_key_id", "api_source"))
+    frame = Frame.of(call.query, ("1d",), {"1d": COST_BUCKETS})
+    groups = _groups(call.query, COST_GROUPS)
     span = await _span(call, frame, batch=None, models=call.query.texts("line_items"))
     results: dict[int, list[dict[str, Any]]] = {}
     for group, used in (await _rows(call, frame, span, groups, None, set())).items():
@@ -142,8 +143,8 @@ async def costs(call: Call) -> Buckets:
 
 async def nothing(name: str, call: Call) -> Buckets:
     """What no model here does yet: its parameters are checked, its buckets are empty."""
-    frame = Frame.of(call.query, ("1m", "1h", "1d"), _BUCKETS)
-    _groups(call.query, _EMPTY[name])
+    frame = Frame.of(call.query, ("1m", "1h", "1d"), BUCKETS)
+    _groups(call.query, EMPTY[name])
     for filters in ("api_key_ids", "project_ids", "user_ids", "models", "batch", "sizes", "sources"):
         call.query.texts(filters)
     for filters in ("vector_store_ids", "context_levels"):
@@ -302,5 +303,5 @@ def routes() -> list[AdminRoute]:
         get(f"{USAGE}/asks", Action.SEE, export),
         get(COSTS, Action.SEE, costs),
         *(get(f"{USAGE}/{kind}", Action.SEE, partial(tokens, kind)) for kind in kinds),
-        *(get(f"{USAGE}/{name}", Action.SEE, partial(nothing, name)) for name in _EMPTY),
+        *(get(f"{USAGE}/{name}", Action.SEE, partial(nothing, name)) for name in EMPTY),
     ]
