@@ -56,7 +56,7 @@ from nimbos.api.admin import (
 from nimbos.api.anthropic_body import MessagesBody
 from nimbos.api.chat_request import ChatBody
 from nimbos.api.process_signals import SignalBody
-from nimbos.api.programs import ProgramBody, ProgramList, ProgramTold
+from nimbos.api.programs import ProgramBody, ProgramDeleted, ProgramList, ProgramTold
 
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
@@ -174,6 +174,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /v1/programs": Operation(takes=ProgramBody, gives=ProgramTold),
     "GET /v1/programs": Operation(gives=ProgramList),
     "GET /v1/programs/{program}": Operation(gives=ProgramTold),
+    "DELETE /v1/programs/{program}": Operation(gives=ProgramDeleted),
     "GET /v1/usage": Operation(gives=own_usage.OwnUsage),
     "GET /v1/organization/live": Operation(gives=live.LiveBody),
     "GET /v1/organization/usage/asks": Operation(media=("text/csv", "application/jsonl")),

@@ -24,6 +24,7 @@ from nimbos.api.query import limit_of, only
 from nimbos.errors import Forbidden, InvalidRequest
 from nimbos.kernel import Listed, Program, unpack
 from nimbos.runtime import Runtime
+from nimbos.types import Account
 
 LIST_MAX = 1_000
 PACKED = "application/x-nimbos-program"
@@ -74,6 +75,12 @@ class ProgramRow(msgspec.Struct, kw_only=True):
     created_ms: int
 
 
+class ProgramDeleted(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["program"] = "program"
+    deleted: bool = True
+
+
 class ProgramList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     data: list[ProgramRow]
@@ -88,6 +95,7 @@ def routes(runtime: Runtime) -> list[Route]:
         Route("/v1/programs", programs.create, methods=["POST"]),
         Route("/v1/programs", programs.list, methods=["GET"]),
         Route("/v1/programs/{program}", programs.retrieve, methods=["GET"]),
+        Route("/v1/programs/{program}", programs.delete, methods=["DELETE"]),
     ]
 
 
@@ -100,12 +108,10 @@ class ProgramRoutes:
         content = await bodies.read(
             request, limit_bytes=self._settings.max_body_bytes, stall_s=self._settings.stall_write_s
         )
-        identity = identity_of(request)
-        if identity.role is Role.READER:
-            raise Forbidden("The role reader looks at programs, and brings none.")
+        account = _changing(request)
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         files = unpack(content) if media_type == PACKED else _files_of(bodies.decode(content, ProgramBody))
-        return json_reply(told(await self._programs.put(identity.account, files)))
+        return json_reply(told(await self._programs.put(account, files)))
 
     async def list(self, request: Request) -> Response:
         query = only(request, "after", "limit")
@@ -125,6 +131,19 @@ class ProgramRoutes:
         """By id, the beginning of one, name, or `name@version`."""
         hash = await self._programs.find(account_of(request).id, request.path_params["program"])
         return json_reply(told(await self._programs.load(hash)))
+
+    async def delete(self, request: Request) -> Response:
+        """As `retrieve` finds it."""
+        hash = await self._programs.remove(_changing(request).id, request.path_params["program"])
+        return json_reply(ProgramDeleted(id=hash))
+
+
+def _changing(request: Request) -> Account:
+    """Raises: Forbidden."""
+    identity = identity_of(request)
+    if identity.role is Role.READER:
+        raise Forbidden("The role reader looks at programs; it brings none and takes none away.")
+    return identity.account
 
 
 def told(program: Program) -> ProgramTold:

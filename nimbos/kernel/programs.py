@@ -1,7 +1,8 @@
 """The programs that projects have: uploaded whole, found by name or hash, unpacked for the workers that run them.
 
-Which project has which is a row; the bytes are in `blobs`, under the program's own hash, for good, as processes and
-logs name them. A part of a program (`program.py`) has its bytes there too, and no row.
+Which project has which is a row; the bytes are in `blobs`, under the program's own hash, for as long as a project has
+it or a process was ever made of it, since its log names it. A part of a program (`program.py`) has its bytes there too,
+for good, and no row.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Integer, Text, bindparam, func, select
+from sqlalchemy import Integer, Text, bindparam, delete, func, literal_column, select
 
 from nimbos.accounts import CODE_SCOPE
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Statement, Transaction, upsert
+from nimbos.db.tables.processes import processes
 from nimbos.db.tables.programs import programs
-from nimbos.errors import Forbidden, NotFound, PayloadTooLarge
+from nimbos.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
 from nimbos.kernel.package import unpack
 from nimbos.kernel.program import File, Program, part_contents, program_of, read_program
-from nimbos.kernel.unpacked import unpacked
+from nimbos.kernel.unpacked import forget_unpacked, unpacked
 from nimbos.types import Account, new_id
 
 __all__ = ["File", "Listed", "Program", "Programs"]
@@ -73,7 +75,28 @@ class Programs:
             await self._blobs.put(part)
         await self._blobs.put(content)
         await self._database.run(lambda: _record(account.id, program), durable=True)
+        if not await self._blobs.has(program.hash):  # somebody removed it in between
+            await self._blobs.put(content)
         return program
+
+    async def remove(self, account: str, wanted: str) -> str:
+        """The project has it no more: its id. Processes that are over keep it, to be replayed and forked; one that no
+        process was ever made of is gone with its bytes, where no other project has it.
+
+        Raises: NotFound; Conflict while a process of it, or of a part of it, is not over.
+        """
+        hash = await self.find(account, wanted)
+        program = await self.load(hash)
+        named = await self._database.run(lambda: _forget(account, program), durable=True)
+        if not named and not await self._database.read(_OF_PROGRAM(program=hash)):
+            content = await self._content(hash)
+            await self._blobs.remove(hash)
+            self._kept.pop(hash, None)
+            if await self._database.read(_ANYBODYS(hash=hash)):  # brought again in between
+                await self._blobs.put(content)
+            else:
+                await asyncio.to_thread(forget_unpacked, self._root, hash)
+        return hash
 
     async def load(self, hash: str) -> Program:
         """Whoever's it is: who may run it was asked when it was spawned. Raises: NotFound, StorageUnavailable."""
@@ -163,6 +186,19 @@ def _record(account: str, program: Program) -> Transaction[None]:
         raise PayloadTooLarge(have=int(row["total"]), limit=PROJECT_BYTES_MAX, what="project's programs")
 
 
+def _forget(account: str, program: Program) -> Transaction[bool]:
+    """Whether another project has it. Raises: Conflict, NotFound."""
+    for hash in (program.hash, *program.parts.values()):
+        rows = yield _LIVING(account=account, program=hash)
+        if rows:
+            raise Conflict(
+                f"The program {program.name!r} ({program.hash[:12]}) is in use: {rows[0]['id']} is not over."
+            )
+    if not (yield _FORGET(account=account, hash=program.hash)):
+        raise NotFound(f"There is no program {program.hash[:100]!r} here.", param="program")
+    return bool((yield _ANYBODYS(hash=program.hash)))
+
+
 _ACCOUNT = programs.c.account == bindparam("account", type_=Text)
 _PUT = upsert(programs, key=("account", "hash"), set=("put_id",))
 _TOTAL = Statement(select(func.sum(programs.c.size_bytes + _ROW_BYTES).label("total")).where(_ACCOUNT))
@@ -186,6 +222,16 @@ _BY_START = Statement(
         programs.c.hash < bindparam("after", type_=Text),
     )
     .order_by(programs.c.put_id.desc())
+    .limit(1)
+)
+_THIS = programs.c.hash == bindparam("hash", type_=Text)
+_FORGET = Statement(delete(programs).where(_ACCOUNT, _THIS).returning(programs.c.hash))
+_ANYBODYS = Statement(select(programs.c.hash).where(_THIS).limit(1))
+_MADE_OF = processes.c.program == bindparam("program", type_=Text)
+_OF_PROGRAM = Statement(select(processes.c.id).where(_MADE_OF).limit(1))
+_LIVING = Statement(
+    select(processes.c.id)
+    .where(processes.c.account == bindparam("account", type_=Text), _MADE_OF, literal_column("state != 'done'"))
     .limit(1)
 )
 _PAGE = Statement(

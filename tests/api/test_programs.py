@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -148,3 +149,61 @@ def test_a_program_that_is_not_there_is_not_found(server: Live, word: str) -> No
     holder = Holder(server)
     holder.put(PLAIN)
     error_of(holder.ask("GET", f"/programs/{word}"), 404)
+
+
+def spawned(holder: Holder, program: str) -> str:
+    reply = holder.ask("POST", "/processes", json={"program": program, "input": "Hello.", "model": "demo"})
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["id"])
+
+
+def until_done(holder: Holder, pid: str) -> None:
+    with holder.server.http.stream(
+        "GET", f"/v1/processes/{pid}/events", headers={"authorization": f"Bearer {holder.secret}"}
+    ) as reply:
+        assert "event: end" in list(reply.iter_lines())
+
+
+def test_a_program_goes_when_no_process_of_it_is_left(server: Live) -> None:
+    holder = Holder(server)
+    program = holder.put({**PLAIN, "nimbos.toml": 'name = "asks"\n[budget]\ntokens = 1\n'}).json()["id"]
+    pid = spawned(holder, program)  # which waits for a budget, or is about to
+    assert pid in error_of(holder.ask("DELETE", "/programs/asks"), 409)["message"]
+    assert holder.ask("GET", "/programs/asks").status_code == 200
+    holder.ask("POST", f"/processes/{pid}/signals", json={"signal": "kill"})
+    until_done(holder, pid)
+    gone = holder.ask("DELETE", "/programs/asks")
+    assert gone.json() == {"id": program, "object": "program", "deleted": True}
+    error_of(holder.ask("DELETE", f"/programs/{program}"), 404)
+    error_of(holder.ask("POST", "/processes", json={"program": program, "input": "", "model": "demo"}), 404)
+    assert holder.ask("GET", "/programs").json()["data"] == []
+
+
+def test_what_is_over_can_be_replayed_and_forked_without_its_program(server: Live) -> None:
+    holder = Holder(server)
+    program = holder.put({**PLAIN, "n": "replayed"}).json()["id"]
+    pid = spawned(holder, program)
+    until_done(holder, pid)
+    assert holder.ask("DELETE", f"/programs/{program}").status_code == 200
+    replayed = holder.ask("POST", f"/processes/{pid}/replay", json={"model": "demo"})
+    assert "event: end" in replayed.text and "event: error" not in replayed.text
+    (fork,) = holder.ask("POST", f"/processes/{pid}/fork", json={}).json()["data"]
+    until_done(holder, fork["id"])
+    assert holder.ask("GET", f"/processes/{fork['id']}").json()["reason"] == "ok"
+
+
+def kept(server: Live, hash: str) -> bool:
+    return any(file.is_file() for file in Path(server.settings.home, "blobs").rglob(f"*{hash[2:]}"))
+
+
+def test_bytes_go_with_the_last_project_that_has_a_program_of_which_no_process_was_made(server: Live) -> None:
+    first, second = Holder(server), Holder(server)
+    files = {**PLAIN, "n": "never run"}
+    program = first.put(files).json()["id"]
+    assert second.put(files).json()["id"] == program
+    assert first.ask("DELETE", f"/programs/{program}").status_code == 200
+    assert second.ask("GET", f"/programs/{program}").json()["id"] == program
+    assert kept(server, program)
+    assert second.ask("DELETE", f"/programs/{program}").status_code == 200
+    assert not kept(server, program)
+    assert first.put(files).json()["id"] == program and kept(server, program)
