@@ -26,6 +26,7 @@ from nimbos.kernel.log import Draft, Holder
 from nimbos.kernel.processes import Head, locked_head, raise_epoch
 from nimbos.kernel.programs import Program
 from nimbos.kernel.view import View
+from nimbos.kernel.views import Views
 from nimbos.kernel.words import Reason, State
 from nimbos.types import Account
 from nimbos.work import Claim, ClaimLost
@@ -60,6 +61,8 @@ class Runner:
         self.closing = False  # the server stops
         self._over: dict[str, asyncio.Event] = {}
         self._failures: dict[str, int] = {}
+        self.views = Views()
+        self.events_read = 0  # in order to fold them
 
     async def run(self, claim: Claim) -> None:
         """Ends the claim, or leaves it to the crew. Raises: ClaimLost, and whatever went wrong."""
@@ -90,8 +93,10 @@ class Runner:
             try:
                 holding = await self._holding(head, holder, view, closing)
                 await self._until_it_ends(holding)
-            except (Parked, Exited):
+            except (Parked, Exited) as end:
                 self._failures.pop(head.pid, None)
+                if isinstance(end, Parked):
+                    self.views.keep(head.pid, view.copy())
             except asyncio.CancelledError:
                 await self._hand_back(holder)
                 raise
@@ -104,11 +109,23 @@ class Runner:
     async def _folded(self, pid: str) -> View:
         """Before anything is written, so that a log which this version cannot read stays as it is. Of a process that
         is gone: nothing."""
+        kept = self.views.take(pid)
         try:
-            events = [event async for event in self._shared.log.all(pid)]
+            if kept is not None and (view := await self._folded_on(pid, kept)) is not None:
+                return view
+            return await self._folded_on(pid, View()) or View()
         except NotFound:
             return View()
-        return await asyncio.to_thread(fold, events) if len(events) > LONG_LOG else fold(events)
+
+    async def _folded_on(self, pid: str, view: View) -> View | None:
+        """None: the log is not the one that the view was folded from."""
+        events = [event async for event in self._shared.log.all(pid, after=max(0, view.seq - 1))]
+        self.events_read += len(events)
+        if view.seq:
+            if not events or (events[0].seq, events[0].hash) != (view.seq, view.hash):
+                return None
+            del events[0]
+        return await asyncio.to_thread(fold, events, view) if len(events) > LONG_LOG else fold(events, view)
 
     def _seize(self, claim: Claim, view: View) -> Transaction[tuple[Head, Holder, list[Event]] | None]:
         """None: there is nothing to run, and the claim is ended."""
