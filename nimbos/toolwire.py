@@ -22,13 +22,16 @@ EffectName = Literal["opaque", "idempotent", "checkable", "pure"]
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`memory_bytes`: private memory, all threads together. `processor_s`: of the whole life of the process; one that
-    uses it up is killed, and the next call starts another. `result_bytes`: a result as JSON."""
+    """`memory_bytes`: private memory, all threads together. `processes`: of the user, where the system holds it;
+    `below`: that the worker and what it started are at a time, counted every second. `processor_s`: of the whole
+    life of the process; one that uses it up is killed, and the next call starts another. `result_bytes`: a result as
+    JSON."""
 
     memory_bytes: int = 2 * 1024**3
     file_bytes: int = 256 * 1024**2
     open_files: int = 1024
     processes: int = 4096
+    below: int = 512
     processor_s: int = 3600
     result_bytes: int = 4 * 1024**2
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("__init__",),
     ("errors",),
     ("types", "integers", "toolwire"),
-    ("config", "meterfile"),
+    ("config", "meterfile", "keeper"),
     ("db",),
     ("blobs", "keys", "presence"),
     ("accounts", "ledger", "work", "engine", "chat", "meters", "telemetry", "watching"),

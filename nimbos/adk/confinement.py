@@ -1,8 +1,9 @@
 """What a worker gives up before it reads a program's code: it ends with its server, and has limits.
 
-On Linux the kernel itself kills the worker and whatever it started, the moment the server's end of the `life` pipe is
-closed, however the server ended and whatever the worker's Python is busy with; elsewhere a thread does, as soon as it
-runs. The sandbox goes around this process later; these are not walls against code that means harm.
+On Linux the kernel itself kills the worker and whatever it started in its group, the moment the server's end of the
+`life` pipe is closed, however the server ended and whatever the worker's Python is busy with, and the keeper what has
+left the group; elsewhere a thread does, as soon as it runs. The sandbox goes around this process later; these are not
+walls against code that means harm.
 Source: `man 2 fcntl` (F_SETOWN, F_SETSIG, O_ASYNC), `man 2 setrlimit`.
 """
 

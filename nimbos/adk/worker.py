@@ -1,4 +1,4 @@
-"""The process that runs a program's Python: `python -m nimbos.adk.worker SOCKET LIFE`, two inherited descriptors.
+"""The process that runs a program's Python, below its keeper (`nimbos/keeper.py`), with two descriptors: SOCKET LIFE.
 
 The main thread runs the event loop: async tools and the durable function. Tools that are plain functions have threads.
 One more thread reads frames. Nothing that a tool prints, raises or returns reaches the socket but as the `value` or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from nimbos.errors import BrokenProgram
 from nimbos.kernel.tools import live
+from nimbos.kernel.tools import process
 from nimbos.kernel.tools.live import WorkerDied
 from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker
@@ -103,6 +105,25 @@ def child_process() -> int:
     return subprocess.Popen(["sleep", "600"]).pid
 
 @tool(effect="pure")
+def daemons() -> list[int]:
+    """Starts two processes that would stay, each in a session of its own, one without a parent."""
+    alone = subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+    shell = subprocess.run(["sh", "-c", "sleep 600 >&2 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+    return [alone, int(shell.stdout)]
+
+@tool(effect="pure")
+def breeds(count: int, stay: bool = True) -> None:
+    """Starts many."""
+    bred = [subprocess.Popen(["sleep", "600"], start_new_session=True).pid for _ in range(count)]
+    open("bred", "w").write(" ".join(map(str, bred)))
+    while stay: time.sleep(60)
+
+@tool(effect="pure")
+def itself() -> int:
+    """Which process it is."""
+    return os.getpid()
+
+@tool(effect="pure")
 def greedy() -> int:
     """Takes memory."""
     return len(bytearray(900_000_000))
@@ -157,15 +178,17 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         await made.close()
 
 
+def gone(pid: int) -> bool:
+    """There is no such process, or what is left of it waits to be read by whoever adopted it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 async def ended(pid: int) -> None:
-    """Until there is no such process, or what is left of it waits to be read by whoever adopted it."""
     async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                    return
-            except OSError:
-                return
+        while not gone(pid):
             await asyncio.sleep(0.01)
 
 
@@ -301,6 +324,46 @@ async def test_a_tool_that_hangs_is_killed_at_its_deadline_and_the_next_call_has
     assert (await worker.call("add", {"a": 1}, deadline_s=PATIENCE_S)).value == 3
 
 
+async def test_what_left_the_workers_group_ends_with_it_too(bench: Bench) -> None:
+    worker = bench.worker()
+    started = (await worker.call("daemons", {}, deadline_s=PATIENCE_S)).value
+    assert len(started) == 2
+    for pid in started:
+        os.kill(pid, 0)
+    await worker.close()
+    for pid in started:
+        assert gone(pid), "when it is closed, and not some time later"
+
+
+async def test_too_many_processes_end_the_worker(bench: Bench) -> None:
+    worker = bench.worker(limits=WorkerLimits(below=4))
+    result = await worker.call("breeds", {"count": 8}, deadline_s=PATIENCE_S)
+    assert result.error == "died" and "too many processes were started" in result.message
+    started = (bench.folder / "program0.work" / "bred").read_text().split()
+    assert len(started) == 8 and all(gone(int(pid)) for pid in started)
+    assert (await worker.call("breeds", {"count": 2, "stay": False}, deadline_s=PATIENCE_S)).error == ""
+
+
+async def test_a_worker_dies_with_its_keeper_and_the_next_call_has_another(bench: Bench) -> None:
+    worker = bench.worker()
+    own = (await worker.call("itself", {}, deadline_s=PATIENCE_S)).value
+    keeper = worker.pid
+    assert keeper is not None and keeper != own
+    os.kill(keeper, signal.SIGKILL)
+    await ended(own)
+    assert (await worker.call("itself", {}, deadline_s=PATIENCE_S)).value != own
+
+
+async def test_a_keeper_that_a_tool_stopped_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_PATIENCE_S", 0.1)
+    worker = bench.worker()
+    own = (await worker.call("itself", {}, deadline_s=PATIENCE_S)).value
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    await worker.close()
+    await ended(own)
+
+
 @pytest.mark.parametrize(("how", "says"), [("hard", "ended with 3"), ("signal", "SIGSEGV")])
 async def test_a_worker_that_dies_takes_only_its_calls_with_it(bench: Bench, how: str, says: str) -> None:
     worker = bench.worker()
@@ -433,10 +496,11 @@ async def main(folder: Path) -> None:
         return Place(folder=folder / "program0", workspace=folder / "program0.work", output=folder / "program0.output")
     worker = ToolWorker(where, tools="tools.py")
     started = await worker.call("child_process", {}, deadline_s=30)
+    daemons = await worker.call("daemons", {}, deadline_s=30)
     asyncio.create_task(worker.call("hang_in_c", {}, deadline_s=600))
     while not (folder / "program0.work" / "in_c").exists():
         await asyncio.sleep(0.01)
-    print(worker.pid, started.value, flush=True)
+    print(worker.pid, started.value, *daemons.value, flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main(Path(sys.argv[1])))
@@ -453,7 +517,7 @@ async def test_a_worker_and_what_it_started_end_when_the_server_is_killed_even_w
     try:
         assert server.stdout is not None
         pids = [int(pid) for pid in (await asyncio.wait_for(server.stdout.readline(), PATIENCE_S)).split()]
-        assert len(pids) == 2
+        assert len(pids) == 4
         for pid in pids:
             os.kill(pid, 0)
     finally:

@@ -1,7 +1,8 @@
 """One operating-system process that runs a program's Python, and the pipe to it. Knows frames, not what they ask for.
 
 It gets an environment of its own with nothing of the server's in it, two descriptors, and a session of its own. It ends
-when the server does, however that ends: see `adk/confinement.py`. Killing it kills what it started, too.
+when the server does, however that ends, and with it all that it started: its keeper sees to that (`nimbos/keeper.py`),
+which is the process that is known here, and ends as the worker did.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 import msgspec
 
 import nimbos
+from nimbos.keeper import TOO_MANY_CODE
 from nimbos.toolwire import FRAME_BYTES_MAX, LENGTH, FromWorker, ToWorker, from_worker, pack
 
 _KEPT = ("TZ", "SYSTEMROOT")  # what Python and the local date need
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _READ_BYTES = 1 << 20
+_PATIENCE_S = 10.0  # with a keeper, which is longer than it takes to end what is below it
 OUTPUT_BYTES = 1 << 20  # kept of what a process has printed
 
 
@@ -41,15 +44,18 @@ class WorkerProcess:
         self._life: int | None = life
 
     @classmethod
-    async def start(cls, *, workspace: Path, output: Path) -> WorkerProcess:
-        """`output`: a file for what it prints, begun anew. Raises: OSError."""
+    async def start(cls, *, workspace: Path, output: Path, below: int) -> WorkerProcess:
+        """`output`: a file for what it prints, begun anew. `below`: processes that it may be, with what it starts.
+
+        Raises: OSError.
+        """
         ours, theirs = socket.socketpair()
         life_theirs, life = os.pipe()
         try:
             with theirs, output.open("wb") as printed:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
-                    *("-P", "-s", "-m", "nimbos.adk.worker", str(theirs.fileno()), str(life_theirs)),
+                    *("-P", "-s", "-m", "nimbos.keeper", str(theirs.fileno()), str(life_theirs), str(below)),
                     pass_fds=[theirs.fileno(), life_theirs],
                     cwd=workspace,
                     env=environment(workspace),
@@ -89,12 +95,12 @@ class WorkerProcess:
         except OSError as error:
             raise PipeBroken("its pipe is closed") from error
 
-    async def receive(self) -> FromWorker:
+    async def receive(self, *, most_bytes: int = FRAME_BYTES_MAX) -> FromWorker:
         """Raises: PipeBroken, also for what is no frame of ours."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            if length > FRAME_BYTES_MAX:
-                raise PipeBroken(f"it sent a frame of {length} bytes; at most {FRAME_BYTES_MAX} are taken")
+            if length > most_bytes:
+                raise PipeBroken(f"it sent a frame of {length} bytes; at most {most_bytes} are taken")
             return from_worker(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, OSError) as error:
             raise PipeBroken("it ended") from error
@@ -102,19 +108,30 @@ class WorkerProcess:
             raise PipeBroken("it sent what is no frame") from error
 
     def kill(self) -> None:
-        """At once, with whatever it started that is still in its group."""
+        """At once, with whatever it started. `wait` until that is so."""
         life, self._life = self._life, None
         if life is None:
             return
+        if sys.platform != "linux":
+            self._kill_group()
+        os.close(life)  # which the keeper sees, and the system, which kills the worker's group
+        self._writer.transport.abort()
+
+    def _kill_group(self) -> None:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        os.close(life)  # kills what is left of the group when the leader has gone before it
-        self._writer.transport.abort()
 
     async def wait(self) -> str:
-        """Until it is gone. How it ended, for people."""
-        code = await self._process.wait()
+        """Until it is gone, once it was killed. How it ended, for people."""
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                code = await self._process.wait()
+        except TimeoutError:  # a tool can stop its keeper; the worker dies with it
+            self._kill_group()
+            code = await self._process.wait()
+        if code == TOO_MANY_CODE:
+            return "it was ended: too many processes were started"
         if code >= 0:
             return f"it ended with {code}"
         try:

@@ -169,7 +169,9 @@ class ToolWorker:
         """Raises: BrokenProgram with what the program's own code says; WorkerDied."""
         place = await self._place()
         try:
-            process = await WorkerProcess.start(workspace=place.workspace, output=place.output)
+            process = await WorkerProcess.start(
+                workspace=place.workspace, output=place.output, below=self._limits.below
+            )
         except OSError as error:
             raise WorkerDied(f"cannot be started ({error.strerror or type(error).__name__})") from error
         file = self._tools or self._entry
