@@ -42,7 +42,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "model.intent": ("request",),
     "model.done": ("message",),
     "call.intent": ("arguments",),
-    "call.done": ("result",),
+    "call.done": ("result", "printed"),
     "call.resolved": ("result",),
 }
 _TOLD_ELSEWHERE = ("assistant", "tool")

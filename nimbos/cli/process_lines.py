@@ -65,6 +65,12 @@ def message_of(event: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
+def printed_of(event: Mapping[str, Any]) -> list[str]:
+    """The lines that a tool's program printed while the call was under way."""
+    printed = text_of(event, "printed") if event["kind"] == "call.done" else None
+    return safe(printed).splitlines() if isinstance(printed, str) else []
+
+
 def line_of(event: Mapping[str, Any]) -> str:
     """What the event says, without its number, time and kind."""
     told = _LINES.get(event["kind"])

@@ -14,12 +14,13 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from nimbos.cli.process_lines import amounts, message_of, safe, short, state_of, text_of
+from nimbos.cli.process_lines import amounts, message_of, printed_of, safe, short, state_of, text_of
 from nimbos.cli.remote import Told
 
 _DIM, _THOUGHT, _BAD, _GOOD, _CALL = "dim", "dim italic", "red", "green", "cyan"
 _CHARACTERS = 120
-_UNTOLD = ("ask", "generate", "wait", "sleep")  # what they wait for is told by the state
+_PRINTED_LINES = 12  # of a call; `nimbos logs` has all that is kept
+_UNTOLD = ("ask", "generate", "receive", "wait", "sleep")  # what they wait for is told by the state
 _CALL_MARK = "<tool_call>"
 
 
@@ -123,6 +124,8 @@ class Screen:
 
     def _done(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         verb, result = self._verbs.pop(body["call_id"], ""), text_of(event, "result")
+        for line in printed_of(event)[-_PRINTED_LINES:]:
+            self.line(f"│ {short(line, _CHARACTERS)}", _DIM)
         if body.get("withheld"):
             self.line("← withheld: this is a fork", _DIM)
         elif body.get("error"):
@@ -130,6 +133,8 @@ class Screen:
         elif verb == "wait" and isinstance(result, dict):
             for child in result.get("exited", {}).values():
                 self.line(f"← {child['reason']}: {short(child['result'], _CHARACTERS)}", _DIM)
+            for asked in result.get("asking", {}).values():
+                self.line(f"← {short(asked, _CHARACTERS)}", _BAD)
         elif verb not in (*_UNTOLD, "spawn"):
             self.line(f"← {_size(body) if result is None else short(result, _CHARACTERS)}", _DIM)
 

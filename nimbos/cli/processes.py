@@ -135,12 +135,14 @@ def _show_cost(found: dict[str, Any]) -> None:
 def _show_event(event: dict[str, Any], *, json: bool) -> None:
     import msgspec
 
-    from nimbos.cli.process_lines import line_of, moment
+    from nimbos.cli.process_lines import line_of, moment, printed_of
 
     if json:
         typer.echo(msgspec.json.encode(event).decode())
-    else:
-        typer.echo(f"{event['seq']:>5}  {moment(event['ts_ms'])}  {event['kind']:<16}  {line_of(event)}")
+        return
+    typer.echo(f"{event['seq']:>5}  {moment(event['ts_ms'])}  {event['kind']:<16}  {line_of(event)}")
+    for line in printed_of(event):
+        typer.echo(f"       │ {line}")
 
 
 def _follow(remote: Remote, pid: str, *, json: bool) -> int:

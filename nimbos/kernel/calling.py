@@ -121,6 +121,7 @@ async def finish(
     """Raises: Fenced, StorageUnavailable."""
     outcome = await outcome_of(holding, segments, call_id, answered, withheld=ending.withheld)
     extra = await also(outcome)
+    printed = await segments.put(holding.view.account, answered.printed) if answered.printed else None
     done = Draft(
         body=CallDone(
             call_id=call_id,
@@ -129,6 +130,7 @@ async def finish(
             error=outcome.error,
             withheld=outcome.withheld,
             child=outcome.child,
+            printed=printed,
         ),
         call_id=call_id,
         label=ending.label.join(Label(origin=answered.origin)),

@@ -187,7 +187,8 @@ class CallStarted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 class CallDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call.done"):
     """`result`: segment, a JSON value (its head is what a model is shown). `error`: a code where it went wrong, and the
-    result is then a sentence for the model. `withheld`: nothing was done, this is a fork. `child`: of a spawn."""
+    result is then a sentence for the model. `withheld`: nothing was done, this is a fork. `child`: of a spawn.
+    `printed`: segment, what a tool's program printed meanwhile, which no model is shown."""
 
     call_id: str
     result: str
@@ -195,6 +196,7 @@ class CallDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     error: str = ""
     withheld: bool = False
     child: str = ""
+    printed: str | None = None
 
 
 class CallUnknown(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call.unknown"):

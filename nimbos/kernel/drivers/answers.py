@@ -17,7 +17,7 @@ class Answered:
     """`value`: a JSON value; with `error`, a code, a sentence for the model. `consumed`: the signals it came of, by
     seq. `drafts`, `also`: what else is written in the outcome's transaction; `also` may raise `Undone`. `child`: of a
     spawn. `shown`: what a model is shown, where that is not the head of the value. `before`: like `also`, but ahead of
-    the events, for what locks budgets."""
+    the events, for what locks budgets. `printed`: by a tool, for people."""
 
     value: Any
     error: str = ""
@@ -28,6 +28,7 @@ class Answered:
     child: str = ""
     shown: str | None = None
     origin: Origin = Origin.TOOL
+    printed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,11 +41,11 @@ async def run_tool(workers: ToolWorkers, holding: Holding, job: Job) -> Answered
     """Raises: StorageUnavailable."""
     result = await workers.of(holding).call(job.tool, job.arguments, key=job.key, deadline_s=job.deadline_s)
     if not result.error:
-        return Answered(value=result.value)
+        return Answered(value=result.value, printed=result.printed)
     said = _SAID.get(result.error, "The tool could not be called: {}").format(result.message).strip()
     if result.perhaps:
         return Lost(error=result.error, why=said)
-    return Answered(value=said, error=result.error)
+    return Answered(value=said, error=result.error, printed=result.printed)
 
 
 async def verify_tool(workers: ToolWorkers, holding: Holding, job: Job) -> Answered | Nothing | Lost:

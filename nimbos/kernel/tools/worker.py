@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nimbos.errors import BrokenProgram
 from nimbos.kernel.segments import canonical
 from nimbos.kernel.tools.live import FunctionRun, Live, WorkerDied
+from nimbos.kernel.tools.printed import end_of, printed_since
 from nimbos.kernel.tools.process import PipeBroken, WorkerProcess
 from nimbos.kernel.tools.results import WORKER_CODES, NotJson, ToolResult, Verified, read_value
 from nimbos.kernel.tools.specs import ToolSpec, read_specs
@@ -64,6 +65,7 @@ class ToolWorker:
         self._limits = limits or WorkerLimits()
         self._starting = asyncio.Lock()
         self._live: Live | None = None
+        self._output: Path | None = None
 
     @property
     def pid(self) -> int | None:
@@ -91,6 +93,15 @@ class ToolWorker:
             deadline_ms = round(deadline_s * 1000)
             return Call(number=number, tool=tool, arguments=content, key=key, deadline_ms=deadline_ms)
 
+        output = self._output
+        assert output is not None, "a worker that runs has a file for what it prints"
+        start = end_of(output)  # a look at its size takes less than a thread's turn
+        result = await self._exchanged(live, ask, deadline_s)
+        if end_of(output) == start:
+            return result
+        return replace(result, printed=await asyncio.to_thread(printed_since, output, start))
+
+    async def _exchanged(self, live: Live, ask: Callable[[int], Call], deadline_s: float) -> ToolResult:
         begun = time.monotonic()
         try:
             return self._result(await live.exchange(ask, deadline_s))
@@ -168,6 +179,7 @@ class ToolWorker:
     async def _start(self) -> Live:
         """Raises: BrokenProgram with what the program's own code says; WorkerDied."""
         place = await self._place()
+        self._output = place.output
         try:
             process = await WorkerProcess.start(
                 workspace=place.workspace, output=place.output, below=self._limits.below
