@@ -22,6 +22,7 @@ from nimbos.cli import (
     native,
     organisation,
     processes,
+    programs,
     signalling,
     usage,
 )
@@ -51,6 +52,7 @@ app.command()(backup)
 processes.register(app)
 signalling.register(app)
 forking.register(app)
+programs.register(app)
 models.register(app)
 native.register(app)
 key.register(app)

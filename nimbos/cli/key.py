@@ -45,6 +45,9 @@ def create(
         str | None, typer.Option(help="Routes such as /v1/embeddings: only these, with commas; all without it.")
     ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may also administer.")] = False,
+    code: Annotated[
+        bool, typer.Option("--code", help="It may also bring programs with Python, which runs on the server's machine.")
+    ] = False,
     budget_tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens and no more.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money and no more, like 12.50.")] = None,
     per: Annotated[Per | None, typer.Option(help="How often the budgets are renewed; without it, never.")] = None,
@@ -70,6 +73,7 @@ def create(
     scopes = [f"model:{model}" for model in words_of(models, "--models")]
     scopes += [f"class:{one}" for one in words_of(classes, "--classes")]
     scopes += [f"route:{route}" for route in words_of(routes, "--routes")] + (["admin"] if admin else [])
+    scopes += ["programs:code"] if code else []
     body: dict[str, Any] = {"name": name, "scopes": scopes, "weight": weight}
     if any(value for value in allowance.values()) or 0 in (rpm, tpm, concurrent):
         body["allowance"] = allowance

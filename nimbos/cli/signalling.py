@@ -1,4 +1,4 @@
-"""`nimbos pause`, `resume`, `kill`, `answer`: signals to a process."""
+"""`nimbos pause`, `resume`, `kill`, `send`, `answer`: signals to a process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    for command in (pause, resume, kill, answer):
+    for command in (pause, resume, kill, send, answer):
         app.command()(command)
 
 
@@ -31,6 +31,29 @@ def resume(pid: PID) -> None:
 def kill(pid: PID) -> None:
     """End a process now, and its children."""
     _send(pid, "kill", "ends")
+
+
+def send(
+    pid: PID,
+    message: Annotated[
+        str, typer.Argument(metavar="TEXT", help="What it is told; a JSON object or array is sent as one.")
+    ],
+    id: Annotated[
+        str | None, typer.Option(help="Of your own: with the same one it is the same message, and heard once.")
+    ] = None,
+) -> None:
+    """Send a process a message. An agent hears it at once, also in the middle of an answer."""
+    from nimbos import config
+    from nimbos.cli.process_asking import value_of
+    from nimbos.cli.remote import Remote
+    from nimbos.errors import InvalidRequest
+
+    if not message.strip():
+        raise InvalidRequest("The message is empty.")
+    with Remote(config.load()) as remote:
+        whole = remote.find(pid)
+        remote.signal(whole, "message", body=value_of(message), id=id)
+    typer.echo(f"{whole} has your message.")
 
 
 def answer(

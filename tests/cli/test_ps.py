@@ -188,6 +188,42 @@ def test_pause_resume_and_kill(home: Path, mine: Processes, busy: str) -> None:
         assert "over" in refusal(home, command, busy)
 
 
+def test_a_log_shows_what_tools_print_and_nothing_of_it_steers_the_terminal(home: Path, mine: Processes) -> None:
+    tools = WEATHER["tools.py"].replace("    return", '    print("looking \\x1b[2Jout\\nof the window")\n    return')
+    pid = mine.spawn(mine.put({**WEATHER, "tools.py": tools, "nimbos.toml": 'name = "loud"\n'}), "How warm is it?")
+    mine.over(pid)
+    lines = shell(home, "logs", pid).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if "call.done" in line)
+    assert lines[at + 1 : at + 3] == ["       │ looking [2Jout", "       │ of the window"]
+    assert "│ of the window" in shell(home, "logs", pid, "-f")
+
+
+def test_programs_are_listed_and_removed_and_a_key_may_bring_python(home: Path, mine: Processes) -> None:
+    secrets = [shell(home, "key", "create", name, *more).strip() for name, more in (("no", ()), ("py", ("--code",)))]
+    brought = {**WEATHER, "nimbos.toml": 'name = "brought"\n'}
+    refused, taken = (
+        mine.http.post("/v1/programs", json={"files": brought}, headers={"authorization": f"Bearer {secret}"})
+        for secret in secrets
+    )
+    assert (refused.status_code, taken.status_code) == (403, 200)
+    assert "brought" in [one["name"] for one in document(home, "program", "list")["data"]]
+    assert taken.json()["id"][:12] in shell(home, "program", "list")
+    assert shell(home, "program", "remove", "brought") == f"The program {taken.json()['id'][:12]} is removed.\n"
+    assert "brought" not in shell(home, "program", "list")
+    assert "no program" in refusal(home, "program", "remove", "brought")
+    assert "is in use" in refusal(home, "program", "remove", mine.process(mine.spawn("curious", "Ask."))["program"])
+
+
+def test_a_message_is_heard(home: Path, mine: Processes, busy: str, done: str) -> None:
+    assert shell(home, "send", busy, "Do not talk.", "--id", "mine") == f"{busy} has your message.\n"
+    shell(home, "send", busy, "Do not talk.", "--id", "mine")
+    assert mine.over(busy)["result"] == "Hello to you."
+    heard = [one for one in mine.stream(busy) if one.kind == "signal.received"]
+    assert [list(one.data["texts"].values()) for one in heard] == [["Do not talk."]]
+    assert "is over" in refusal(home, "send", busy, "Hello?")
+    assert "empty" in refusal(home, "send", done, " ")
+
+
 def test_an_answer_is_given_once(home: Path, mine: Processes, asking: str, busy: str) -> None:
     assert "Which city?" in refusal(home, "answer", asking)
     assert asking in shell(home, "answer", asking, "Paris")
