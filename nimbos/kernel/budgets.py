@@ -81,12 +81,12 @@ def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[Res
 
 
 def settle_call(
-    pid: str, call_id: str, *, reserved_ms: int, used_ms: int | None, begun: bool = True
+    pid: str, call_id: str, *, reserved_ms: int, used_ms: int | None, counted: bool = True
 ) -> Transaction[tuple[Draft, ...]]:
-    """With the call's outcome, in its transaction; what to append behind it. `reserved_ms`: the intent's deadline.
-    `used_ms` None: nobody knows, so it is what was reserved. `begun` False: no driver had it, and it costs nothing."""
-    taken_ms = 0 if not begun else reserved_ms if used_ms is None else max(0, used_ms)
-    used = yield from allowances.settle_call(pid, reserved_ms=reserved_ms, used_ms=taken_ms, calls=int(begun))
+    """With the outcome of a try, in its transaction; what to append behind it. `reserved_ms`: the intent's deadline.
+    `used_ms` None: nobody knows, so it is what was reserved. `counted` False: the same call is tried again."""
+    taken_ms = reserved_ms if used_ms is None else max(0, used_ms)
+    used = yield from allowances.settle_call(pid, reserved_ms=reserved_ms, used_ms=taken_ms, calls=int(counted))
     return (Draft(body=events.BudgetSettled(used=used, call_id=call_id), call_id=call_id),)
 
 

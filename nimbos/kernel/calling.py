@@ -1,7 +1,7 @@
 """How a call is written: each is one durable transaction, budgets first, then the log, then everybody else's rows.
 
     begin    call.intent and call.started, the effect's key, and what it may use
-    again    call.started once more, or for the first time behind an approval
+    again    call.started once more, or for the first time behind an approval; the try before it is paid
     lost     call.unknown; what was held is settled as it was reserved
     finish   call.done, what was used, the signals it came of, and whatever the caller adds
 
@@ -80,20 +80,24 @@ async def intend(holding: Holding, intent: CallIntent, *, label: Label) -> None:
     await holding.append(Draft(body=intent, call_id=intent.call_id, label=label))
 
 
-async def again(holding: Holding, call: Call, *, first: Sequence[Draft] = (), reserve: bool = False) -> None:
-    """`reserve`: it holds nothing, as it never began or was settled when nobody knew what came of it.
+async def again(holding: Holding, call: Call, *, first: Sequence[Draft] = (), tried_ms: int | None = None) -> None:
+    """`tried_ms`: how long the try before this one took; None: there was none, or it was settled when nobody knew what
+    came of it.
 
-    Raises: as `begin`.
+    Raises: as `begin`, and then nothing of this is written.
     """
     intent = call.intent
     started = Draft(body=CallStarted(call_id=intent.call_id, attempt=call.attempts + 1), call_id=intent.call_id)
 
     def transaction() -> Transaction[list[Event]]:
-        drafts: tuple[Draft, ...] = ()
-        if reserve:
-            hold = yield from reserve_call(holding.pid, intent.call_id, deadline_ms=intent.deadline_ms)
-            drafts = hold.drafts
-        events = yield from holding.appending(*first, *drafts, started)
+        paid: tuple[Draft, ...] = ()
+        if tried_ms is not None:
+            held_ms = reserved_ms(holding, intent)
+            paid = yield from settle_call(
+                holding.pid, intent.call_id, reserved_ms=held_ms, used_ms=tried_ms, counted=False
+            )
+        hold = yield from reserve_call(holding.pid, intent.call_id, deadline_ms=intent.deadline_ms)
+        events = yield from holding.appending(*first, *paid, *hold.drafts, started)
         if not call.attempts:
             yield from _keep_key(holding, intent)
         return events

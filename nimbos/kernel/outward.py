@@ -59,13 +59,8 @@ class Outward:
 
         Raises: as `begin`; an answer that was not consumed is found again.
         """
-        try:
-            await calling.again(holding, call, first=first, reserve=True)
-        except BudgetExhausted as error:
-            await exhausted(holding, error)
-        except Overloaded as error:
-            return _held(holding, call.intent.call_id, error)
-        return await self._run(holding, call.intent.call_id, arguments, also)
+        held = await self._again(holding, call, first=first)
+        return held or await self._run(holding, call.intent.call_id, arguments, also)
 
     async def recover(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
         """A driver was given it by a server that is gone."""
@@ -76,8 +71,8 @@ class Outward:
             return await self._lose(holding, call)
         if call.attempts >= RECOVERIES_MAX:
             return await self._give_up(holding, call, also)
-        await calling.again(holding, call)
-        return await self._run(holding, call.intent.call_id, arguments, also)
+        held = await self._again(holding, call, tried_ms=_at_most_ms(holding, call))
+        return held or await self._run(holding, call.intent.call_id, arguments, also)
 
     async def resolve(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
         """Nobody knows what came of it, unless a person has said so."""
@@ -94,50 +89,69 @@ class Outward:
         while True:
             call = holding.view.calls[call_id]
             job = _job(holding, call, arguments)
+            before = time.monotonic()  # a worker's start is paid by the call that needs it
             with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
                 await self._workers.of(holding).describe()  # its start may take long: nothing but the call is left then
             await _check_stall(holding, call)
-            before = time.monotonic()
             answered = await run_tool(self._workers, holding, job)
-            used_ms = round((time.monotonic() - before) * 1000)
             if isinstance(answered, Lost):
-                after = await self._after_loss(holding, call, arguments, answered, also)
+                after = await self._after_loss(holding, call, arguments, answered, also, before)
                 if after is None:
                     continue
                 if not isinstance(after, Answered):
                     return after
                 answered = after
-            ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent), used_ms=used_ms)
+            ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent), used_ms=_since_ms(before))
             return await calling.finish(holding, self._segments, call_id, answered, ending, also=also)
 
+    async def _again(
+        self, holding: Holding, call: Call, *, first: Sequence[Draft] = (), tried_ms: int | None = None
+    ) -> Wait | None:
+        """None: it is started. Raises: Parked when nothing is left to spend; then the try before is paid later."""
+        try:
+            await calling.again(holding, call, first=first, tried_ms=tried_ms)
+        except BudgetExhausted as error:
+            await exhausted(holding, error)
+        except Overloaded as error:
+            return _held(holding, call.intent.call_id, error)
+        return None
+
     async def _after_loss(
-        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also
+        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, before: float
     ) -> Answered | Outcome | Wait | None:
         """The driver, here and now, cannot say whether it happened. None: it was started once more."""
         effect = call.intent.effect
         if effect is Effect.CHECKABLE:
-            return await self._verify(holding, call, arguments, also, why=why)
+            return await self._verify(holding, call, arguments, also, why=why, before=before)
         if effect is Effect.PURE and (why.error == "deadline" or call.attempts >= TRIES_MAX):
             return Answered(value=why.why, error=why.error)
         if effect is Effect.OPAQUE or call.attempts >= TRIES_MAX:
             return await self._lose(holding, call)
-        await calling.again(holding, call)
-        return None
+        return await self._again(holding, call, tried_ms=_since_ms(before))
 
     async def _verify(
-        self, holding: Holding, call: Call, arguments: Any, also: Also, *, why: Lost | None = None
+        self,
+        holding: Holding,
+        call: Call,
+        arguments: Any,
+        also: Also,
+        *,
+        why: Lost | None = None,
+        before: float | None = None,
     ) -> Outcome | Wait:
-        """`why`: how it was lost just now; None: by a server that is gone."""
+        """`why`: how it was lost just now, in a try that began at `before`; None: by a server that is gone."""
         intent = call.intent
         verified = await verify_tool(self._workers, holding, _job(holding, call, arguments))
         if isinstance(verified, Lost):
             return await self._lose(holding, call)
         if isinstance(verified, Nothing):
             if why is None or call.attempts < TRIES_MAX:
-                await calling.again(holding, call)
-                return await self._run(holding, intent.call_id, arguments, also)
+                tried_ms = _at_most_ms(holding, call) if before is None else _since_ms(before)
+                held = await self._again(holding, call, tried_ms=tried_ms)
+                return held or await self._run(holding, intent.call_id, arguments, also)
             verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
-        ending = Ending(reserved_ms=calling.reserved_ms(holding, intent))
+        used_ms = None if before is None else _since_ms(before)
+        ending = Ending(reserved_ms=calling.reserved_ms(holding, intent), used_ms=used_ms)
         return await calling.finish(holding, self._segments, intent.call_id, verified, ending, also=also)
 
     async def _give_up(self, holding: Holding, call: Call, also: Also) -> Outcome | Wait:
@@ -158,6 +172,16 @@ async def _check_stall(holding: Holding, call: Call) -> None:
     decided what becomes of the call. Raises: Fenced."""
     if call.started_ms is None or holding.now_ms() - call.started_ms > STALL_S * 1000:
         await holding.append()
+
+
+def _since_ms(before: float) -> int:
+    return round((time.monotonic() - before) * 1000)
+
+
+def _at_most_ms(holding: Holding, call: Call) -> int:
+    """What a try took that ended with its server: nobody knows, but no longer than until now or its deadline."""
+    held_ms = calling.reserved_ms(holding, call.intent)
+    return held_ms if call.started_ms is None else min(held_ms, max(0, holding.now_ms() - call.started_ms))
 
 
 def _in_doubt(call_id: str) -> Wait:

@@ -153,8 +153,8 @@ def reserve_call(process: str, *, deadline_ms: int) -> Transaction[CallHold]:
 
 
 def settle_call(process: str, *, reserved_ms: int, used_ms: int, calls: int = 1) -> Transaction[dict[str, int]]:
-    """Once for each reservation. `calls` 0: it was never begun. Where nobody knows how long it took, it is what was
-    reserved. A call that overran its deadline while it was ended is charged what it took.
+    """Once for each reservation. `calls` 0: the same call is tried again. Where nobody knows how long it took, it is
+    what was reserved. A call that overran its deadline while it was ended is charged what it took.
 
     Returns: what was used, by meter.
     """

@@ -16,7 +16,7 @@ from nimbos.kernel.events import BudgetExhausted, BudgetSettled, ModelPartial, S
 from nimbos.kernel.gate import Syscall
 from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance, Budget, Price, budgets_of, set_budget, set_prices
-from tests.kernel.gating import Gated, call, gated, tool
+from tests.kernel.gating import FILES, MANIFEST, TOOLS, Gated, call, gated, tool
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
 from tests.kernel.running import PATIENCE_S
 
@@ -254,6 +254,53 @@ async def test_a_call_is_ended_when_the_seconds_are(database: Database, database
         assert [body.meter for body in ended] == ["seconds_ms"]
         assert await more(gate, pid, seconds=60)
         assert (await gate.place.over(pid)).reason is Reason.OK
+
+
+async def test_each_try_of_a_call_is_paid(database: Database, database_settings: Settings) -> None:
+    async with gated(database, database_settings) as gate:
+        pid, _ = await gate.run(tool("dies"))
+        tries = await settled(gate, pid)
+        assert [used["calls"] for used in tries] == [0, 0, 1], "it is one call"
+        assert all(used["seconds_ms"] > 0 for used in tries)
+        own = (await budgets(database, pid))["seconds_ms"]
+        assert (own.used, own.reserved) == (sum(used["seconds_ms"] for used in tries), 0)
+
+
+async def test_another_try_needs_seconds_of_its_own(database: Database, database_settings: Settings) -> None:
+    async with gated(database, database_settings) as gate:
+        gate.program(tool("pay", {"hold": True}))
+        pid = await gate.spawn(budget=Allowance(seconds=1))
+        await gate.asking(pid, Reason.BUDGET)
+        assert len(gate.done(pid)) == 1, "what was given went into the first try"
+        gate.go(pid)
+        assert await more(gate, pid, seconds=60)
+        assert (await gate.place.over(pid)).reason is Reason.OK
+        assert len(gate.done(pid)) == 2 and len(set(gate.done(pid))) == 1
+        assert [used["calls"] for used in await settled(gate, pid)] == [0, 1]
+        own = (await budgets(database, pid))["seconds_ms"]
+        assert own.used > 1_000 and own.reserved == 0
+
+
+async def test_the_start_of_its_process_is_paid_by_the_call_that_waits_for_it(
+    database: Database, database_settings: Settings
+) -> None:
+    slow = {
+        **FILES,
+        "nimbos.toml": MANIFEST.replace(b"caller", b"slow"),
+        "tools.py": b"import time\ntime.sleep(0.3)\n" + TOOLS,
+    }
+    async with gated(database, database_settings) as gate:
+        await gate.place.kernel.programs.put(ACCOUNT, slow)
+        gate.program(tool("look"))
+        for _ in range(2):  # what tools there are is asked once for a program, and before its first call
+            pid = await gate.place.kernel.spawn(ACCOUNT, "slow", {}, name="plain")
+            assert (await gate.place.over(pid)).reason is Reason.OK
+        (used,) = await settled(gate, pid)
+        assert used["seconds_ms"] >= 300
+
+
+async def settled(gate: Gated, pid: str) -> list[dict[str, int]]:
+    return [body.used for _, body in await gate.log(pid) if isinstance(body, BudgetSettled)]
 
 
 async def test_what_a_killed_process_held_for_a_call_is_not_held_for_ever(

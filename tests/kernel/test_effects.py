@@ -15,7 +15,7 @@ from nimbos.db.statements import Statement
 from nimbos.db.tables.kernel import process_effects
 from nimbos.kernel import Reason, calling, outward, runner
 from nimbos.kernel.effects import HARMLESS, RECOVERY, bound_hash, effect_key
-from nimbos.kernel.events import CallIntent
+from nimbos.kernel.events import BudgetSettled, CallIntent
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Fenced
 from nimbos.kernel.processes import raise_epoch
@@ -74,6 +74,9 @@ async def test_a_pure_call_is_run_again(database: Database, database_settings: S
         assert await at.calls_of(pid, "c1") == ["intent", "started", "started", "done"]
         assert calls.outcomes["c1"].value == "look is done"
         assert await _keys(database) == []
+        paid = [body.used for _, body in await at.log(pid) if isinstance(body, BudgetSettled)]
+        assert [used["calls"] for used in paid] == [0, 1], "the try that ended with its server, too"
+        assert all(used["seconds_ms"] > 0 for used in paid)
 
 
 async def test_an_idempotent_call_is_run_again_with_the_same_key(
