@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +20,7 @@ from nimbos.errors import Conflict, InvalidRequest, NotFound
 from nimbos.kernel import Event, Reason, SignalKind, State
 from nimbos.kernel.chain import decoded
 from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, ProcForked
-from nimbos.kernel.tools import copies
+from nimbos.kernel.tools import Workspaces, copies
 from nimbos.ledger import Allowance
 from nimbos.types import AskClass
 from tests.kernel.minds import ACCOUNT, Minds, calling, minds, words
@@ -325,7 +328,7 @@ class TestCopies:
         assert (copy / "out").readlink() == Path("/etc/passwd")
         assert (copy / "up").is_symlink()
         assert not (copy / "pipe").exists()
-        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "p.forks") == ["f", "p"]
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "p.forks") == ["f", "lock", "p"]
 
     def test_a_copy_that_a_death_cut_off_is_made_again(self, tmp_path: Path) -> None:
         (tmp_path / "p").mkdir()
@@ -345,7 +348,7 @@ class TestCopies:
         (tmp_path / "p" / "a").write_text("a")
         copies.owe(tmp_path, "p", ["f"])
         copies.owe(tmp_path, "f", ["g", "h"])
-        copies.forget(tmp_path, "h")
+        copies.drop(tmp_path, "h")
         copies.settle(tmp_path, "f")
         (tmp_path / "f" / "a").write_text("f")
         copies.settle(tmp_path, "p")
@@ -357,6 +360,80 @@ class TestCopies:
         copies.settle(tmp_path, "f")
         copies.settle(tmp_path, "p")
         assert list((tmp_path / "f").iterdir()) == []
+
+
+class TestTwoServers:
+    """Of one home: each forks or settles in the middle of what the other does."""
+
+    @pytest.fixture
+    def shared(self, tmp_path: Path) -> Path:
+        """`f` has what `p` has."""
+        (tmp_path / "p").mkdir()
+        (tmp_path / "p" / "a").write_text("a")
+        copies.owe(tmp_path, "p", ["f"])
+        return tmp_path
+
+    async def test_a_fork_that_is_made_while_its_original_settles_has_its_files(
+        self, shared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with middle_of(copies, "copy_tree", monkeypatch) as stop:
+            settling = asyncio.create_task(Workspaces(shared).settle("p"))
+            assert await asyncio.to_thread(stop.reached.wait, PATIENCE_S)
+            forking = asyncio.create_task(Workspaces(shared).fork("p", ["g"]))
+            await asyncio.wait({forking}, timeout=LONGER_THAN_A_FORK_S)
+            stop.go.set()
+            await settling
+            await forking
+        await self.check(shared, ["f", "g"])
+
+    async def test_a_process_that_settles_while_it_is_forked_leaves_none_without_files(
+        self, shared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with middle_of(copies, "_from", monkeypatch, when="h") as stop:
+            forking = asyncio.create_task(Workspaces(shared).fork("p", ["g", "h"]))
+            assert await asyncio.to_thread(stop.reached.wait, PATIENCE_S)
+            settling = asyncio.create_task(Workspaces(shared).settle("p"))
+            await asyncio.wait({settling}, timeout=LONGER_THAN_A_FORK_S)
+            stop.go.set()
+            await forking
+            await settling
+        await self.check(shared, ["f", "g", "h"])
+
+    async def check(self, root: Path, forks: list[str]) -> None:
+        """Once the original is about to write, they have what it had, and nothing is owed any more."""
+        await Workspaces(root).settle("p")
+        (root / "p" / "a").write_text("b")
+        for fork in forks:
+            await Workspaces(root).settle(fork)
+            assert (root / fork / "a").read_text() == "a"
+        assert sorted(path.name for path in root.iterdir()) == sorted(["lock", "p", *forks])
+
+
+LONGER_THAN_A_FORK_S = 0.2  # to let it go wrong, if it would
+
+
+@dataclass
+class Stop:
+    reached: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def middle_of(module: Any, name: str, patch: pytest.MonkeyPatch, *, when: str = "") -> Iterator[Stop]:
+    """The function stands still when it is called, with this as its last argument if one is given, until `go`."""
+    stop, function = Stop(), getattr(module, name)
+
+    def standing(*arguments: Any) -> Any:
+        if not when or arguments[-1] == when:
+            stop.reached.set()
+            stop.go.wait(PATIENCE_S)
+        return function(*arguments)
+
+    patch.setattr(module, name, standing)
+    try:
+        yield stop
+    finally:
+        stop.go.set()
 
 
 async def test_a_fork_is_of_a_class_that_whoever_forks_may_have(

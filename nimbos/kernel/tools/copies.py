@@ -6,7 +6,9 @@
 
 A worker is started before anything is written, so the copy is made then (`settle`). What is in a workspace was written
 by a program: links are copied as links, and what is neither file, folder nor link is left out. A copy is made beside
-and renamed, so that a death in the middle leaves none that is half. Blocks; call it in a thread.
+and renamed, so that a death in the middle leaves none that is half. One at a time changes who has what, whichever
+server does: a fork that is made while its original settles would else be owed by a folder that owes nothing any more.
+Blocks; call it in a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one of them is written to
@@ -22,12 +25,13 @@ _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one 
 
 def owe(root: Path, of: str, forks: Sequence[str]) -> None:
     """From now on the forks have what `of` has, or what that is owed itself. Raises: OSError."""
-    source = _source(root, of) or of
-    owed = _owed(root, source)
-    owed.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for fork in forks:
-        _from(root, fork).write_text(source)
-        (owed / fork).touch(mode=0o600)
+    with _alone(root):
+        source = _source(root, of) or of
+        owed = _owed(root, source)
+        owed.mkdir(exist_ok=True, mode=0o700)
+        for fork in forks:
+            _from(root, fork).write_text(source)
+            (owed / fork).touch(mode=0o600)
 
 
 def settle(root: Path, pid: str) -> None:
@@ -35,6 +39,22 @@ def settle(root: Path, pid: str) -> None:
 
     Raises: OSError.
     """
+    with _alone(root):
+        _settle(root, pid)
+
+
+def drop(root: Path, pid: str) -> None:
+    """It wants no files any more; forks keep what they share. Raises: OSError."""
+    with _alone(root):
+        source = _source(root, pid)
+        if source is not None:
+            (_owed(root, source) / pid).unlink(missing_ok=True)
+            _from(root, pid).unlink(missing_ok=True)
+        _settle(root, pid)
+        shutil.rmtree(root / pid, ignore_errors=True)
+
+
+def _settle(root: Path, pid: str) -> None:
     source = _source(root, pid)
     if source is not None:
         _give(root, source, pid)
@@ -43,14 +63,6 @@ def settle(root: Path, pid: str) -> None:
         for fork in sorted(owed.iterdir()):
             _give(root, pid, fork.name)
         owed.rmdir()
-
-
-def forget(root: Path, pid: str) -> None:
-    """It wants no files any more. Raises: OSError."""
-    source = _source(root, pid)
-    if source is not None:
-        (_owed(root, source) / pid).unlink(missing_ok=True)
-        _from(root, pid).unlink(missing_ok=True)
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -81,6 +93,15 @@ def _copy_file(source: str, target: Path) -> None:
             shutil.copyfileobj(original, copy, 1 << 20)
         os.fchmod(copy.fileno(), status.st_mode & 0o700)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Waits for whoever changes what is shared now; the system lets go for a server that dies."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (root / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _give(root: Path, source: str, fork: str) -> None:

@@ -5,9 +5,8 @@ the server and the machine, and go when somebody drops them. Those of forks are 
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from nimbos.errors import StorageUnavailable
@@ -42,26 +41,24 @@ class Workspaces:
 
     async def fork(self, of: str, forks: Sequence[str]) -> None:
         """They have the files of `of` as they are when one of them is next written to. Raises: StorageUnavailable."""
-        try:
-            await asyncio.to_thread(copies.owe, self._root, of, forks)
-        except OSError as error:
-            raise self._unavailable(error) from error
+        await self._changing(partial(copies.owe, self._root, of, forks))
 
     async def settle(self, pid: str) -> None:
         """Whoever shares the files of `pid` gets their own, now. Raises: StorageUnavailable."""
-        async with self._copying:
-            try:
-                await asyncio.to_thread(copies.settle, self._root, pid)
-            except OSError as error:
-                raise self._unavailable(error) from error
+        await self._changing(partial(copies.settle, self._root, pid))
 
     async def drop(self, pid: str) -> None:
         """With all that is in it; forks keep what they share. Raises: StorageUnavailable."""
-        with suppress(OSError):  # a fork without files of its own
-            await asyncio.to_thread(copies.forget, self._root, pid)
-        await self.settle(pid)
-        await asyncio.to_thread(shutil.rmtree, self.path(pid), ignore_errors=True)
+        await self._changing(partial(copies.drop, self._root, pid))
         await asyncio.to_thread(self.output(pid).unlink, missing_ok=True)
+
+    async def _changing(self, change: Callable[[], None]) -> None:
+        """Raises: StorageUnavailable."""
+        async with self._copying:  # else each that waits would hold a thread
+            try:
+                await asyncio.to_thread(change)
+            except OSError as error:
+                raise self._unavailable(error) from error
 
     def _unavailable(self, error: OSError) -> StorageUnavailable:
         return StorageUnavailable(str(self._root), reason=error.strerror or type(error).__name__)
