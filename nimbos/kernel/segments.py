@@ -2,8 +2,8 @@
 
 A segment's content begins with the account, so that no account's segments are another's; behind it stands a JSON value
 in canonical form (keys in order, no white space) or, for what is paged through, plain bytes. Put them before the
-transaction that names them: a segment that nothing names costs room and does no harm. A process's segments stay as
-long as its log. Knows no events; `context.py` says which segments a model is shown.
+transaction that names them, or in it: a segment that nothing names costs room and does no harm. A process's segments
+stay as long as its log. Knows no events; `context.py` says which segments a model is shown.
 
 Small ones, which is nearly all, are rows: a file for each would have to reach the disk by itself, which takes longer
 than all else that a call costs. A row need not: it reaches the disk at the latest with the transaction that names it,
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -34,6 +35,21 @@ _AT_ONCE_LEAST = 2
 _ENCODER = msgspec.json.Encoder(order="deterministic")
 _ADD = insert_ignored(process_segments, key=("hash",))
 _FIND = Statement(select(process_segments.c.content).where(process_segments.c.hash == bindparam("name", type_=Text)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A segment with its hash. `row`: what has yet to be written, None where all is."""
+
+    account: str
+    hash: str
+    content: bytes
+    row: bytes | None = None
+
+    def writing(self) -> Transaction[None]:
+        """A part of the transaction that names it."""
+        if self.row is not None:
+            yield _ADD(hash=self.hash, content=self.row)
 
 
 class Segments:
@@ -58,15 +74,28 @@ class Segments:
 
     async def put_bytes(self, account: str, content: bytes) -> str:
         """Raises: PayloadTooLarge, StorageUnavailable."""
+        prepared = await self._prepared(account, content)
+        if prepared.row is not None:
+            await self._database.run(prepared.writing, quick=True)
+        return self.written(prepared)
+
+    async def prepare(self, account: str, value: Any) -> Prepared:
+        """As `put`, for a transaction that names it and writes it, too: `written` when that is committed."""
+        return await self._prepared(account, canonical(value))
+
+    def written(self, prepared: Prepared) -> str:
+        """Its hash."""
+        return self._remember(prepared.hash, prepared.content, prepared.account)
+
+    async def _prepared(self, account: str, content: bytes) -> Prepared:
         if len(content) > SEGMENT_BYTES_MAX:
             raise PayloadTooLarge(have=len(content), limit=SEGMENT_BYTES_MAX, what="segment")
-        whole = _start(account) + content
-        if len(whole) > ROW_BYTES_MAX:
-            return self._remember(await self._blobs.put(whole), content, account)
-        hash = hash_of(whole)
-        if _key(account, hash) not in self._cache:
-            await self._database.run(lambda: _add(hash, whole), quick=True)
-        return self._remember(hash, content, account)
+        row = _start(account) + content
+        if len(row) > ROW_BYTES_MAX:
+            return Prepared(account=account, hash=await self._blobs.put(row), content=content)
+        hash = hash_of(row)
+        kept = _key(account, hash) in self._cache
+        return Prepared(account=account, hash=hash, content=content, row=None if kept else row)
 
     async def get_bytes(self, account: str, hash: str) -> bytes:
         """Raises: NotFound, also for a segment of another account; StorageUnavailable."""
@@ -104,10 +133,6 @@ class Segments:
             while self._cached_bytes > _CACHE_BYTES:
                 self._cached_bytes -= len(self._cache.popitem(last=False)[1])
         return hash
-
-
-def _add(hash: str, content: bytes) -> Transaction[None]:
-    yield _ADD(hash=hash, content=content)
 
 
 def canonical(value: Any) -> bytes:

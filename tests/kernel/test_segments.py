@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nimbos.blobs import open_blobs
 from nimbos.config import Settings
-from nimbos.db import Database
-from nimbos.errors import InvalidRequest, NotFound, PayloadTooLarge
+from nimbos.db import Database, Transaction
+from nimbos.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from nimbos.kernel import segments as kept
 from nimbos.kernel.segments import JSON_DEPTH_MAX, Segments, canonical, text_of
 
@@ -46,6 +46,30 @@ async def test_no_account_reads_what_is_another_s(segments: Segments, database: 
                 await reader.get("proj_two", hash)
         with pytest.raises(NotFound):
             await segments.get("proj_one", "0" * 64)
+
+
+async def test_what_is_written_with_what_names_it_is_there_exactly_when_that_is(
+    segments: Segments, database: Database
+) -> None:
+    undone = await segments.prepare("proj_one", "words")
+
+    def fails() -> Transaction[None]:
+        yield from undone.writing()
+        raise Conflict("not now")
+
+    with pytest.raises(Conflict):
+        await database.run(fails)
+    with pytest.raises(NotFound):
+        await segments.get("proj_one", undone.hash)
+    again = await segments.prepare("proj_one", "words")
+    assert again.row is not None, "nothing was written, so nothing may be left out"
+    await database.run(again.writing)
+    assert segments.written(again) == undone.hash == await segments.put("proj_one", "words")
+    assert await Segments(database, segments._blobs).get("proj_one", again.hash) == "words"
+    assert (await segments.prepare("proj_one", "words")).row is None
+    large = await segments.prepare("proj_one", "x" * 100_000)
+    assert large.row is None, "a blob is written at once"
+    assert await segments.get("proj_one", large.hash) == "x" * 100_000
 
 
 async def test_many_are_read_at_once_and_only_ones_own(segments: Segments, database: Database) -> None:
