@@ -36,7 +36,7 @@ from nimbos.kernel.events import (
 from nimbos.kernel.fold import Call
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
-from nimbos.kernel.segments import Segments, text_of
+from nimbos.kernel.segments import Prepared, Segments, text_of
 from nimbos.kernel.syscall import Also, Outcome
 from nimbos.kernel.words import Label, Origin
 
@@ -123,7 +123,7 @@ async def finish(
     holding: Holding, segments: Segments, call_id: str, answered: Answered, ending: Ending, *, also: Also
 ) -> Outcome:
     """Raises: Fenced, StorageUnavailable."""
-    outcome = await outcome_of(holding, segments, call_id, answered, withheld=ending.withheld)
+    outcome, result = await outcome_of(holding, segments, call_id, answered, withheld=ending.withheld)
     extra = await also(outcome)
     printed = await segments.put(holding.view.account, answered.printed) if answered.printed else None
     done = Draft(
@@ -145,6 +145,7 @@ async def finish(
     )
 
     def transaction() -> Transaction[list[Event]]:
+        yield from result.writing()  # first: on PostgreSQL it waits for whoever writes the same, and must hold nothing
         if answered.before is not None:
             yield from answered.before()
         settled: tuple[Draft, ...] = ()
@@ -161,38 +162,40 @@ async def finish(
         await holding.write(transaction, others=answered.also is not None)
     except Undone as undone:
         return await finish(holding, segments, call_id, refused(undone.error), ending, also=also)
+    segments.written(result)
     return outcome
 
 
 async def outcome_of(
     holding: Holding, segments: Segments, call_id: str, answered: Answered, *, withheld: bool = False
-) -> Outcome:
-    """What came of it, its result put away. What cannot be kept is an error that says so."""
+) -> tuple[Outcome, Prepared]:
+    """What came of it, and its result, to be written. What cannot be kept is an error that says so."""
     value: Any = answered.value
     error, child, shown = answered.error, answered.child, answered.shown
     try:
-        segment = await segments.put(holding.view.account, value)
+        result = await segments.prepare(holding.view.account, value)
     except (InvalidRequest, PayloadTooLarge) as problem:
         value, error, shown = problem.message, "not_json", None
-        segment = await segments.put(holding.view.account, value)
+        result = await segments.prepare(holding.view.account, value)
     size_bytes = len(text_of(value).encode("utf-8", "replace"))
     head_bytes = holding.program.manifest.limits.result_bytes
     if shown is None:
-        shown = head_of(value, handle=segment[:HANDLE_CHARACTERS], head_bytes=head_bytes)
-        whole = segment if size_bytes > head_bytes else None
+        shown = head_of(value, handle=result.hash[:HANDLE_CHARACTERS], head_bytes=head_bytes)
+        whole = result.hash if size_bytes > head_bytes else None
     else:
         whole = None
-    return Outcome(
+    outcome = Outcome(
         call_id=call_id,
         value=value,
         shown=f"Error ({error}): {shown}" if error else shown,
-        segment=segment,
+        segment=result.hash,
         size_bytes=size_bytes,
         error=error,
         whole=whole,
         withheld=withheld,
         child=child,
     )
+    return outcome, result
 
 
 def reserved_ms(holding: Holding, intent: CallIntent) -> int:
