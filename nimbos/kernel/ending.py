@@ -17,7 +17,7 @@ from nimbos.kernel.events import Event, Note, ProcExited, ProcState, SignalConsu
 from nimbos.kernel.log import Draft, Holder, Log
 from nimbos.kernel.mailbox import CONTROL, WAKE_PAUSED, Mail
 from nimbos.kernel.processes import locked_head
-from nimbos.kernel.releasing import to_release
+from nimbos.kernel.releasing import dropped, to_release
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.timers import SteadyClock
 from nimbos.kernel.view import View
@@ -124,11 +124,15 @@ class Endings:
         yield from self._shared.work.release(self._holder.claim)
         return Ended(events=events, by=Parked, woken=True, posted=posted)
 
-    def is_spoken_to(self, view: View) -> Transaction[bool]:
-        """Or adopted, with calls that were withheld and are to be made now."""
+    def goes_on(self, view: View, reason: Reason, owed: frozenset[str]) -> Transaction[bool]:
+        """Whether a process that would exit by itself runs once more: it was adopted, with calls that were withheld
+        and are to be made now; or it would end well, and words for it are on their way. `owed`: what was to be made
+        when this run began; who fails although it had its turn does not get another one."""
         head = yield from locked_head(self._holder.pid)
         unread = yield from mailbox.unread_kinds(head)
-        return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(view))
+        if reason is Reason.OK:
+            return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(view))
+        return SignalKind.ADOPT in unread or any(call_id not in owed for call_id, _ in to_release(view))
 
     def exiting(self, view: View, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[Ended]:
         shared = self._shared
@@ -136,7 +140,8 @@ class Endings:
             yield from ending(self._holder.pid)
         if view.parent is not None:
             yield from locked_head(view.parent)  # parents are locked before their children
-        events = yield from self._appending(*drafts, Draft(body=body))
+        notes = yield from self._dropping(view, drafts)
+        events = yield from self._appending(*drafts, *notes, Draft(body=body))
         yield from shared.work.finish(self._holder.claim)
         posted = yield from dismiss(shared.log, shared.work, self._holder.pid)
         if view.parent is not None:
@@ -145,6 +150,18 @@ class Endings:
             )
             posted.append((view.parent, done.woken))
         return Ended(events=events, by=Exited, posted=tuple(posted))
+
+    def _dropping(self, view: View, drafts: Sequence[Draft]) -> Transaction[list[Draft]]:
+        """What a fork that was adopted, and perhaps has not read that yet, will not do any more."""
+        if not view.withheld and not view.syscalls.withheld:
+            return []
+        head = yield from locked_head(self._holder.pid)
+        unread = yield from mailbox.unread_kinds(head)
+        more = [Draft(body=adopted())] if SignalKind.ADOPT in unread else []
+        last = view.copy()
+        last.go_on([draft.body for draft in (*drafts, *more)])
+        note = dropped(last)
+        return [*more, Draft(body=note)] if note is not None else more
 
 
 def adopted() -> Note:

@@ -267,9 +267,10 @@ class GrantRevoked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="note"):
-    """For people: what was dropped, which recorded step a changed function did not ask for again, an adoption."""
+    """For people: what an adopted fork did not do any more, which recorded step a changed function did not ask for
+    again, an adoption."""
 
-    about: Literal["changed_step", "adopted", "clock", "compaction", "recovered", "said"]
+    about: Literal["changed_step", "adopted", "clock", "compaction", "dropped", "recovered", "said"]
     text: str
 
 

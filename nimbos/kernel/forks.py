@@ -11,7 +11,7 @@ for that are the fold's (`folding/`); that its effects are withheld until it is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,14 @@ class _Told:
     """After the commit: whom to ring."""
 
     posted: tuple[tuple[str, bool], ...] = ()
+
+
+class _Over(Exception):
+    """A process that is to be adopted is over, and may have withheld what can happen no more."""
+
+    def __init__(self, pid: str) -> None:
+        super().__init__(pid)
+        self.pid = pid
 
 
 class Forks:
@@ -129,29 +137,42 @@ class Forks:
         Raises: NotFound; Conflict for what is no fork, and for one that is over and withheld something;
         StorageUnavailable.
         """
-        family = [head_of(row) for row in await self._database.read(heads.family(pid))]
-        if family and family[0].forked_from is None:
-            raise Conflict(f"The process {pid} is no fork.", param="pid")
-        withheld = [head for head in family if head.withheld and (head.pid == pid or head.forked_from is None)]
-        for head in withheld:
-            if head.state is State.DONE:
-                await self._check_nothing_is_lost(head.pid)
-
-        def begin() -> Transaction[_Told]:
-            posted: list[tuple[str, bool]] = []
-            for head in withheld:  # parents before their children
-                posted += yield from self._adopting(head.pid, source)
-            return _Told(posted=tuple(posted))
-
-        told = await self._database.run(begin, durable=True)
+        lossless: set[str] = set()  # of those that are over
+        while True:
+            try:
+                told = await self._database.run(lambda: self._adopting_all(pid, source, lossless), durable=True)
+                break
+            except _Over as over:  # its log does not change any more, and is read outside of the transaction
+                await self._check_nothing_is_lost(over.pid)
+                lossless.add(over.pid)
         for member, woken in told.posted:
             self._bells.posted(member, woken=woken)
 
-    def _adopting(self, pid: str, source: str) -> Transaction[list[tuple[str, bool]]]:
-        """By its own server where it runs: nobody else may append."""
+    def _adopting_all(self, pid: str, source: str, lossless: Collection[str]) -> Transaction[_Told]:
+        """With its children, also those that are born meanwhile: until no more are found under a head that is locked.
+
+        Raises: _Over, NotFound, Conflict."""
+        posted: list[tuple[str, bool]] = []
+        seen: set[str] = set()
+        while True:
+            rows = yield heads.family(pid)
+            found = [head for head in map(head_of, rows) if head.pid not in seen]
+            if not found:
+                return _Told(posted=tuple(posted))
+            for head in found:  # parents before their children
+                if head.pid == pid and head.forked_from is None:
+                    raise Conflict(f"The process {pid} is no fork.", param="pid")
+                if head.withheld and (head.pid == pid or head.forked_from is None):
+                    posted += yield from self._adopting(head.pid, source, lossless)
+                seen.add(head.pid)
+
+    def _adopting(self, pid: str, source: str, lossless: Collection[str]) -> Transaction[list[tuple[str, bool]]]:
+        """By its own server where it runs: nobody else may append. Raises: _Over."""
         head = yield from locked_head(pid)
         if not head.withheld:
             return []
+        if head.state is State.DONE and pid not in lossless:
+            raise _Over(pid)
         if head.state is State.RUNNING:
             mail = Mail(signal=SignalKind.ADOPT, source=source, external_id="adopt")
             posted = yield from post(self._log, self._work, pid, mail)

@@ -1,5 +1,6 @@
 """What a fork only seemed to do, done once it is adopted: each withheld call becomes a new one, through the whole gate,
-with a key of its own. The model has gone on since; a note tells it what came of it.
+with a key of its own. The model has gone on since; a note tells it what came of it. A fork that fails does it before
+it ends; of one that is ended from outside, or that nothing can drive any more, the log says what was dropped.
 """
 
 from __future__ import annotations
@@ -7,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nimbos.kernel.events import CallIntent, CtxChanged, Segment
+from nimbos.kernel.events import CallIntent, CtxChanged, Note, Segment
+from nimbos.kernel.folding.records import CallStatus
 from nimbos.kernel.log import Draft
 from nimbos.kernel.segments import Segments, text_of
 from nimbos.kernel.syscall import Also, Outcome
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MARK = ".released"  # behind the id of a call, and behind the key of its step
 _TOKEN_BYTES = 3
+_NAMED_MAX = 20
 
 
 def is_released(call_id: str) -> bool:
@@ -33,6 +36,17 @@ def to_release(view: View) -> Iterator[tuple[str, CallIntent]]:
         released = f"{call_id}{MARK}"
         if released not in view.syscalls.open and released not in view.syscalls.ended:
             yield released, intent
+
+
+def dropped(view: View) -> Note | None:
+    """What an adopted fork that ends now withheld and will not do."""
+    left = [call.intent for id, call in view.calls.items() if is_released(id) and call.status is CallStatus.INTENDED]
+    left += [intent for _, intent in to_release(view)]
+    if not left:
+        return None
+    names = ", ".join(intent.resource or intent.verb.value for intent in left[:_NAMED_MAX])
+    more = f" and {len(left) - _NAMED_MAX} more" if len(left) > _NAMED_MAX else ""
+    return Note(about="dropped", text=f"It was adopted, and ended before it did what it had withheld: {names}{more}.")
 
 
 def telling(holding: Holding, segments: Segments, intent: CallIntent) -> Also:

@@ -155,7 +155,7 @@ class Runner:
         if self._failures.get(head.pid, 0) >= FAILURES_MAX:
             del self._failures[head.pid]
             told = f"It failed {FAILURES_MAX} times by a fault of the server, whose log says which."
-            await holding.exit(Reason.FAILED, error=told)
+            await holding.exit(Reason.FAILED, error=told, driven=False)
         try:
             holding.account = await self._resolve(head.spawner)
         except Unauthorized as error:
@@ -164,7 +164,7 @@ class Runner:
         try:
             holding.program = await self._shelf.load(head.program)
         except NotFound as error:
-            await holding.exit(Reason.FAILED, error=error.message)
+            await holding.exit(Reason.FAILED, error=error.message, driven=False)
         return holding
 
     async def _until_it_ends(self, holding: Holding) -> None:
