@@ -2,7 +2,7 @@
 
 Only a claim makes a process run, so recovery has nothing to do but to give claims back. Whether a server is dead is
 told by the lock on its meter file, which the system drops with the process; a server of another home is waited for, for
-a lease.
+a lease. Each time is counted: a process that its servers die of is set aside (`runner.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def release_dead(database: Database, servers: Iterable[str]) -> int:
     for server in servers:
 
         def begin(server: str = server) -> Transaction[None]:
-            yield from work.release_all(crew_name(server))
+            yield from work.lapse_all(crew_name(server))
 
         await database.run(begin, durable=True)
         released += 1

@@ -4,12 +4,14 @@
                                                        │  mail rings: pause, cancel, kill stop the driving
 
 Anything else that ends a run leaves the process running in the eyes of the log; whoever claims it next makes it ready
-first, and folds what is there. Read `holding.py` for how a run writes, `agent.py` and `durable.py` for what drives.
+first, and folds what is there. A process whose servers die again and again while nothing comes of it is set aside:
+paused, with a note that says so. Read `holding.py` for how a run writes, `agent.py` and `durable.py` for what drives.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Protocol
@@ -18,7 +20,7 @@ import structlog
 
 from nimbos.db import Transaction
 from nimbos.errors import NotFound, NotReady, StorageUnavailable, Unauthorized
-from nimbos.kernel.events import Event, ProcState
+from nimbos.kernel.events import Event, Note, ProcState
 from nimbos.kernel.faults import FromNewerVersion, Illegal, Unreadable
 from nimbos.kernel.fold import fold
 from nimbos.kernel.holding import Exited, Holding, Parked, Shared, Stop
@@ -31,6 +33,8 @@ from nimbos.kernel.words import Reason, State
 from nimbos.types import Account
 from nimbos.work import Claim, ClaimLost
 
+DEATHS_MAX = 5  # runs of a process that ended with their server, one after the other, and nothing came of them
+SPREAD_FROM = 2  # of these, from which on those that may be to blame begin at different moments
 FAILURES_MAX = 5  # runs of a process that end by a fault of ours, one after the other
 UNREADABLE_RETRY_S = 60.0  # a newer version may have come meanwhile
 LONG_LOG = 2_000  # events that are folded beside the loop
@@ -83,6 +87,8 @@ class Runner:
             _log.error("process.unreadable", process=claim.ref, code=error.code)
             await self._shared.database.run(lambda: self._shared.work.release(claim, delay_s=UNREADABLE_RETRY_S))
             return
+        if wait_s := spread_s(claim, view):
+            await asyncio.sleep(wait_s)
         seized = await self._shared.database.run(lambda: self._seize(claim, view), durable=True)
         if seized is None:
             return
@@ -152,6 +158,11 @@ class Runner:
         self._shared.bells.run(head.pid, holding.ring)
         closing.callback(self._shared.bells.ran, head.pid)
         await holding.take_mail()
+        if min(view.deaths, holder.claim.lapses) >= DEATHS_MAX:
+            _log.error("process.set_aside", process=head.pid, deaths=view.deaths)
+            told = f"Its server died {view.deaths} times while it ran, and nothing came of it. `resume` tries again."
+            aside = Draft(body=Note(about="recovered", text=told))
+            await holding.park(State.PAUSED, Reason.POLICY, drafts=(aside,))
         if self._failures.get(head.pid, 0) >= FAILURES_MAX:
             del self._failures[head.pid]
             told = f"It failed {FAILURES_MAX} times by a fault of the server, whose log says which."
@@ -223,6 +234,17 @@ class Runner:
         while len(self._failures) >= _FAILURES_KEPT:
             del self._failures[next(iter(self._failures))]
         self._failures[pid] = self._failures.get(pid, 0) + 1
+
+
+def spread_s(claim: Claim, view: View) -> float:
+    """How long a process waits that was running at each of the last deaths of its servers. One of those may be what
+    they die of; the others, which begin at another moment each time, get their turn without it, and are not set aside
+    with it."""
+    deaths = min(view.deaths + 1, claim.lapses)
+    if view.state is not State.RUNNING or not SPREAD_FROM <= deaths < DEATHS_MAX:
+        return 0.0
+    lot = hashlib.sha256(f"{claim.ref} {claim.epoch}".encode()).digest()[:4]
+    return int.from_bytes(lot) / 2**32 * (1 << deaths)
 
 
 async def _stopped(driving: asyncio.Future[None]) -> None:

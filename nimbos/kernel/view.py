@@ -20,7 +20,7 @@ from nimbos.kernel.folding.asks import Asks
 from nimbos.kernel.folding.calls import Calls
 from nimbos.kernel.folding.mail import Mail
 from nimbos.kernel.folding.records import Call, CallStatus, Child, Received, Recorded, Turn
-from nimbos.kernel.folding.rules import changed, why_not_now
+from nimbos.kernel.folding.rules import came_of_it, changed, why_not_now
 from nimbos.kernel.folding.shown import Shown
 from nimbos.kernel.folding.spending import Spending
 from nimbos.kernel.words import Reason, State
@@ -33,7 +33,8 @@ __all__ = ["Call", "CallStatus", "Child", "Received", "Recorded", "Turn", "View"
 class View:
     """A process after its event `seq`. `about`, `due_ms`: what it waits for or asked last, and when a timer wakes it.
     `withheld`: a fork, or a child of one, that is not adopted. `steps`: of a durable function, those that have an
-    outcome. `turns`: answers in the agent's own conversation."""
+    outcome. `turns`: answers in the agent's own conversation. `deaths`: runs that ended without a word, one after the
+    other, since anything came of it."""
 
     pid: str = ""
     seq: int = 0
@@ -61,6 +62,7 @@ class View:
     result: str | None = None
     error: str = ""
     turns: int = 0
+    deaths: int = 0
     steps: dict[str, Recorded] = field(default_factory=dict)
     asks: Asks = field(default_factory=Asks)
     syscalls: Calls = field(default_factory=Calls)
@@ -151,7 +153,9 @@ class View:
         if isinstance(body, ProcForked):
             self.epoch = self.ran_epoch = 0
         self.epoch = event.epoch
+        died = isinstance(body, ProcState) and self.state is State.RUNNING and event.epoch > self.ran_epoch
         self._change(body, ts_ms=event.ts_ms, kind=event.kind)
+        self.deaths = self.deaths + 1 if died else 0 if came_of_it(body) else self.deaths
         if isinstance(body, ProcState) and body.to is State.RUNNING:
             if event.epoch <= self.ran_epoch:
                 raise Illegal(event.pid, event.kind, f"epoch {event.epoch} has run it before")

@@ -155,6 +155,10 @@ class Work:
     def release_all(self, owner: str) -> Transaction[None]:
         yield _RELEASE_ALL(owner=owner, clock=self._clock)
 
+    def lapse_all(self, owner: str) -> Transaction[None]:
+        """For an owner that is dead: as if its leases had run out, and others had claimed what it held."""
+        yield _LAPSE_ALL(owner=owner, clock=self._clock)
+
     def drop(self, kind: str, ref: str) -> Transaction[bool]:
         """Takes the work away, from a holder too, who cannot finish it any more."""
         rows = yield _DROP(kind=kind, ref=ref)
@@ -306,8 +310,14 @@ _RELEASE_ALL = Statement(
     .where(work.c.owner == bindparam("owner", type_=Text))
     .values(owner=null(), clock=bindparam("clock", type_=Text), free_at_ms=0)
 )
+_LAPSES = work.c.lapses + case((work.c.owner.is_not(None), 1), else_=0)
+_LAPSE_ALL = Statement(
+    update(work)
+    .where(work.c.owner == bindparam("owner", type_=Text))
+    .values(owner=null(), lapses=_LAPSES, clock=bindparam("clock", type_=Text), free_at_ms=0)
+)
 _ADOPT = Statement(
     update(work)
     .where(work.c.clock != bindparam("clock", type_=Text))
-    .values(clock=bindparam("clock", type_=Text), free_at_ms=0, owner=null())
+    .values(clock=bindparam("clock", type_=Text), free_at_ms=0, owner=null(), lapses=_LAPSES)
 )

@@ -99,6 +99,17 @@ async def test_released_work_is_free_at_once_or_after_its_delay(database: Databa
     assert (again.ref, again.epoch, again.lapses) == ("a", 2, 0)
 
 
+async def test_what_a_dead_owner_held_is_free_and_counted(database: Database) -> None:
+    work = Work(database)
+    await database.run(lambda: work.add_many("lines", ["a", "b"]))
+    (held,) = await database.run(lambda: work.claim("lines", "one", 1))
+    await database.run(lambda: work.lapse_all("one"))
+    with pytest.raises(ClaimLost):
+        await database.run(lambda: work.finish(held))
+    claims = await database.run(lambda: work.claim("lines", "two", 2))
+    assert [(claim.ref, claim.lapses) for claim in claims] == [("a", 1), ("b", 0)]
+
+
 async def test_delays_of_an_earlier_boot_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = await Database.open(Settings(home=str(tmp_path)))
     try:
@@ -109,7 +120,12 @@ async def test_delays_of_an_earlier_boot_mean_nothing(tmp_path: Path, monkeypatc
         monkeypatch.setattr("nimbos.work.claims.boot", lambda: "another boot")
         rebooted = Work(opened)
         await opened.run(lambda: rebooted.adopt())
-        assert len(await opened.run(lambda: rebooted.claim("lines", "one", 1))) == 1
+        (delayed,) = await opened.run(lambda: rebooted.claim("lines", "one", 1))
+        monkeypatch.setattr("nimbos.work.claims.boot", lambda: "a third boot")
+        again = Work(opened)
+        await opened.run(lambda: again.adopt())
+        (held,) = await opened.run(lambda: again.claim("lines", "one", 1))
+        assert (delayed.lapses, held.lapses) == (0, 1), "whoever held it died with the machine"
     finally:
         await opened.close()
 
