@@ -6,6 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import select
 
@@ -20,8 +21,8 @@ from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Fenced
 from nimbos.kernel.processes import raise_epoch
 from nimbos.kernel.words import Effect, Label
-from tests.kernel.gating import Calls, Gated, gated, on_sqlite, tool
-from tests.kernel.running import PATIENCE_S
+from tests.kernel.gating import FILES, MANIFEST, TOOLS, Calls, Gated, gated, on_sqlite, tool
+from tests.kernel.running import ACCOUNT, PATIENCE_S
 
 
 def test_every_effect_class_has_its_recovery_and_only_what_is_harmless_is_not_withheld() -> None:
@@ -155,6 +156,48 @@ async def test_an_opaque_call_stopped_at_its_deadline_is_in_doubt(
         pid = await at.spawn()
         await at.asking(pid, Reason.IN_DOUBT)
         assert at.done(pid) == ["slow_mail -"]
+
+
+SLOW_START = b"""
+import time
+from pathlib import Path
+Path("starts").touch()
+while Path("slow").exists():
+    time.sleep(0.01)
+"""
+
+
+async def test_a_worker_whose_start_takes_longer_than_the_lease_does_not_make_the_call_that_another_server_settled(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outward, "STALL_S", -1.0)  # any start is a slow one
+    files = {**FILES, "nimbos.toml": MANIFEST.replace(b"caller", b"slow"), "tools.py": SLOW_START + TOOLS}
+    async with gated(database, database_settings) as at:
+        await at.place.kernel.programs.put(msgspec.structs.replace(ACCOUNT, scopes=frozenset({"programs:code"})), files)
+
+        async def body(holding: Holding) -> None:
+            if holding.view.name == "first":  # from now on it is known which tools there are
+                await at.gate.call(holding, tool("look"))
+                await holding.exit(Reason.OK)
+            folder = at.workspaces.path(holding.pid)
+            if not holding.view.calls:
+                folder.mkdir()
+                (folder / "slow").touch()
+            await at.gate.call(holding, tool("mail"))
+
+        at.place.bodies.update(first=body, second=body)
+        first = await at.place.kernel.spawn(ACCOUNT, "slow", {}, name="first")
+        await at.place.over(first)
+        pid = await at.place.kernel.spawn(ACCOUNT, "slow", {}, name="second")
+        folder = at.workspaces.path(pid)
+        async with asyncio.timeout(PATIENCE_S):
+            while not (folder / "starts").exists():
+                await asyncio.sleep(0.01)  # another process makes it, and rings no bell
+            assert await at.calls_of(pid, "c1") == ["intent", "started"]
+            await database.run(lambda: raise_epoch(pid))  # what a server does that claims it, asks and is answered
+            (folder / "slow").unlink()
+        await at.asking(pid, Reason.IN_DOUBT)  # the next run, of whoever has it now
+        assert at.done(pid) == []
 
 
 async def _keys(database: Database) -> list[str]:

@@ -1,0 +1,58 @@
+"""Before a function is given up, whatever is wrong with it, a person is asked what nobody knows."""
+
+from __future__ import annotations
+
+import asyncio
+from textwrap import dedent
+
+import pytest
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.kernel import Reason, State, runner
+from nimbos.kernel import durable as durables
+from tests.kernel.gating import on_sqlite
+from tests.kernel.minds import minds
+from tests.kernel.running import PATIENCE_S
+from tests.kernel.test_durable import SCRIPT, answer, done, start
+
+SENDS = """
+if not Path("done.txt").exists():
+    await call("mail", to="Ada", hold=True)
+"""
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("later", "also", "says"),
+    [
+        ("import os; os._exit(3)", "", "died 3 times"),
+        ("while True: await sleep(0)", "", "more than 20 steps"),
+        ("while True: await __import__('asyncio').sleep(0.01)", "", "between two steps"),
+        ("pass", "if Path('done.txt').exists(): raise ValueError('broken since')", "broken since"),
+    ],
+    ids=["crashes", "floods", "takes for ever", "cannot be loaded"],
+)
+async def test_an_effect_in_doubt_is_asked_about_before_the_function_fails(
+    database: Database,
+    database_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    later: str,
+    also: str,
+    says: str,
+) -> None:
+    monkeypatch.setattr(runner, "CALLS_GRACE_S", 0.0)  # as if it were killed
+    monkeypatch.setattr(durables, "STEPS_MAX", 20)
+    body = f"{dedent(SENDS)}{later}"
+    async with minds(database, database_settings, SCRIPT, server="first") as place:
+        pid = await start(place, body, also=also, manifest="[limits]\ntool_deadline_s = 1.0\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while not done(place, pid):
+                await asyncio.sleep(0.01)  # another process writes it, and rings no bell
+    async with minds(database, database_settings, SCRIPT, server="second") as place:
+        head = await place.until(pid, State.ASKING)
+        assert head.reason is Reason.IN_DOUBT
+        await answer(place, pid, {"verdict": "abandon"})
+        head = await place.over(pid)
+        assert head.reason is Reason.FAILED and says in head.error
+        assert done(place, pid) == ["mail Ada"]
