@@ -24,10 +24,10 @@ from nimbos.kernel.requests import dial_of, sampling_of
 from nimbos.kernel.segments import Segments, canonical, text_of
 from nimbos.kernel.syscall import Syscall, Wait
 from nimbos.kernel.think import ThinkRequest
-from nimbos.kernel.tools import read_value
+from nimbos.kernel.tools import NotJson, read_value
 from nimbos.kernel.view import Recorded, View
 from nimbos.kernel.words import Reason, State, Verb
-from nimbos.toolwire import FRAME_BYTES_MAX, MESSAGE_CHARACTERS, Step
+from nimbos.toolwire import MESSAGE_CHARACTERS, Step
 from nimbos.types import Grammar
 
 NAME_CHARACTERS = 100
@@ -107,12 +107,12 @@ class Occurrences:
     def read(self, step: Step) -> Asked:
         """Raises: BadStep."""
         try:
-            arguments = read_value(step.arguments, limit=FRAME_BYTES_MAX)
+            arguments = read_value(step.arguments)
             same = _same(step, arguments)
             think = msgspec.convert(arguments, ThinkArguments) if step.verb == THINK else None
             if step.verb == "call":
                 msgspec.convert(arguments, CallArguments)
-        except (InvalidRequest, msgspec.ValidationError) as error:
+        except (NotJson, InvalidRequest, msgspec.ValidationError) as error:
             raise BadStep(f"The step {step.name!r} cannot be taken: {error}") from error
         if think is None and step.verb not in _VERBS:
             raise BadStep(f"There is no step {step.verb[:NAME_CHARACTERS]!r}.")

@@ -66,6 +66,10 @@ SCRIPT = {
 }
 
 
+# The worker's own socket, in the hand of a program that means harm.
+LINE = "import os, socket, sys; socket.socket(fileno=os.dup(int(sys.argv[1])))"
+
+
 def function(body: str, *, also: str = "") -> dict[str, bytes]:
     """A program whose `main(input)` has this body."""
     lines = indent(dedent(body).strip(), "    ")
@@ -301,6 +305,11 @@ return sent
         ("while True: pass", "between two steps"),
         ("import asyncio; await asyncio.Event().wait()", "between two steps"),
         ("import os; os._exit(3)", "died 3 times"),
+        (f"{LINE}.sendall(bytes([2, 0, 0, 0])); await sleep(60)", "died 3 times at the same place: it sent a frame"),
+        (
+            f"{LINE}.sendall(pack(Step(number=1, verb='call', name='x', arguments=b'{{'))); await sleep(60)",
+            "died 3 times at the same place: it asked for too many steps at once",
+        ),
         ("await ask('?', name='x' * 5); return 1", ""),
     ],
 )
@@ -308,7 +317,8 @@ async def test_a_function_that_cannot_go_on_ends_and_says_why(
     sqlite: tuple[Database, Settings], body: str, says: str
 ) -> None:
     async with minds(*sqlite, SCRIPT) as place:
-        pid = await start(place, body, manifest="[limits]\ntool_deadline_s = 1.0\n")
+        also = "from nimbos.toolwire import Step, pack"
+        pid = await start(place, body, also=also, manifest="[limits]\ntool_deadline_s = 1.0\n")
         if not says:
             assert (await place.until(pid, State.ASKING)).reason is Reason.INPUT
             return

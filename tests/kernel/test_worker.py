@@ -18,7 +18,7 @@ from nimbos.kernel.tools.live import WorkerDied
 from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker
 from nimbos.kernel.words import Effect
-from nimbos.toolwire import RunDone, Step, WorkerLimits
+from nimbos.toolwire import ROOM_BYTES, CallDone, RunDone, Step, WorkerLimits, pack
 
 PATIENCE_S = 60.0
 
@@ -585,6 +585,52 @@ async def test_a_function_that_raises_says_where(bench: Bench) -> None:
     done = await (await bench.worker(main=MAIN, entry="main.py:main").run_function("raise")).next()
     assert isinstance(done, RunDone)
     assert (done.error, done.message) == ("raised", "ValueError: not like that (main.py:6)")
+
+
+FORGES = """
+import os, socket, sys, time
+
+async def main(frames):
+    line = socket.socket(fileno=os.dup(int(sys.argv[1])))
+    for content, times in frames:
+        for _ in range(times):
+            line.sendall(bytes(content))
+    time.sleep(600)
+"""
+
+
+async def test_a_function_ends_once(bench: Bench) -> None:
+    run = await bench.worker(main=FORGES, entry="main.py:main").run_function([[list(pack(RunDone())), 1_000]])
+    assert isinstance(await run.next(), RunDone)
+    with pytest.raises(WorkerDied, match="ended twice"):
+        await run.next()
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (RunDone(value=b"1" * 1_001), "a value of 1001 bytes; at most 1000"),
+        (Step(number=1, verb="think", name="x", arguments=b"1" * 1_001), "a value of 1001 bytes; at most 1000"),
+        (RunDone(message="x" * (ROOM_BYTES + 1_000)), "a frame of"),
+    ],
+    ids=["result", "arguments", "message"],
+)
+async def test_a_function_says_no_more_at_once_than_a_result_may_have(
+    bench: Bench, message: RunDone | Step, says: str
+) -> None:
+    worker = bench.worker(main=FORGES, entry="main.py:main", limits=WorkerLimits(result_bytes=1_000))
+    run = await worker.run_function([[list(pack(message)), 1]])
+    with pytest.raises(WorkerDied, match=says):
+        await run.next()
+
+
+async def test_a_tool_says_no_more_than_a_result_may_have(bench: Bench) -> None:
+    forged = TOOLS.replace("frame: bytes", "frame: list[int]").replace("(frame)", "(bytes(frame))")
+    worker = bench.worker(forged, limits=WorkerLimits(result_bytes=1_000))
+    answer = pack(CallDone(number=1, value=b'"' + b"x" * 1_000 + b'"'))
+    result = await worker.call("forges", {"frame": list(answer)}, deadline_s=PATIENCE_S)
+    assert (result.error, result.perhaps) == ("died", True)
+    assert "a value of 1002 bytes; at most 1000" in result.message
 
 
 async def test_a_flood_of_steps_ends_the_worker(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """One process that has loaded its program: what may come out of its pipe, who waits for it, and its end.
 
-A frame that nobody asked for, or that says what it must not, ends the process, so a flood is its first frame.
+A frame that nobody asked for, that says what it must not or is larger than a result may be, ends the process, so a
+flood is its first frame. What a function may say unasked is counted: steps without an answer, and one end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from nimbos.kernel.tools.process import PipeBroken, WorkerProcess, shorten
 from nimbos.kernel.tools.specs import ToolSpec
 from nimbos.toolwire import (
+    ROOM_BYTES,
     AskQuiet,
     Call,
     CallDone,
@@ -45,16 +47,18 @@ class WorkerDied(Exception):
 class Live:
     """`died` says why it is of no use any more. `function`: what its durable function says, once one runs."""
 
-    def __init__(self, process: WorkerProcess, output: Path, specs: tuple[ToolSpec, ...]) -> None:
-        """`output`: what it prints."""
+    def __init__(self, process: WorkerProcess, output: Path, specs: tuple[ToolSpec, ...], *, value_bytes: int) -> None:
+        """`output`: what it prints. `value_bytes`: that a result or a step's arguments may have as JSON."""
         self.specs = specs
         self.died: WorkerDied | None = None
         self.function: asyncio.Queue[Step | Quiet | RunDone | WorkerDied] | None = None
         self._process = process
         self._output = output
+        self._value_bytes = value_bytes
         self._number = 0
         self._expected: dict[int, asyncio.Future[FromWorker]] = {}
         self._steps = 0
+        self._returned = False
         self._open: dict[int, int] = {}  # sizes of steps without an answer
         self._quiet: set[int] = set()
         self._ending: asyncio.Task[None] | None = None
@@ -122,13 +126,16 @@ class Live:
         why = ""
         try:
             while not why:
-                why = self._take(await self._process.receive())
+                why = self._take(await self._process.receive(most_bytes=self._value_bytes + ROOM_BYTES))
         except PipeBroken as broken:
             why = str(broken)
         self.end(WorkerDied(why))
 
     def _take(self, message: FromWorker) -> str:
         """Why this frame must not be, "" where it may."""
+        size = 0 if isinstance(message, Loaded | Quiet) else len(_value_of(message))
+        if size > self._value_bytes:
+            return f"it sent a value of {size} bytes; at most {self._value_bytes} are taken"
         if isinstance(message, CallDone | VerifyDone):
             waiting = self._expected.pop(message.number, None)
             if waiting is None:
@@ -145,6 +152,10 @@ class Live:
             if message.number not in self._quiet or message.steps != self._steps:
                 return "it miscounts its steps"
             self._quiet.discard(message.number)
+        elif self._returned:
+            why = "its function ended twice"
+        else:
+            self._returned = True
         if not why:
             self.function.put_nowait(message)
         return why
@@ -169,6 +180,10 @@ class Live:
                 waiting.exception()  # nobody may be waiting any more
         if self.function is not None:
             self.function.put_nowait(told)
+
+
+def _value_of(message: CallDone | VerifyDone | Step | RunDone) -> bytes:
+    return message.arguments if isinstance(message, Step) else message.value
 
 
 class FunctionRun:

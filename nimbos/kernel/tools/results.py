@@ -38,10 +38,8 @@ class NotJson(Exception):
     """A worker sent what no worker of ours sends."""
 
 
-def read_value(content: bytes, *, limit: int) -> Any:
-    """Raises: NotJson."""
-    if len(content) > limit:
-        raise NotJson(f"{len(content)} bytes where {limit} may be")
+def read_value(content: bytes) -> Any:
+    """Of a frame that was taken: its size is bounded. Raises: NotJson."""
     try:
         return msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:

@@ -131,7 +131,7 @@ class ToolWorker:
             reply = await live.exchange(ask, deadline_s)
             if not isinstance(reply, VerifyDone):
                 raise NotJson("another kind of answer")
-            result = read_value(reply.value, limit=self._limits.result_bytes)
+            result = read_value(reply.value)
         except WorkerDied as died:
             return Verified(happened=None, message=f"The process that was asked is gone: {died}.")
         except NotJson as error:
@@ -192,7 +192,7 @@ class ToolWorker:
                 folder = str(place.folder)
                 await process.send(Load(folder=folder, tools=self._tools, entry=self._entry, limits=self._limits))
                 first = await process.receive()
-            return Live(process, place.output, self._specs(first))
+            return Live(process, place.output, self._specs(first), value_bytes=self._limits.result_bytes)
         except BaseException as error:
             process.kill()
             ended = await asyncio.shield(asyncio.ensure_future(process.wait()))
@@ -220,5 +220,5 @@ class ToolWorker:
             if reply.error not in WORKER_CODES or len(reply.message) > MESSAGE_CHARACTERS:
                 raise NotJson("an error that is none")
             return ToolResult(error=reply.error, message=reply.message, perhaps=reply.error == "deadline")
-        value = read_value(reply.value, limit=self._limits.result_bytes)
+        value = read_value(reply.value)
         return ToolResult(value=value, size_bytes=len(reply.value))
