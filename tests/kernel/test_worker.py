@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from nimbos.errors import BrokenProgram
-from nimbos.kernel.tools import live
-from nimbos.kernel.tools import process
+from nimbos.kernel.tools import live, process
 from nimbos.kernel.tools.live import WorkerDied
 from nimbos.kernel.tools.process import OUTPUT_BYTES
 from nimbos.kernel.tools.worker import Place, ToolWorker
