@@ -26,6 +26,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `cells`: room for tokens of KV that all asks share, 0 is as many as fit in `kv_memory_mib`.
     `swap_memory_mib`: for contexts that nobody uses now, outside of the cells; 0 keeps none. `swap_disk_mib`: for what
     is more than that, in a file without a name.
+    `guess_tokens`: that a step computes ahead for a branch where its text repeats itself; 0 is none.
     `stall_target_ms`: a step that holds an interactive row takes no longer. `inbox`: asks that may wait.
     """
 
@@ -39,6 +40,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     sequences: int = 128
     stall_target_ms: int = 150
     max_step_tokens: int = 512
+    guess_tokens: int = 0
     inbox: int = 512
     restart_limit: int = 5
     share_prefixes: bool = True

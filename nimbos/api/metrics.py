@@ -32,6 +32,8 @@ _COUNTERS = {
     "nimbos_engine_preemptions": ("preemptions", "Prefills that gave way to interactive asks."),
     "nimbos_engine_stalls": ("stalls", "Steps with an interactive row that took longer than the stall target."),
     "nimbos_engine_evictions": ("evictions", "Cached branches that were forgotten to make room."),
+    "nimbos_engine_guessed_tokens": ("guessed_tokens", "Tokens computed ahead because the text repeats itself."),
+    "nimbos_engine_guessed_right_tokens": ("guessed_right_tokens", "Guessed tokens that came true."),
     "nimbos_engine_swapped_out_tokens": ("swapped_out_tokens", "Tokens of idle contexts that were written out."),
     "nimbos_engine_swapped_in_tokens": ("swapped_in_tokens", "Tokens that were put back instead of computed again."),
     "nimbos_engine_overhead_seconds": ("overhead_seconds_sum", "Time in steps outside the forward pass."),

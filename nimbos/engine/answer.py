@@ -122,6 +122,12 @@ class Answer:
         """Whether it must wait until more is paid for."""
         return self.finish is None and self._allowance is not None and self.output_tokens >= self._allowance
 
+    @property
+    def room(self) -> int:
+        """How many tokens may come yet: by the limit, and by what is paid for."""
+        most = self._max_tokens if self._allowance is None else min(self._max_tokens, self._allowance)
+        return 0 if self.finish is not None else max(0, most - self.output_tokens)
+
     def allow(self, tokens: int | None, *, last: bool) -> None:
         """So many tokens are paid for, None: all. With `last` the answer ends there, if it does not end before."""
         self._allowance, self._allowance_last = tokens, last
@@ -130,13 +136,11 @@ class Answer:
     def forced(self) -> tuple[int, ...]:
         """Ids that must come next, at most as many as there is room for and are paid for. Accept them one by one while
         not finished."""
-        most = self._max_tokens if self._allowance is None else min(self._max_tokens, self._allowance)
-        room = 0 if self.finish is not None else max(0, most - self.output_tokens)
         if self._queue:
-            return tuple(islice(self._queue, room))
-        if self._matcher is None or self.phase is not Phase.AFTER or room <= 0:
+            return tuple(islice(self._queue, self.room))
+        if self._matcher is None or self.phase is not Phase.AFTER or not self.room:
             return ()
-        return self._matcher.forced()[:room]
+        return self._matcher.forced()[: self.room]
 
     def constraint(self) -> NDArray[np.bool_] | None:
         """Which tokens the grammar allows next, shape (n_vocab,), valid until the next call; None: all.

@@ -27,6 +27,8 @@ class Counters:
     preemptions: int = 0
     stalls: int = 0
     evictions: int = 0
+    guessed_tokens: int = 0
+    guessed_right_tokens: int = 0
     output_tokens: dict[AskClass, int] = field(default_factory=lambda: dict.fromkeys(AskClass, 0))
     account_ms: dict[str, float] = field(default_factory=dict)
 

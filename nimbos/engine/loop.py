@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from nimbos.engine import llama
@@ -17,12 +17,24 @@ from nimbos.engine.calibrate import StepTime
 from nimbos.engine.context import ContextTree, Copy, Match, NoRoom, Operation, common_length
 from nimbos.engine.counters import Counters
 from nimbos.engine.grammar import Matcher
+from nimbos.engine.guessing import Offer, with_guesses
 from nimbos.engine.intake import take_in
 from nimbos.engine.model import Floats, Model, Rows
 from nimbos.engine.protocol import Admitted, Failed, FromEngine, Produced, Refusal, Submit
 from nimbos.engine.residence import Residence
 from nimbos.engine.sampler import pick
-from nimbos.engine.scheduler import RANK, FairClock, Job, Plan, Rules, Slice, admission_order, may_live, plan, victim
+from nimbos.engine.scheduler import (
+    RANK,
+    FairClock,
+    Job,
+    Plan,
+    Rules,
+    Slice,
+    admission_order,
+    may_live,
+    plan,
+    victim,
+)
 from nimbos.engine.swapfile import SwapFile
 from nimbos.engine.tally import Tally
 from nimbos.engine.threads import ThreadChoice
@@ -59,8 +71,10 @@ class Loop:
         context_limit: int,
         swap_bytes: int = 0,
         swap: SwapFile | None = None,
+        guess_tokens: int = 0,
     ) -> None:
-        """`swap_bytes`: of memory, for contexts that are written out. `swap`: for more of them."""
+        """`swap_bytes`: of memory, for contexts that are written out. `swap`: for more of them. `guess_tokens`: that a
+        step guesses ahead for a branch, at most."""
         self.model, self.costs, self.rules = model, costs, rules
         sequences = model.options.sequences - 1  # the last id is for writing contexts out
         self.tree = ContextTree(cells=model.cells, sequences=sequences)
@@ -75,6 +89,7 @@ class Loop:
         self.context_limit = context_limit
         self.abortable = False
         self._post, self._hold, self._share = post, hold, share
+        self._guess_most = guess_tokens if model.shares_prefixes else 0  # else what was wrong cannot be taken back
         self._waiting: list[Job] = []
         self._live: list[Job] = []
         self._tracks: dict[int, Track] = {}
@@ -163,19 +178,11 @@ class Loop:
         look()
         started = time.perf_counter()
         self._admit()
-        chosen = self._plan_within_cells()
+        chosen = self._with_guesses(self._plan_within_cells())
         if not chosen.slices:
             self.flush()
             return self._changed and bool(self._waiting)
-        rows = [
-            Rows(
-                sequence=_sequence(s.job),
-                start=s.job.computed,
-                logits=s.samples,
-                tokens=s.job.tokens[s.job.computed : s.job.computed + s.count],
-            )
-            for s in chosen.slices
-        ]
+        rows = [row for part in chosen.slices for row in _rows_of(part)]
         urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
         planned = time.perf_counter()
         self.abortable = self.model.can_truncate and not chosen.has_interactive
@@ -289,12 +296,12 @@ class Loop:
                 return False
             self._preempt(loser)
             match = self._match(job)
-        need, piece = len(job.tokens) - match.length, self._piece_cells(job, match)
-        if not self._write_out(need + piece, keep=match):
+        need = len(job.tokens) - match.length + self.residence.beside(self._root(job), job.tokens[:-1], match.length)
+        if not self._write_out(need, keep=match):
             self._changed = True  # it waits for the rest, a few pieces a step: to forget that would cost more
             return False
         try:
-            self._make_room(max(need, piece), keep=match, unpin=not self._live)
+            self._make_room(need, keep=match, unpin=not self._live)
             sequence, operations = self.tree.open(self._root(job), match, _now_ms())
         except NoRoom:
             return False
@@ -333,6 +340,22 @@ class Loop:
 
     # --- planning within the pool
 
+    def _with_guesses(self, chosen: Plan) -> Plan:
+        """Fills a step with guesses where that pays. Beside prompts there is no room for them."""
+        parts = chosen.slices
+        if not self._guess_most or not all(part.samples and part.job.running for part in parts):
+            return chosen
+        offers = [self._guess_for(part.job) for part in parts]
+        if not any(offer.tokens for offer in offers):
+            return chosen
+        most_rows = min(self.rules.max_rows, self.tree.free_cells)
+        return with_guesses(chosen, offers, self.costs, self.rules, most_rows=most_rows)
+
+    def _guess_for(self, job: Job) -> Offer:
+        track = self._tracks[id(job)]
+        room = min(self._guess_most, track.answer.room - 1)  # the last one is sampled, and needs no guess
+        return Offer(track.guesser.trust, track.guesser.guess(job.tokens, room))
+
     def _plan_within_cells(self) -> Plan:
         followers = [job for job in self._waiting if job.leader is not None]
         self.costs.used_cells = self._expected.used_cells = self.tree.used_cells
@@ -356,9 +379,6 @@ class Loop:
         self.counters.evictions += len(operations)
         self._perform(operations)
 
-    def _piece_cells(self, job: Job, match: Match) -> int:
-        return self.residence.piece_cells(self._root(job), job.tokens[:-1], match.length)
-
     def _write_out(self, cells: int, *, keep: Match | None) -> bool:
         """Pieces of idle contexts, until so many cells are free. Returns: False when one step may wait for no more of
         them, and there are more."""
@@ -378,7 +398,9 @@ class Loop:
 
     def _leave(self, job: Job) -> None:
         self._live.remove(job)
-        branch, job.sequence, job.computed = _sequence(job), None, 0
+        if job.overhang:  # it leaves in the middle of a step
+            self.model.drop(_sequence(job), job.computed)
+        branch, job.sequence, job.computed, job.overhang = _sequence(job), None, 0, 0
         self._perform(self.tree.retire(branch) if self._share else self.tree.drop(branch))
         self._changed = True
 
@@ -407,7 +429,7 @@ class Loop:
             track.preemptions += 1
 
     def _account(self, chosen: Plan, milliseconds: float, cpu_ms: float) -> None:
-        cells = sum(s.count * (s.job.computed + s.count // 2) for s in chosen.slices)
+        cells = sum(s.rows * (s.job.computed + s.rows // 2) for s in chosen.slices)
         relative = milliseconds / self._expected.predict(chosen.rows, cells)
         self.threads.observe(relative=relative, cpu_ms=cpu_ms, wall_ms=milliseconds, now_ms=_now_ms())
         self.costs.observe(chosen.rows, cells, milliseconds)
@@ -417,7 +439,7 @@ class Loop:
         now = _now_ms()
         for part in chosen.slices:
             job = part.job
-            share = milliseconds * part.count / chosen.rows
+            share = milliseconds * part.rows / chosen.rows
             self.clock.charge(job.account, share, weight=job.weight, process=job.process)
             self.clock.served(job.account, job.ask_class, now)
             self.counters.charge(job.account, share)
@@ -426,7 +448,7 @@ class Loop:
             track.computed(part.count, share)
             track.stepped(milliseconds, chosen.rows)
             self._counted[id(track.tally)] = track.tally
-            job.computed += part.count
+            job.computed, job.overhang = job.computed + part.count, len(part.guess)
             self._pin(job, track, now)
             job.served_ms = now
             self._changed |= not job.running  # a prompt moved on: the next may become live
@@ -443,14 +465,16 @@ class Loop:
     def _sample(self, parts: list[Slice]) -> None:
         if not parts:
             return
-        logits = self.model.logits(len(parts))
-        for row, part in enumerate(parts):
+        logits = self.model.logits(sum(1 + len(part.guess) for part in parts))
+        first = end = 0
+        for part in parts:
+            first, end = end, end + 1 + len(part.guess)
             job = part.job
             track = self._tracks.get(id(job))
             if track is None:
                 continue  # another branch of its ask failed in this very step
             try:
-                self._choose(job, track, logits[row])
+                self._choose(job, track, logits[first:end], part.guess)
             except AnswerFailed as error:
                 self._fail(job, str(error))
                 continue
@@ -465,16 +489,42 @@ class Loop:
             if track.answer.finish is not None:
                 self._finish(job, track.answer.finish)
 
-    def _choose(self, job: Job, track: Track, logits: Floats) -> None:
-        """The next tokens of a job: one that is sampled, and those before and after it that need no sampling.
-
-        Guessed tokens (prompt-lookup speculation, not built yet) would be appended here as well, as rows that each
-        want logits, and be taken back after the next step where the model disagrees.
-        """
-        answer = track.answer
+    def _choose(self, job: Job, track: Track, logits: Floats, guess: tuple[int, ...]) -> None:
+        """The next tokens of a job: one, and as many more as were guessed. `logits`: a row for the token before them
+        and one for each guess."""
         job.running = True
+        row = 0
+        try:
+            while row <= _right(job, guess):
+                self._choose_one(job, track, logits[row], computed=row)
+                if job.pending == row:
+                    break
+                row = job.pending
+        finally:
+            if guess:
+                self._keep_guessed(job, track, guess)
+
+    def _keep_guessed(self, job: Job, track: Track, guess: tuple[int, ...]) -> None:
+        """Of the guesses that were computed, those that came true stay. The last token is always computed again, or
+        there would be no logits after it."""
+        at, sequence = job.computed, _sequence(job)
+        right = _right(job, guess)
+        track.guesser.learn(len(guess), right)
+        self.counters.guessed_tokens += len(guess)
+        self.counters.guessed_right_tokens += right
+        keep = max(at, min(at + right, len(job.tokens) - 1))
+        self.tree.extend(sequence, job.tokens[at:keep])
+        track.computed(keep - at, 0.0)
+        job.computed, job.overhang = keep, 0
+        if keep < at + len(guess):
+            self.model.drop(sequence, keep)
+
+    def _choose_one(self, job: Job, track: Track, logits: Floats, *, computed: int) -> None:
+        """The next token of a job, and those before and after it that need no sampling. `computed`: of its pending
+        tokens those that were guessed."""
+        answer = track.answer
         self._take_forced(job, answer)
-        if answer.finish is not None or answer.spent or job.pending > 0:
+        if answer.finish is not None or answer.spent or job.pending > computed:
             return
         chosen = pick(
             logits,
@@ -536,6 +586,19 @@ class Loop:
 def _sequence(job: Job) -> int:
     assert job.sequence is not None, "a job without a sequence was planned"
     return job.sequence
+
+
+def _rows_of(part: Slice) -> Iterator[Rows]:
+    job, at = part.job, part.job.computed
+    tokens = job.tokens[at : at + part.count]
+    yield Rows(sequence=_sequence(job), start=at, tokens=tokens, logits=part.samples)
+    for number, token in enumerate(part.guess, start=at + part.count):
+        yield Rows(sequence=_sequence(job), start=number, tokens=(token,), logits=True)
+
+
+def _right(job: Job, guess: tuple[int, ...]) -> int:
+    """How many of the guesses came true."""
+    return common_length(tuple(job.tokens[job.computed :]), guess, 0)
 
 
 def _common(tokens: Sequence[int], other: Sequence[int]) -> int:

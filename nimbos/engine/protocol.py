@@ -171,6 +171,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     preemptions: int = 0
     stalls: int = 0
     evictions: int = 0
+    guessed_tokens: int = 0
+    guessed_right_tokens: int = 0
     account_ms: dict[str, float] = msgspec.field(default_factory=dict)
     resident_bytes: int = 0
     threads: int = 0

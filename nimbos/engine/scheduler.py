@@ -54,7 +54,8 @@ class Job:
 
     `sequence`: the model's id while live, else None. `leader`: a job that is computing a prefix this one shares;
     it waits until the leader has `lead_tokens` of them. `parked`: it waits until more tokens are paid for; it keeps
-    what it has as long as nobody needs it. `weight`: its account's share, 1.0 is everybody's. `process`: of whose
+    what it has as long as nobody needs it. `overhang`: guessed tokens behind `computed` that are in memory until it is
+    known which of them are right. `weight`: its account's share, 1.0 is everybody's. `process`: of whose
     longer run it is a part, "" for none.
     """
 
@@ -66,6 +67,7 @@ class Job:
     tokens: list[int]
     limit_tokens: int  # tokens of answer that may still come, when admitted
     computed: int = 0
+    overhang: int = 0
     running: bool = False
     parked: bool = False
     weight: float = 1.0
@@ -83,11 +85,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The next `count` tokens of `job`; with `samples`, these are its last and a token is sampled after them."""
+    """The next `count` tokens of `job`; with `samples`, these are its last and a token is sampled after them.
+    `guess`: what may follow those, computed as well (`guessing.py`)."""
 
     job: Job
     count: int
     samples: bool
+    guess: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.guess)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nimbos.engine.answer import Answer
+from nimbos.engine.guessing import Guesser
 from nimbos.engine.protocol import Submit
 from nimbos.engine.scheduler import Job
 from nimbos.engine.tally import Tally
@@ -32,6 +33,7 @@ class Track:
     rows: int = 0
     preemptions: int = 0
     pinned: bool = False
+    guesser: Guesser = field(default_factory=Guesser)
 
     @property
     def submitted_tokens(self) -> int:

@@ -134,6 +134,7 @@ class Worker:
                 context_limit=limit,
                 swap_bytes=swap_bytes if share else 0,
                 swap=swap if share else None,
+                guess_tokens=settings.engine.guess_tokens,
             )
             self._loop.warm()
         self._costs = costs
@@ -310,6 +311,8 @@ class Worker:
             preemptions=counters.preemptions,
             stalls=counters.stalls,
             evictions=counters.evictions,
+            guessed_tokens=counters.guessed_tokens,
+            guessed_right_tokens=counters.guessed_right_tokens,
             account_ms=counters.account_ms,
             resident_bytes=_resident_bytes(),
             threads=self._loop.threads.threads if isinstance(self._loop, Loop) else self._model.options.threads,
