@@ -296,12 +296,12 @@ class Loop:
                 return False
             self._preempt(loser)
             match = self._match(job)
-        need = len(job.tokens) - match.length + self.residence.beside(self._root(job), job.tokens[:-1], match.length)
-        if not self._write_out(need, keep=match):
+        need, piece = len(job.tokens) - match.length, self._piece_cells(job, match)
+        if not self._write_out(need + piece, keep=match):
             self._changed = True  # it waits for the rest, a few pieces a step: to forget that would cost more
             return False
         try:
-            self._make_room(need, keep=match, unpin=not self._live)
+            self._make_room(max(need, piece), keep=match, unpin=not self._live)
             sequence, operations = self.tree.open(self._root(job), match, _now_ms())
         except NoRoom:
             return False
@@ -378,6 +378,9 @@ class Loop:
         operations = self.tree.make_room(cells, keep=keep, unpin=unpin)
         self.counters.evictions += len(operations)
         self._perform(operations)
+
+    def _piece_cells(self, job: Job, match: Match) -> int:
+        return self.residence.piece_cells(self._root(job), job.tokens[:-1], match.length)
 
     def _write_out(self, cells: int, *, keep: Match | None) -> bool:
         """Pieces of idle contexts, until so many cells are free. Returns: False when one step may wait for no more of
