@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -12,7 +13,11 @@ from bench.fairness import jain
 from bench.limits import STEP_TOKENS, step_times
 from bench.load import Answer, Question, Words, _take, percentile
 from bench.report import Finding
+from bench.resume import CELLS, DISK, GONE, MEMORY, Place, Resumption, believe
+from bench.resume import Work as Parked
 from bench.server import parse_counters, total
+from bench.short_programs import Work as Mixed
+from bench.short_programs import programs_of
 from bench.sweep import MOST_RUNS, Flags, best_flags
 
 
@@ -129,3 +134,48 @@ def test_a_finding_is_judged_by_its_target(
     value: float, at_least: float | None, at_most: float | None, verdict: str
 ) -> None:
     assert Finding(name="x", value=value, at_least=at_least, at_most=at_most).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("place", "cached", "put_back", "fetched_bytes", "right"),
+    [
+        (CELLS, 4096, 0, 0, True),
+        (CELLS, 0, 0, 0, False),
+        (CELLS, 4096, 4096, 0, False),
+        (MEMORY, 4096, 4096, 0, True),
+        (MEMORY, 4096, 0, 0, False),
+        (MEMORY, 3000, 3000, 0, False),
+        (DISK, 4096, 4096, 50_000_000, True),
+        (DISK, 4096, 4096, 0, False),
+        (GONE, 1, 0, 0, True),
+        (GONE, 4096, 0, 0, False),
+    ],
+)
+def test_a_context_that_came_back_from_elsewhere_is_no_measurement(
+    place: Place, cached: int, put_back: int, fetched_bytes: int, right: bool
+) -> None:
+    one = Resumption(
+        first_token_s=0.1,
+        cached=cached,
+        computed=4097 - cached,
+        put_back=put_back,
+        stored_bytes=60_000_000 if place.written_out else 0,
+        fetched_bytes=fetched_bytes,
+    )
+    if right:
+        believe(one, place, Parked())
+    else:
+        with pytest.raises(RuntimeError):
+            believe(one, place, Parked())
+
+
+def test_programs_have_exactly_their_shares_and_are_the_same_in_each_run() -> None:
+    work = Mixed(programs=20)
+    programs = programs_of(work)
+    counts = [len(program.calls) for program in programs]
+    assert {count: counts.count(count) for count in set(counts)} == {2: 14, 8: 4, 30: 2}
+    assert programs == programs_of(work)
+    assert counts != sorted(counts), "they begin in any order"
+    assert all(one.begins < other.begins for one, other in pairwise(programs))
+    longest = max(sum(call.appended + call.generated for call in program.calls) for program in programs)
+    assert work.shared + longest <= work.context_tokens
