@@ -55,6 +55,7 @@ DOORS = {
         "Ended",
         "Field",
         "Happened",
+        "Message",
         "Process",
         "Program",
         "Refused",
@@ -67,6 +68,7 @@ DOORS = {
         "each",
         "gather",
         "read_program",
+        "receive",
         "send",
         "sleep",
         "spawn",
@@ -212,7 +214,7 @@ DOORS = {
         "Status",
         "Store",
     },
-    "work": {"LEASE_S", "Claim", "ClaimLost", "Crew", "Work"},
+    "work": {"LEASE_S", "Claim", "ClaimLost", "Crew", "Work", "shares_of"},
 }
 
 # Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
@@ -278,6 +280,7 @@ COMMAND_TREE = {
     "native.register",
     "organisation.register",
     "processes.register",
+    "programs.register",
     "signalling.register",
     "usage.register",
 }
