@@ -1,4 +1,4 @@
-"""Puts a server's parts together: hub, engines, sources, service. The one place where they meet.
+"""Puts a server's parts together: models, database, accounts, ledger, service, kernel. The one place where they meet.
 
 `cli/serve.py` and the tests call `assemble`; closing the `Runtime` closes everything it made.
 """
@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,30 +16,23 @@ from typing import TYPE_CHECKING
 from nimbos.accounts import Accounts, Authority
 from nimbos.batches import Batches, rehearsal_source
 from nimbos.blobs import Blobs, open_blobs
-from nimbos.config import EngineSettings, Settings
+from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.engine import Engine
-from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
-from nimbos.hub import Hub, LocalModel
+from nimbos.engine.scripted import TEMPLATE_SHA256
+from nimbos.hub import Hub
 from nimbos.keys import OwnerKey, file_keys
 from nimbos.ledger import Desk, Ledger, Recovery
 from nimbos.meterfile import MeterFile
 from nimbos.meters import Meters
+from nimbos.models import Models
 from nimbos.responses import Background, Store
 from nimbos.service import Service
-from nimbos.sources import Sources
 from nimbos.telemetry import Telemetry, open_telemetry
 from nimbos.types import ModelCard, new_id
 from nimbos.watching import LiveAsks
 
 if TYPE_CHECKING:
     from nimbos.kernel import Kernel
-
-_FREE_SHARE = 0.8
-_UNKNOWN_MEMORY_BYTES = 8 << 30
-_CELLS_MIN, _CELLS_MAX = 2_048, 131_072
-_EMBEDDING_SEQUENCES = 64
-_RECURRENT_SEQUENCES_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,33 +66,17 @@ class Runtime:
         await self.closing.aclose()
 
 
-async def assemble(
-    settings: Settings,
-    *,
-    owner: OwnerKey,
-    hub: Hub | None = None,
-    scripted: Iterable[ScriptedSource] = (),
-    named: Mapping[str, LocalModel] | None = None,
-    first: str = "",
-) -> Runtime:
-    """`named`: models outside the hub's folder, by id. `first`: a model whose loading begins as soon as it can, while
-    the rest is being made.
+async def assemble(settings: Settings, *, owner: OwnerKey, models: Models) -> Runtime:
+    """`models` are the runtime's from here on, also when it fails.
 
     Raises: ConfigError for keys that cannot be read; StorageUnavailable.
     """
     async with AsyncExitStack() as closing:  # closes what was made so far when something fails
-        return await _made(settings, closing, owner, hub or Hub(settings), tuple(scripted), named, first)
+        closing.push_async_callback(models.close)
+        return await _made(settings, closing, owner, models)
 
 
-async def _made(
-    settings: Settings,
-    closing: AsyncExitStack,
-    owner: OwnerKey,
-    hub: Hub,
-    scripted: tuple[ScriptedSource, ...],
-    named: Mapping[str, LocalModel] | None,
-    first: str,
-) -> Runtime:
+async def _made(settings: Settings, closing: AsyncExitStack, owner: OwnerKey, models: Models) -> Runtime:
     """`closing` is given what has to be closed, in the order it was made."""
     configured = file_keys(settings)
     server_id = new_id("srv")
@@ -111,26 +87,29 @@ async def _made(
     closing.push_async_callback(database.close)
     accounts = await Accounts.open(database, owner=owner, file_keys=configured)
     closing.push_async_callback(accounts.close)
-    meter_file = MeterFile.create(settings.run_dir)
-    closing.callback(meter_file.close)
-    ledger = Ledger(server_id=meter_file.path.stem)
+    ledger = Ledger(server_id=models.meter_file.path.stem)
     recovery = Recovery(database=database, ledger=ledger, run_dir=settings.run_dir)
     dead = await recovery.dead()  # before their files are gone
     await recovery.recover()
     recovery.start()
     closing.push_async_callback(recovery.close)
     meters, live = Meters(), LiveAsks()
+    rehearsal = rehearsal_source()
+    rehearsal.count_into(models.meter_file)
+    models.sources.hide(rehearsal)
     service = Service(
-        sources=_sources(settings, hub, meter_file, scripted, named),
+        sources=models.sources,
         desk=Desk(
-            database=database, ledger=ledger, meters=meter_file, on_alert=lambda fired: meters.alert(fired.budget.meter)
+            database=database,
+            ledger=ledger,
+            meters=models.meter_file,
+            on_alert=lambda fired: meters.alert(fired.budget.meter),
         ),
         watchers=(meters, live, *((telemetry,) if telemetry is not None else ())),
-        trusted_templates=frozenset({TEMPLATE_SHA256, *hub.trusted_templates}),
+        trusted_templates=frozenset({TEMPLATE_SHA256, *models.hub.trusted_templates}),
     )
     closing.push_async_callback(service.close)
-    loading = asyncio.create_task(service.card(first), name="first model") if first else None
-    closing.push_async_callback(_given_up, loading)
+    closing.push_async_callback(models.give_up)
     blobs = open_blobs(settings, database)
     responses = Store(database, blobs)
     background = Background(responses, owner=server_id)
@@ -146,7 +125,7 @@ async def _made(
         server_id=server_id,
         database=database,
         blobs=blobs,
-        hub=hub,
+        hub=models.hub,
         service=service,
         accounts=accounts,
         meters=meters,
@@ -154,12 +133,12 @@ async def _made(
         telemetry=telemetry,
         ledger=ledger,
         recovery=recovery,
-        meter_file=meter_file,
+        meter_file=models.meter_file,
         responses=responses,
         background=background,
         batches=batches,
         kernel=kernel,
-        loading=loading,
+        loading=models.loading,
         closing=closing.pop_all(),
     )
 
@@ -180,83 +159,3 @@ async def _kernel(
         server=server,
         resolve=Authority(database).check,
     )
-
-
-async def _given_up(loading: asyncio.Task[ModelCard] | None) -> None:
-    """What still loads when the server ends."""
-    if loading is not None:
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
-
-
-def _sources(
-    settings: Settings,
-    hub: Hub,
-    meter_file: MeterFile,
-    scripted: tuple[ScriptedSource, ...],
-    named: Mapping[str, LocalModel] | None,
-) -> Sources:
-    """Every source counts into the meter file."""
-    budget_bytes = memory_budget_bytes(settings)
-    hidden = (rehearsal_source(),)
-    for source in (*scripted, *hidden):
-        source.count_into(meter_file)
-
-    def start_engine(model: LocalModel) -> Engine:
-        return Engine(
-            model_path=model.path,
-            model_id=model.id,
-            settings=settings,
-            model_hash=model.sha256,
-            meters=meter_file,
-        )
-
-    def memory_needed(model: LocalModel) -> int:
-        cells = cells_of(model, settings.engine)
-        sequences = sequences_of(model, settings.engine)
-        return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
-
-    return Sources(
-        shelf=hub,
-        start_engine=start_engine,
-        memory_needed=memory_needed,
-        memory_budget_bytes=budget_bytes,
-        scripted=scripted,
-        hidden=hidden,
-        aliases=settings.server.aliases,
-        named=named,
-    )
-
-
-def cells_of(model: LocalModel, settings: EngineSettings) -> int:
-    """How many tokens of KV the engine will make room for (`engine/sizes.py`), as far as the file's own facts tell."""
-    if settings.cells:
-        return settings.cells
-    per_cell = model.facts.kv_bytes_per_cell + model.facts.window_bytes_per_cell
-    return max(_CELLS_MIN, min(_CELLS_MAX, settings.kv_memory_mib * 2**20 // max(1, per_cell)))
-
-
-def sequences_of(model: LocalModel, settings: EngineSettings) -> int:
-    """How many sequences the engine will make room for; each costs a state where layers are recurrent."""
-    wanted = settings.sequences if model.facts.kind == "generate" else _EMBEDDING_SEQUENCES
-    return max(2, min(wanted, _RECURRENT_SEQUENCES_MAX)) if model.facts.state_bytes else wanted
-
-
-def memory_budget_bytes(settings: Settings) -> int:
-    """For all loaded models: as set, or 80 % of what the machine has free now."""
-    if settings.server.memory_mib:
-        return settings.server.memory_mib * 2**20
-    return int(_FREE_SHARE * _free_bytes())
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return _UNKNOWN_MEMORY_BYTES

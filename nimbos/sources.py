@@ -92,12 +92,10 @@ class Sources:
         memory_needed: Callable[[LocalModel], int],
         memory_budget_bytes: int,
         scripted: tuple[ScriptedSource, ...] = (),
-        hidden: tuple[ScriptedSource, ...] = (),
         aliases: Mapping[str, str] | None = None,
         named: Mapping[str, LocalModel] | None = None,
     ) -> None:
         """`memory_needed` raises ModelUnusable for a model that cannot fit at all.
-        `hidden`: scripted models that are not listed, and do not make the server ready.
         `named`: models from outside the shelf that the operator named, by id."""
         self._shelf = shelf
         self._start_engine = start_engine
@@ -106,9 +104,7 @@ class Sources:
         self._scripted = {
             source.card.id: Loaded(source=source, card=source.card, engine=None, memory_bytes=0) for source in scripted
         }
-        self._hidden = {
-            source.card.id: Loaded(source=source, card=source.card, engine=None, memory_bytes=0) for source in hidden
-        }
+        self._hidden: dict[str, Loaded] = {}
         self._aliases = dict(aliases or {})
         self._named = dict(named or {})
         self._loaded: dict[str, Loaded] = {}
@@ -116,6 +112,15 @@ class Sources:
         self._loading_bytes: dict[str, int] = {}
         self._failures: dict[str, _Failure] = {}
         self._making_room = asyncio.Lock()
+
+    def hide(self, source: ScriptedSource) -> None:
+        """One more scripted model, which is not listed and does not make the server ready."""
+        self._hidden[source.card.id] = Loaded(source=source, card=source.card, engine=None, memory_bytes=0)
+
+    async def load(self, name: str) -> ModelCard:
+        """Raises: as `hold`."""
+        async with self.hold(name) as held:
+            return held.card
 
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncIterator[Loaded]:

@@ -21,6 +21,7 @@ from nimbos.config import BatchSettings, EngineSettings, ServerSettings, Setting
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.hub import Hub
 from nimbos.keys import OwnerKey
+from nimbos.models import open_models
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import address_of, bind, make_server
 from nimbos.types import Ask, Chunk
@@ -134,7 +135,9 @@ def serving(
 
     async def run() -> None:
         owner = OwnerKey(secret=OWNER_SECRET, file=None)
-        runtime = await assemble(settings, owner=owner, hub=hub, scripted=sources.values(), named=named)
+        runtime = await assemble(
+            settings, owner=owner, models=open_models(settings, hub=hub, scripted=sources.values(), named=named)
+        )
         with bind(settings.server) as bound:
             uvicorn_server = make_server(build(runtime), settings.server)
             made.append((uvicorn_server, runtime, address_of(settings.server, bound)))

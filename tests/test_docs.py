@@ -44,6 +44,7 @@ from nimbos.engine.script import Reply
 from nimbos.errors import NimbosError
 from nimbos.hub.catalog import load_catalog
 from nimbos.keys import OwnerKey, file_keys
+from nimbos.models import open_models
 from nimbos.runtime import assemble
 from tests import tiny_gguf
 from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving
@@ -104,7 +105,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> list[Route]:
     settings = Settings(home=str(tmp_path_factory.mktemp("home")))
 
     async def made() -> list[Route]:
-        runtime = await assemble(settings, owner=OwnerKey(secret="nb-x", file=None))
+        runtime = await assemble(settings, owner=OwnerKey(secret="nb-x", file=None), models=open_models(settings))
         try:
             return [route for route in build(runtime).routes if isinstance(route, Route)]
         finally:

@@ -25,7 +25,7 @@ from nimbos.engine.engine import KEPT_ENVIRONMENT
 from nimbos.engine.library import candidates, quiet_environment
 from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotReady
 from nimbos.hub import Hub, LocalModel
-from nimbos.runtime import cells_of, memory_budget_bytes, sequences_of
+from nimbos.models import cells_of, memory_budget_bytes, sequences_of
 
 BUSY_SHARE = 0.15  # of all cores in other processes' hands, above which a measurement says more of them than of us
 CPU_SHARE_MIN = 0.85  # of cores × time that a measurement must really get

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -25,9 +26,12 @@ from nimbos.engine.scripted import ScriptedSource
 from nimbos.errors import ConfigError, ModelNotFound, NimbosError
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
+from nimbos.models import open_models
 from nimbos.presence import traced
-from nimbos.runtime import Runtime, assemble
 from nimbos.server import Server, address_of, bind, check_bind, keyless, make_server, stopped_by_signals
+
+if TYPE_CHECKING:
+    from nimbos.runtime import Runtime
 
 _SCRIPTED = "scripted:"
 _GARBAGE_THRESHOLDS = (20_000, 20, 100)
@@ -53,9 +57,7 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             hub = Hub(settings)
             chosen = runner.run(choose(hub, models))
-            named = {model.id: model for model in chosen.local}
-            making = assemble(settings, owner=owner, hub=hub, scripted=chosen.scripted, named=named, first=chosen.first)
-            runtime = runner.run(making)
+            runtime = runner.run(_assemble(settings, owner, hub, chosen))
             listeners = runner.run(_begin(runtime, bound, without_key))
             announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
             _collect_less()
@@ -75,13 +77,27 @@ def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.sock
     return bind(keyless(settings), option="--ollama-port") if settings.ollama else nullcontext()
 
 
+async def _assemble(settings: Settings, owner: OwnerKey, hub: Hub, chosen: Chosen) -> Runtime:
+    """The first model's process starts while the rest of the server is being imported.
+
+    Raises: ConfigError, StorageUnavailable.
+    """
+    named = {model.id: model for model in chosen.local}
+    models = open_models(settings, hub=hub, scripted=chosen.scripted, named=named, first=chosen.first)
+    try:
+        await asyncio.to_thread(import_module, "nimbos.runtime")
+    except BaseException:
+        await models.close()
+        raise
+    from nimbos.runtime import assemble
+
+    return await assemble(settings, owner=owner, models=models)
+
+
 async def _begin(
     runtime: Runtime, bound: socket.socket, without_key: socket.socket | None
 ) -> dict[Server, socket.socket]:
-    """The first model's process starts while the HTTP side is still being imported.
-
-    Raises: ConfigError; the runtime is closed then.
-    """
+    """Raises: ConfigError; the runtime is closed then."""
     await asyncio.to_thread(import_module, "nimbos.api.app")
     try:
         return await _listeners(runtime, bound, without_key)
