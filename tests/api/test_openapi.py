@@ -182,21 +182,25 @@ class Reading:
         self.looked_for: set[tuple[str, str]] = set()  # "GET /v1/files", "after"
 
     def undescribed(self, described: dict[str, Any]) -> set[tuple[str, str]]:
-        known = queries_of(described)
-        return {(self.operation(described, request), name) for request, name in self.looked_for} - known
+        return self.read(described) - queries_of(described)
 
     def unread(self, described: dict[str, Any]) -> set[tuple[str, str]]:
-        return queries_of(described) - {(self.operation(described, request), name) for request, name in self.looked_for}
+        return queries_of(described) - self.read(described)
 
-    def operation(self, described: dict[str, Any], request: str) -> str:
-        """The one that a request was for: that with the fewest parameters in its path."""
-        method, path = request.split(" ", 1)
-        fitting = [
-            template
-            for template, item in described["paths"].items()
-            if method.lower() in item and re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template)), path)
-        ]
-        return f"{method} {min(fitting, key=lambda template: template.count('{'), default=path)}"
+    def read(self, described: dict[str, Any]) -> set[tuple[str, str]]:
+        """By operation: of those that a request fits, that with the fewest parameters in its path."""
+        templates = sorted(described["paths"], key=lambda path: path.count("{"))
+        patterns = [(one, re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(one)))) for one in templates]
+        operations: dict[str, str] = {}
+        for request in {request for request, _ in self.looked_for}:
+            method, path = request.split(" ", 1)
+            fitting = (
+                template
+                for template, pattern in patterns
+                if method.lower() in described["paths"][template] and pattern.fullmatch(path)
+            )
+            operations[request] = f"{method} {next(fitting, path)}"
+        return {(operations[request], name) for request, name in self.looked_for}
 
 
 def queries_of(described: dict[str, Any]) -> set[tuple[str, str]]:
