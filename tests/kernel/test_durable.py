@@ -318,7 +318,8 @@ async def test_a_function_that_cannot_go_on_ends_and_says_why(
 ) -> None:
     async with minds(*sqlite, SCRIPT) as place:
         also = "from nimbos.toolwire import Step, pack"
-        pid = await start(place, body, also=also, manifest="[limits]\ntool_deadline_s = 1.0\n")
+        limit_s = 1.0 if says.startswith("between") else PATIENCE_S
+        pid = await start(place, body, also=also, manifest=f"[limits]\ntool_deadline_s = {limit_s}\n")
         if not says:
             assert (await place.until(pid, State.ASKING)).reason is Reason.INPUT
             return

@@ -45,7 +45,8 @@ async def test_an_effect_in_doubt_is_asked_about_before_the_function_fails(
     monkeypatch.setattr(durables, "STEPS_MAX", 20)
     body = f"{dedent(SENDS)}{later}"
     async with minds(database, database_settings, SCRIPT, server="first") as place:
-        pid = await start(place, body, also=also, manifest="[limits]\ntool_deadline_s = 1.0\n")
+        limit_s = 1.0 if says.startswith("between") else PATIENCE_S
+        pid = await start(place, body, also=also, manifest=f"[limits]\ntool_deadline_s = {limit_s}\n")
         async with asyncio.timeout(PATIENCE_S):
             while not done(place, pid):
                 await asyncio.sleep(0.01)  # another process writes it, and rings no bell
