@@ -17,8 +17,11 @@ import msgspec
 
 
 def new_id(prefix: str) -> str:
-    """A sortable id: `prefix_` and a UUIDv7 (RFC 9562) in 32 hexadecimal digits."""
-    return id_at(prefix, time.time_ns() // 1_000_000, os.urandom(10))
+    """A sortable id: `prefix_` and a UUIDv7 (RFC 9562) in 32 hexadecimal digits. It tells its moment to a quarter of a
+    microsecond (section 6.2, method 3): what one server makes within a millisecond has the order it was made in."""
+    milliseconds, rest_ns = divmod(time.time_ns(), 1_000_000)
+    fraction = (rest_ns << 12) // 1_000_000
+    return id_at(prefix, milliseconds, (fraction << 4).to_bytes(2, "big") + os.urandom(8))
 
 
 def id_at(prefix: str, milliseconds: int, seed: bytes) -> str:
