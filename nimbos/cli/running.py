@@ -17,6 +17,7 @@ from nimbos.keys import owner_key_file
 from nimbos.presence import RunningServer, find_running
 
 _PATIENCE_S = 5.0
+_ANSWER_PATIENCE_S = 60.0  # a report over many asks is computed for longer than a server is looked for
 
 
 class ServerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +57,9 @@ def admin_client(settings: Settings) -> Iterator[httpx2.Client]:
     if running is None:
         raise NotReady("No server runs in this home. Start one with `nimbos up`.")
     headers = {"authorization": f"Bearer {_owner_secret(settings)}"}
+    patience = httpx2.Timeout(_ANSWER_PATIENCE_S, connect=_PATIENCE_S)
     with httpx2.Client(
-        base_url=running.url, headers=headers, timeout=_PATIENCE_S, verify=_trust(running), trust_env=False
+        base_url=running.url, headers=headers, timeout=patience, verify=_trust(running), trust_env=False
     ) as client:
         yield client
 
