@@ -74,6 +74,11 @@ class Shop:
             work=Work(database, lease_s=lease_s),
         )
 
+    def hurry(self) -> None:
+        """What is tried again is looked for at once, and not each second."""
+        for crew in (self.batches._jobs, self.batches._lines):
+            crew._poll_s = 0.02
+
     async def open(self) -> None:
         self.batches.serve([self.echo.endpoint()])
         await self.batches.start()
@@ -234,6 +239,7 @@ async def test_a_line_that_the_route_refuses_is_answered_with_its_error(shop: Sh
 
 async def test_an_engine_that_fails_is_tried_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nimbos.batches.running._RETRY_S", 0.01)
+    shop.hurry()
     shop.echo.failures = [EngineFailed("It died.")] * 4
     batch = await shop.over(await shop.submit([line("a")]))
     assert (batch.completed, batch.failed) == (1, 0)
@@ -246,6 +252,7 @@ async def test_a_line_that_met_limits_may_see_as_many_engines_fail_as_any_other(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nimbos.batches.running._RETRY_S", 0.01)
+    shop.hurry()
     met = Overloaded(limit="requests", value=1, used=1, retry_after_s=0.01)
     shop.echo.failures = [EngineFailed("It died.")] * 4 + [met] * 5  # from the end
     batch = await shop.over(await shop.submit([line("a")]))

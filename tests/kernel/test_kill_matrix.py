@@ -78,8 +78,6 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         ("agent", "kill", 24),
         ("agent", "full", 31),
         ("function", "kill", 17),
-        ("function", "locked", 40),
-        ("budget", "kill", 9),
         ("fork", "kill", 30),
     ],
 )

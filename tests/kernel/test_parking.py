@@ -15,14 +15,14 @@ from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.holding import Holding
 from tests.kernel.running import PATIENCE_S, Place, running
 
-MANY = 1_000
 OWN_TASKS_MAX = 20  # of the test, the crew, timers, mail
 OWN_THREADS_MAX = 20  # the database's, and the loop's pool
 
 
 @pytest.mark.parametrize("database_settings", ["sqlite"], indirect=True)
-async def test_a_thousand_parked_processes_hold_nothing_and_wake(
-    database: Database, database_settings: Settings
+@pytest.mark.parametrize("many", [200, pytest.param(2_000, marks=pytest.mark.long)])
+async def test_parked_processes_hold_nothing_however_many_and_wake(
+    database: Database, database_settings: Settings, many: int
 ) -> None:
     parked, over = asyncio.Event(), asyncio.Event()
     counts = {"parked": 0, "over": 0}
@@ -32,16 +32,16 @@ async def test_a_thousand_parked_processes_hold_nothing_and_wake(
         await holding.take_mail()
         if holding.view.signals:
             counts["over"] += 1
-            if counts["over"] == MANY:
+            if counts["over"] == many:
                 over.set()
             await holding.exit(Reason.OK)
         counts["parked"] += 1
-        if counts["parked"] == MANY:
+        if counts["parked"] == many:
             parked.set()
         await holding.park(*STATES[counts["parked"] % 2])
 
     async with running(database, database_settings, {"plain": ask}) as place:
-        pids = await asyncio.gather(*(place.spawn() for _ in range(MANY)))
+        pids = await asyncio.gather(*(place.spawn() for _ in range(many)))
         await parked.wait()
         for pid in pids:
             await place.when(pid, partial(rests, place, pid))

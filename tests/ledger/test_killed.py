@@ -159,7 +159,7 @@ async def _check_crowd(settings: Settings, heards: list[Heard]) -> None:
         await check_sums(opened.books, rows)
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(3), pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [pytest.param(2), pytest.param(25, marks=pytest.mark.long)])
 def test_a_server_killed_at_any_moment_loses_and_invents_nothing(
     tmp_path: Path, storage: StorageSettings, rounds: int
 ) -> None:
