@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from httpx2._config import DEFAULT_TIMEOUT_CONFIG
+from hypothesis import HealthCheck, settings
 
 from tests.databases import database as database
 from tests.databases import database_settings as database_settings
 from tests.databases import postgres as postgres
-from tests.live import Live, serving
+from tests.live import PATIENCE_S, Live, serving
 
 WEATHER_CALL = {"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}
 DEMO: dict[str, Any] = {
@@ -42,8 +44,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def pytest_configure() -> None:
-    """A run in the background of a shell ignores Ctrl-C, and so would every program that these tests interrupt. And
-    hundreds of programs are started here, which should not compile Nimbos anew each time."""
+    """A run in the background of a shell ignores Ctrl-C, and so would every program that tests interrupt. Hundreds of
+    programs start here, which should not compile Nimbos anew each time. And no client gives up after five seconds, nor
+    Hypothesis after a fifth of one, as the machine may be busy for so long."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
+    for phase in ("connect", "read", "write", "pool"):
+        setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE_S)
     compileall.compile_dir(Path(__file__).parent.parent / "nimbos", quiet=2)

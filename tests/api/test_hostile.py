@@ -21,7 +21,7 @@ LIMIT_BYTES = 100_000
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     home: Path = tmp_path_factory.mktemp("home")
-    settings = ServerSettings(max_body_bytes=LIMIT_BYTES, max_header_bytes=4_000, stall_write_s=0.5)
+    settings = ServerSettings(max_body_bytes=LIMIT_BYTES, max_header_bytes=4_000, stall_write_s=1.5)
     with serving(home, {"demo": DEMO}, server=settings) as running:
         yield running
 

@@ -21,11 +21,13 @@ from tests.live import OWNER_SECRET, Live, error_of, serving
 from tests.processing import CURIOUS, PLAIN, WEATHER, Processes, Sent, sent
 
 QUESTION = "Which city?"
+LEISURELY = " ".join(f"number{number}" for number in range(25))
 SCRIPT = {
     "replies": [
         {"match": "^Ask", "times": 1, "tool_calls": [{"name": "ask", "arguments": {"question": QUESTION}}]},
         {"match": "Paris", "text": "It is Paris."},
         {"match": "slowly", "text": "one two three four five six seven eight nine ten", "tokens_per_second": 60},
+        {"match": "at leisure", "text": LEISURELY, "tokens_per_second": 10},
         {"match": "^How warm", "times": 1, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
         {"match": "degrees", "text": "21 degrees."},
         {"match": "for ever", "text": "word " * 2_000, "tokens_per_second": 40},
@@ -224,13 +226,13 @@ def test_an_answer_to_what_is_not_asked_is_refused(mine: Processes, plain: str, 
 
 
 def test_a_process_is_paused_in_the_middle_of_its_words_and_goes_on(mine: Processes, plain: str) -> None:
-    pid = mine.spawn(plain, "Count slowly.")
+    pid = mine.spawn(plain, "Count at leisure.")
     next(one for one in mine.stream(pid) if one.kind == "delta")
     assert mine.signal(pid, "pause").status_code == 200
     paused = mine.until(pid, "paused")
     assert (paused["reason"], paused["result"]) == ("user", None)
     assert mine.signal(pid, "resume").status_code == 200
-    assert mine.over(pid)["result"] == "one two three four five six seven eight nine ten"
+    assert mine.over(pid)["result"] == LEISURELY
 
 
 def test_a_budget_that_is_spent_is_asked_for_and_topped_up(mine: Processes, plain: str) -> None:

@@ -19,7 +19,7 @@ from tests.ledger.books import METERS
 from tests.live import PATIENCE_S, Live, error_of, serving, write_script
 
 WORDS = 40
-SLOW = {"default": {"text": " ".join(f"word{number}" for number in range(WORDS)), "tokens_per_second": 20}}
+SLOW = {"default": {"text": " ".join(f"word{number}" for number in range(WORDS)), "tokens_per_second": 10}}
 
 
 def begin(live: Live, text: str = "count", **fields: Any) -> Any:

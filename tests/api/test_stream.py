@@ -31,7 +31,7 @@ def test_a_client_that_goes_cancels_its_ask(tmp_path: Path, stream: bool) -> Non
     script = {"default": {"text": "on and " * 5000, "tokens_per_second": 50}}
     with serving(tmp_path, {"demo": script}) as live:
         body = {"model": "demo", "messages": user("hi"), "stream": stream}
-        timeout = None if stream else httpx2.Timeout(PATIENCE_S, read=0.5)
+        timeout = None if stream else httpx2.Timeout(PATIENCE_S, read=1.5)
         with httpx2.Client(base_url=live.url, headers=live.headers, timeout=timeout) as client:
             if stream:
                 with client.stream("POST", "/v1/chat/completions", json=body) as response:

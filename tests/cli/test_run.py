@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -26,7 +27,7 @@ SCRIPT = {
         {"match": "Paris", "text": "It is Paris."},
         {"match": "^How warm", "times": 1, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
         {"match": "degrees", "text": "21 degrees."},
-        {"match": "slowly", "text": "one two three four five six seven eight nine ten", "tokens_per_second": 8},
+        {"match": "slowly", "text": "one two three four five six seven eight nine ten", "tokens_per_second": 4},
         {"match": '"rows": *3|rows.*3', "text": "Three rows."},
     ],
     "default": {"text": "Hello to you."},
@@ -234,6 +235,7 @@ class Terminal:
     def __init__(self, home: Path, *arguments: str, **more: str) -> None:
         ours, theirs = pty.openpty()
         self._ours = ours
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
         self.told = ""
         self._seen = 0
         self.process = subprocess.Popen(
@@ -255,7 +257,7 @@ class Terminal:
         while (at := self.told.find(words, self._seen)) < 0:
             ready, _, _ = select.select([self._ours], [], [], PATIENCE_S)
             assert ready, self.told
-            self.told += os.read(self._ours, 4096).decode().replace("\r\n", "\n")
+            self.told += self._decoder.decode(os.read(self._ours, 4096)).replace("\r", "")
         self._seen = at + len(words)
 
     def write(self, words: str) -> None:

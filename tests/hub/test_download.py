@@ -220,7 +220,7 @@ async def test_a_wrong_content_length_never_makes_a_model(length: int, hub: Hub,
 
 
 async def test_a_silent_server_is_given_up_and_tried_again(settings: Settings, site: FakeHub, waits: Waits) -> None:
-    hub = make_hub(settings, site, waits, silence_s=0.2)
+    hub = make_hub(settings, site, waits, silence_s=1)
     source = site.add(NAME, BIG)
     site.fail(NAME, stall(2 * MIB))
     model = await hub.pull(source)

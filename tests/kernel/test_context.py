@@ -115,7 +115,7 @@ async def test_room_is_made_also_when_there_is_no_summary(database: Database, da
 
 
 async def test_a_summary_that_is_cut_off_goes_on(database: Database, database_settings: Settings) -> None:
-    slow = {"match": "^Below is the earlier part", **words(200, rate=150)}
+    slow = {"match": "^Below is the earlier part", **words(200, rate=100)}
     async with minds(database, database_settings, {"replies": [slow], **READING}) as place:
         pid = await place.run(await place.program(SMALL.replace("20", "16")), BOOK)
         await place.until_partial(pid)

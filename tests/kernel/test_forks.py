@@ -199,7 +199,7 @@ async def test_a_fork_that_waits_is_adopted_with_what_it_withheld(
 
 
 async def test_a_running_fork_is_adopted_by_its_own_server(database: Database, database_settings: Settings) -> None:
-    script = {**SCRIPT, "replies": [{"match": "^long$", **words(120, rate=100.0)}, *SCRIPT["replies"]]}
+    script = {**SCRIPT, "replies": [{"match": "^long$", **words(240, rate=100.0)}, *SCRIPT["replies"]]}
     async with minds(database, database_settings, script) as place:
         pid = await place.run(await place.program(MANIFEST, {"tools.py": TOOLS}))
         await place.until(pid, State.ASKING, reason="input")

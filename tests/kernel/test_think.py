@@ -17,7 +17,7 @@ from tests.kernel.running import told
 
 PROMPT_TOKENS = 4  # "Be brief." and "go" as the scripted model counts
 LONG = 300
-SLOW = {"replies": [{"match": "^go$", **words(LONG, rate=400)}]}
+SLOW = {"replies": [{"match": "^go$", **words(LONG, rate=200)}]}
 TEXT = words(LONG)["text"]
 
 
