@@ -35,6 +35,7 @@ class Screen:
         self._said: dict[str, str] = {}  # by ask: the text that stands on the screen
         self._reached: dict[str, int] = {}  # by ask: how many characters of its text that is
         self._logged: dict[str, str] = {}  # by ask: the text that its partial events held
+        self._over: set[str] = set()  # asks whose whole answer was told: what of it still comes was seen
         self._verbs: dict[str, str] = {}  # of calls that have no outcome
         self._last_words = ""
 
@@ -50,7 +51,10 @@ class Screen:
         self.console.print(Text(safe(text), style=style), soft_wrap=True)
 
     def _heard(self, ask: str, channel: str, text: str, *, at: int) -> None:
-        """What is behind a gap, because the beginning was said to nobody, comes with the rest of it from the log."""
+        """What is behind a gap, because the beginning was said to nobody, comes with the rest of it from the log. The
+        log may be faster than the words, also with the end."""
+        if ask in self._over:
+            return
         if channel == "text":
             reached = self._reached.get(ask, 0)
             if at > reached:
@@ -108,6 +112,7 @@ class Screen:
 
     def _answered(self, event: Mapping[str, Any], body: Mapping[str, Any]) -> None:
         self._last_words = message_of(event)
+        self._over.add(body["ask_id"])
         if not body.get("calls"):  # where there are calls, what was streamed held them as well
             self._catch_up(body["ask_id"], self._last_words)
         self._close_line()
