@@ -11,6 +11,7 @@ much that run has had, and over HTTP only the kernel says so. Both arms are the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import structlog
 
 from bench import limits
 from bench.abba import Arm, Measures, interleave, medians
@@ -209,6 +211,7 @@ async def run(setup: Setup, work: Work, *, fair: bool, gap_s: float) -> Measures
 
 
 async def measure(setup: Setup) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     work = Work(programs=20) if setup.quick else Work()
     place = where(setup)
     times = await limits.measured(setup)
