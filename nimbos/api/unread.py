@@ -20,7 +20,7 @@ _log = structlog.get_logger(__name__)
 
 PIECE_BYTES = 256 * 1024
 _LOOKS = 4  # in the time that a client has
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: what is unsent is thrown away, also by the kernel
+_LINGER = struct.Struct("ii")  # on or off, seconds
 
 
 class Unread:
@@ -97,7 +97,8 @@ def _in_kernel(transport: asyncio.Transport) -> int:
 def reset(transport: asyncio.Transport) -> None:
     """Ends a connection so that nothing of it stays, in the kernel neither."""
     with contextlib.suppress(OSError, AttributeError):
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        at_once = _LINGER.pack(1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
     transport.abort()
 
 
