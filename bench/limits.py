@@ -82,6 +82,8 @@ async def measured(setup: Setup) -> StepTimes | None:
     command = [sys.executable, "-m", "bench.limits", "--model", str(setup.model), "--threads", str(setup.threads)]
     if setup.library is not None:
         command += ["--library", str(setup.library)]
+    if not setup.flash_attention:
+        command += ["--no-flash-attention"]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         output, _ = await asyncio.wait_for(process.communicate(), MEASURE_LIMIT_S)
@@ -103,7 +105,9 @@ def main() -> None:
     from nimbos.engine.calibrate import measure
 
     setup = from_arguments(parser("Measure t(rows, cells) and print it as JSON.").parse_args())
-    engine = EngineSettings(library=str(setup.library or ""), threads=setup.threads)
+    engine = EngineSettings(
+        library=str(setup.library or ""), threads=setup.threads, flash_attention=setup.flash_attention
+    )
     print(json.dumps(measure(setup.model, Settings(engine=engine, home=str(setup.work)))))
 
 

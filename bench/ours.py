@@ -26,6 +26,8 @@ def make_home(setup: Setup, name: str, **engine: Value) -> Path:
     home = setup.work / name
     home.mkdir(exist_ok=True)
     table: dict[str, Value] = {"threads": setup.threads, **engine}
+    if not setup.flash_attention:
+        table["flash_attention"] = False
     if setup.library is not None:
         table["library"] = str(setup.library)
     (home / "config.toml").write_text("[engine]\n" + "".join(f"{key} = {_toml(v)}\n" for key, v in table.items()))

@@ -29,6 +29,7 @@ async def serving(setup: Setup, flags: tuple[str, ...], *, tokens_per_slot: int)
         *("--model", str(setup.model), "--host", HOST, "--port", str(port), "--ctx-size", str(context)),
         *("--threads", threads, "--threads-batch", threads),
         *_ALWAYS,
+        *(() if setup.flash_attention else ("-fa", "off")),
         *flags,
     ]
     name = f"peer {' '.join(flags)}"

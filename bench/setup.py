@@ -17,7 +17,8 @@ from bench.load import Words
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """`library`: folder of the libllama that both sides load. `peer_flags`: tried instead of a sweep, if any.
-    `work`: for logs and homes; kept, so that a failed run can be read. `limit_s`: no single run takes longer."""
+    `work`: for logs and homes; kept, so that a failed run can be read. `flash_attention`: of both sides.
+    `limit_s`: no single run takes longer."""
 
     model: Path
     peer_dir: Path | None
@@ -32,6 +33,7 @@ class Setup:
     limit_s: float
     work: Path
     one_pass: bool = False
+    flash_attention: bool = True
 
     def scaled(self, full: int) -> int:
         """A quarter of it in a quick run."""
@@ -57,6 +59,7 @@ def parser(question: str) -> argparse.ArgumentParser:
         help='instead of a sweep, e.g. "-np 1"; repeatable',
     )
     made.add_argument("--no-limits", action="store_true", help="skip calibration and what is computed from it")
+    made.add_argument("--no-flash-attention", action="store_true", help="on both sides")
     made.add_argument("--limit-s", type=float, default=1800, help="no single run takes longer")
     return made
 
@@ -76,6 +79,7 @@ def from_arguments(given: argparse.Namespace) -> Setup:
         words=Words(low=int(low), high=int(high)),
         peer_flags=tuple(tuple(flags.split()) for flags in given.peer_flags),
         limits=not given.no_limits,
+        flash_attention=not given.no_flash_attention,
         limit_s=given.limit_s,
         work=Path(tempfile.mkdtemp(prefix="nimbos-bench-")),
     )
@@ -89,7 +93,7 @@ def where(setup: Setup) -> list[str]:
         f"library: {_library(setup.library)}, {setup.threads} threads",
         f"model: {setup.model.name}, {setup.model.stat().st_size / 1e6:.0f} MB, sha256 {_digest(setup.model)}",
         f"date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{', quick (a quarter of the size)' if setup.quick else ''}"
-        f"{', each arm once' if setup.one_pass else ''}",
+        f"{', each arm once' if setup.one_pass else ''}{'' if setup.flash_attention else ', no flash attention'}",
     ]
 
 

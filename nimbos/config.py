@@ -27,6 +27,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `swap_memory_mib`: for contexts that nobody uses now, outside of the cells; 0 keeps none. `swap_disk_mib`: for what
     is more than that, in a file without a name.
     `guess_tokens`: that a step computes ahead for a branch where its text repeats itself; 0 is none.
+    `flash_attention`: false is faster with some builds of the library once contexts are long, and takes more memory.
     `stall_target_ms`: a step that holds an interactive row takes no longer. `inbox`: asks that may wait.
     """
 
@@ -38,6 +39,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     swap_memory_mib: int = 512
     swap_disk_mib: int = 0
     sequences: int = 128
+    flash_attention: bool = True
     stall_target_ms: int = 150
     max_step_tokens: int = 512
     guess_tokens: int = 0

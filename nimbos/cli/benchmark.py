@@ -105,6 +105,7 @@ def _calibrate(settings: Settings, model: LocalModel, *, quick: bool, bar: Bar) 
         deep_cells=0 if quick else deep,
         step_tokens=settings.engine.max_step_tokens,
         repeats=1 if quick else 3,
+        flash_attention=settings.engine.flash_attention,
     )
     reasons = []
     for choice in libraries(settings):

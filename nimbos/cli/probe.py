@@ -39,6 +39,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     deep_rows: tuple[int, ...] = ()
     deep_cells: int = 0
     repeats: int | None = None
+    flash_attention: bool = True
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +111,7 @@ def measure(library: Library, timing: Timing) -> Timed:
         sequences=MEASURE_SEQUENCES,
         threads=timing.threads,
         step_tokens=timing.step_tokens,
+        flash_attention=timing.flash_attention,
     )
     model = Model(library, path, options)
     confine.confine([path, library.folder, *confine.code_paths()])

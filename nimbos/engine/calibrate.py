@@ -200,7 +200,12 @@ def measure(
 
     quiet_environment()
     library, _ = open_library(candidates(settings))
-    options = ModelOptions(cells=max(contexts) + 1024, sequences=64, threads=thread_count(settings.engine))
+    options = ModelOptions(
+        cells=max(contexts) + 1024,
+        sequences=64,
+        threads=thread_count(settings.engine),
+        flash_attention=settings.engine.flash_attention,
+    )
     model = Model(library, model_path, options)
     model.open_context()
     try:

@@ -31,13 +31,15 @@ SEQUENCES_MAX = 256  # LLAMA_MAX_SEQ at compile time
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     """`cells`: tokens of KV for all sequences together. `sequences`: ids in use, at most 256.
-    `step_tokens`: longest batch. `micro_tokens`: longest pass inside a batch; an abort loses at most one."""
+    `step_tokens`: longest batch. `micro_tokens`: longest pass inside a batch; an abort loses at most one.
+    `flash_attention`: where the library can."""
 
     cells: int
     sequences: int
     threads: int
     step_tokens: int = 512
     micro_tokens: int = 256
+    flash_attention: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +105,7 @@ class Model:
         params.no_perf = True
         params.kv_unified = True
         params.swa_full = False
-        params.flash_attn_type = llama.FLASH_ATTENTION_AUTO
+        params.flash_attn_type = llama.FLASH_ATTENTION_AUTO if options.flash_attention else llama.FLASH_ATTENTION_OFF
         params.embeddings = self.pools
         self._context = library.llama_init_from_model(self._model, params)
         if not self._context:

@@ -105,6 +105,7 @@ class Worker:
             threads=threads,
             step_tokens=step,
             sequences=_sequences(model, settings.engine.sequences),
+            flash_attention=settings.engine.flash_attention,
         )
         model.open_context()
         self._model = model

@@ -65,6 +65,25 @@ def test_chunks_give_the_logits_of_one_piece(model: Model) -> None:
         assert same(got, want), cuts
 
 
+def test_without_flash_attention_the_logits_are_the_same(library: Library, tmp_path: Path) -> None:
+    path = tiny_gguf.write("qwen2", tmp_path)
+    found = []
+    for flash in (True, False):
+        options = ModelOptions(cells=1024, sequences=16, threads=1, step_tokens=128, flash_attention=flash)
+        model = Model(library, path, options)
+        model.open_context()
+        try:
+            found.append(plain(model, PROMPT))
+            logits_of(model, [Rows(sequence=0, start=0, tokens=PROMPT[:60], logits=False)])
+            model.copy(0, 1, 60)
+            shared = logits_of(model, [Rows(sequence=1, start=60, tokens=PROMPT[60:], logits=True)])[0]
+            assert same(shared, found[-1])
+        finally:
+            model.close()
+    assert same(*found)
+    assert not np.array_equal(*found)  # the option did something: other sums are rounded otherwise
+
+
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
 def test_one_other_token_early_on_is_far_outside_of_the_tolerance(model: Model) -> None:
     """Without this, the equalities below could hold for a model that looks at its last token only."""
