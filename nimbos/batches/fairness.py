@@ -1,4 +1,4 @@
-"""Which batch gets the next free place: the one that has fewest, so that a long batch starves no short one. Pure."""
+"""How many lines of a batch may run at once, where limits are met. Which batch gets a place: `work/shares.py`. Pure."""
 
 from __future__ import annotations
 
@@ -24,20 +24,3 @@ class Caps:
         """The caps that still count, of these."""
         self._caps = {name: (cap, until_s) for name, (cap, until_s) in self._caps.items() if until_s > now_s}
         return {name: self._caps[name][0] for name in names if name in self._caps}
-
-
-def shares_of(free: int, holding: dict[str, int], caps: dict[str, int] | None = None) -> dict[str, int]:
-    """How many of `free` places each batch gets, given how many it has and may have; batches that get none are left
-    out."""
-    most = caps or {}
-    levels = {name: held for name, held in holding.items() if held < most.get(name, held + 1)}
-    shares: dict[str, int] = {}
-    for _ in range(free):
-        if not levels:
-            break
-        poorest = min(levels, key=lambda name: (levels[name], name))
-        levels[poorest] += 1
-        shares[poorest] = shares.get(poorest, 0) + 1
-        if levels[poorest] >= most.get(poorest, levels[poorest] + 1):
-            del levels[poorest]
-    return shares

@@ -20,7 +20,7 @@ from nimbos.batches import rows
 from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, Desk, lines_of
 from nimbos.batches.endpoint import Endpoint
-from nimbos.batches.fairness import Caps, shares_of
+from nimbos.batches.fairness import Caps
 from nimbos.batches.files import Files
 from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
 from nimbos.batches.orphans import Orphans
@@ -31,7 +31,7 @@ from nimbos.blobs import Blobs
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Transaction
 from nimbos.errors import StorageUnavailable
-from nimbos.work import Claim, Crew, Work
+from nimbos.work import Claim, Crew, Work, shares_of
 
 SWEEP_S = 5.0
 ORPHANS_FIRST_S, ORPHANS_S = 60.0, 24 * 3600.0

@@ -15,7 +15,7 @@ from nimbos.db.tables.processes import process_mailbox, processes
 from nimbos.errors import Conflict, InvalidRequest, Overloaded
 from nimbos.kernel.events import ProcCreated
 from nimbos.kernel.log import Draft, Log
-from nimbos.kernel.mailbox import KIND, Mail, Posted, post
+from nimbos.kernel.mailbox import Mail, Posted, post, queue_of
 from nimbos.kernel.processes import NewHead, locked_head
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.types import Account, AskClass
@@ -114,7 +114,7 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
         key=birth.key,
     )
     yield from log.create(birth.pid, [Draft(body=body, actor=birth.actor)], head=head)
-    yield from work.add(KIND, birth.pid)
+    yield from work.add(queue_of(birth.account.id), birth.pid)
     return birth.pid
 
 

@@ -29,7 +29,7 @@ from nimbos.kernel.events import ProcForked
 from nimbos.kernel.fold import fold
 from nimbos.kernel.holding import adopted
 from nimbos.kernel.log import Draft, Log
-from nimbos.kernel.mailbox import KIND, Mail, post, wake
+from nimbos.kernel.mailbox import Mail, post, queue_of, wake
 from nimbos.kernel.processes import Head, NewHead, head_of, locked_head
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind, State
@@ -117,7 +117,7 @@ class Forks:
         )
         for fork in made:
             yield from self._log.create(fork, [first], head=head)
-            yield from self._work.add(KIND, fork)
+            yield from self._work.add(queue_of(account.id), fork)
         return original
 
     async def _last_answer(self, pid: str) -> int | None:
@@ -179,7 +179,7 @@ class Forks:
             return [(pid, posted.woken)]
         yield from self._log.append(pid, [Draft(body=adopted(), actor=source)], holder=None)
         if head.state in (State.WAITING, State.ASKING):
-            yield from wake(self._log, self._work, pid, actor=source)
+            yield from wake(self._log, self._work, head, actor=source)
             return [(pid, True)]
         return [(pid, False)]
 

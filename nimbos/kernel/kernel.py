@@ -25,7 +25,7 @@ from nimbos.kernel.forks import Forks
 from nimbos.kernel.holding import Shared
 from nimbos.kernel.log import Log
 from nimbos.kernel.looking import POLL_S, Looking
-from nimbos.kernel.mailbox import KIND, Mail, Posted, post
+from nimbos.kernel.mailbox import QUEUES, Mail, Posted, post
 from nimbos.kernel.programs import Programs
 from nimbos.kernel.recovery import crew_name
 from nimbos.kernel.replay import Folded, Replayed, Replays
@@ -37,7 +37,7 @@ from nimbos.kernel.words import SignalKind
 from nimbos.ledger import Allowance
 from nimbos.service import Service
 from nimbos.types import Account, AskClass, new_id
-from nimbos.work import Claim, Crew, Work
+from nimbos.work import Claim, Crew, Work, shares_of
 
 PLACES = 256  # processes that one server drives at a time
 NAME_CHARACTERS_MAX = 200
@@ -232,7 +232,18 @@ class Kernel(Looking):
                 yield one
 
     def _claim(self, n: int) -> Transaction[list[Claim]]:
-        return self.work.claim(KIND, self._owner, n)
+        """One place at a time for the project that has fewest here."""
+        assert self._crew is not None
+        claims: list[Claim] = []
+        queues = {queue: self._crew.holding(queue) for queue in (yield from self.work.queues(QUEUES))}
+        while shares := shares_of(n - len(claims), queues):
+            for queue, share in shares.items():
+                got = yield from self.work.claim(queue, self._owner, share)
+                claims += got
+                queues[queue] += len(got)
+                if len(got) < share:  # there is no more of it
+                    del queues[queue]
+        return claims
 
     async def _look(self) -> None:
         """Finds the mail that others wrote for what runs here."""

@@ -23,7 +23,7 @@ from nimbos.kernel.processes import Head, locked_head, store_head
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.work import Work
 
-KIND = "process"  # of the work that a ready process is
+QUEUES = "process:"  # how the names of the queues begin in which ready processes wait for a server
 UNREAD_MAX = 1_000  # signals that a mailbox holds
 CONTROL = frozenset({SignalKind.PAUSE, SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})  # the kernel obeys
 WAKE_PAUSED = frozenset({SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})
@@ -78,14 +78,19 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
     yield from _add(head, mail)
     if not head.parked or (head.state is State.PAUSED and mail.signal not in WAKE_PAUSED):
         return Posted(new=True)
-    yield from wake(log, work, pid, actor=mail.source)
+    yield from wake(log, work, head, actor=mail.source)
     return Posted(new=True, woken=True)
 
 
-def wake(log: Log, work: Work, pid: str, *, actor: str) -> Transaction[None]:
+def wake(log: Log, work: Work, head: Head, *, actor: str) -> Transaction[None]:
     """Makes a parked process ready; its head is locked."""
-    yield from log.append(pid, [Draft(body=ProcState(to=State.READY), actor=actor)], holder=None)
-    yield from work.add(KIND, pid)
+    yield from log.append(head.pid, [Draft(body=ProcState(to=State.READY), actor=actor)], holder=None)
+    yield from work.add(queue_of(head.account), head.pid)
+
+
+def queue_of(account: str) -> str:
+    """The kind of the work that a ready process is: a queue for each project, so that none waits behind another's."""
+    return f"{QUEUES}{account}"
 
 
 def unread(head: Head, *, whole: bool = False) -> Transaction[list[Mail]]:

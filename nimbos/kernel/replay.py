@@ -25,7 +25,7 @@ from nimbos.kernel.fold import View
 from nimbos.kernel.gate import Gate
 from nimbos.kernel.holding import Holding, Shared
 from nimbos.kernel.log import Holder
-from nimbos.kernel.mailbox import KIND
+from nimbos.kernel.mailbox import queue_of
 from nimbos.kernel.processes import Head
 from nimbos.kernel.programs import Programs
 from nimbos.kernel.segments import Segments
@@ -132,7 +132,8 @@ class Replays:
         workers = ToolWorkers(self._programs, self._workspaces)
         thinker = Thinker(service=self._service, database=self._shared.database, segments=self._shared.segments)
         gate = Gate(self._shared, programs=self._programs, workers=workers)
-        claim = Claim(kind=KIND, ref=head.pid, payload=b"", owner=pid, epoch=0, lapses=0)  # nobody's: it writes nothing
+        queue = queue_of(head.account)
+        claim = Claim(kind=queue, ref=head.pid, payload=b"", owner=pid, epoch=0, lapses=0)  # nobody's: writes nothing
         holder = Holder(pid=pid, claim=claim, epoch=0)
         holding = Holding(self._shared, account=account, view=View(), holder=holder, closing=closing)
         holding.program = await self._programs.load(head.program)

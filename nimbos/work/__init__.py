@@ -2,5 +2,6 @@
 
 from nimbos.work.claims import LEASE_S, Claim, ClaimLost, Work
 from nimbos.work.crew import Crew
+from nimbos.work.shares import shares_of
 
-__all__ = ["LEASE_S", "Claim", "ClaimLost", "Crew", "Work"]
+__all__ = ["LEASE_S", "Claim", "ClaimLost", "Crew", "Work", "shares_of"]

@@ -110,6 +110,11 @@ class Work:
         claims = [_claim(row) for row in rows]
         return sorted(claims, key=lambda claim: claim.ref)
 
+    def queues(self, prefix: str) -> Transaction[list[str]]:
+        """Kinds that begin so and have work that is free."""
+        rows = yield _QUEUES(prefix=prefix, **self._sqlite_now())
+        return [str(row["kind"]) for row in rows]
+
     def renew(self, owner: str) -> Transaction[frozenset[Held]]:
         """The leases of all that `owner` holds begin anew: (kind, ref, epoch). What is not among them is lost."""
         rows = yield _RENEW(owner=owner, lease_ms=self._lease_ms, clock=self._clock, **self._sqlite_now())
@@ -255,6 +260,17 @@ def _claiming(dialect: Dialect) -> Executable:
     )
 
 
+def _looking(dialect: Dialect) -> Executable:
+    """Leaps from each kind to the next: there may be much work, of few kinds."""
+    first = select(func.min(work.c.kind).label("kind")).cte("queue", recursive=True)
+    behind = select(func.min(work.c.kind)).where(work.c.kind > first.c.kind).correlate(first).scalar_subquery()
+    queue = first.union_all(select(behind.label("kind")).where(first.c.kind.is_not(None)))
+    prefix = bindparam("prefix", type_=Text)
+    free = select(work.c.ref).where(work.c.kind == queue.c.kind, work.c.free_at_ms <= _now_of(dialect)).exists()
+    begins = func.substr(queue.c.kind, 1, func.length(prefix)) == prefix
+    return select(queue.c.kind).where(begins, free).order_by(queue.c.kind)
+
+
 def _renewing(dialect: Dialect) -> Executable:
     return (
         update(work)
@@ -276,6 +292,7 @@ def _counting(dialect: Dialect) -> Executable:
 _ADD = insert_ignored(work, key=("kind", "ref"))
 _ADD_MANY = Statement(_many)
 _CLAIM = Statement(_claiming)
+_QUEUES = Statement(_looking)
 _RENEW = Statement(_renewing)
 _HELD = Statement(_counting)
 _NOW = Statement(lambda dialect: select(_now_of(dialect).label("now_ms")))

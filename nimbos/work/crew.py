@@ -52,8 +52,8 @@ class Crew:
         self._tops: list[asyncio.Task[None]] = []
 
     def holding(self, kind: str) -> int:
-        """Claims of this kind that are being worked on."""
-        return sum(1 for held in self._running if held[0] == kind)
+        """Claims of this kind that are being worked on. From any thread."""
+        return sum(1 for held in list(self._running) if held[0] == kind)
 
     def start(self) -> None:
         """Within a running loop; `close` ends it."""

@@ -21,7 +21,7 @@ from nimbos.kernel import Event, Reason, SignalKind, State, release_dead
 from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft, Fenced, Holder
-from nimbos.kernel.mailbox import KIND
+from nimbos.kernel.mailbox import queue_of
 from nimbos.kernel.recovery import crew_name
 from nimbos.ledger import Ledger, Recovery
 from nimbos.meterfile import MeterFile
@@ -94,8 +94,8 @@ async def test_a_signal_from_another_server_reaches_a_process_in_the_middle_of_w
 async def test_whoever_held_it_before_writes_nothing_any_more(database: Database, database_settings: Settings) -> None:
     async with running(database, database_settings, start=False, lease_s=0) as place:
         pid, kernel = await place.spawn(), place.kernel
-        (first,) = await database.run(lambda: kernel.work.claim(KIND, "one", 1))
-        (second,) = await database.run(lambda: kernel.work.claim(KIND, "two", 1))
+        (first,) = await database.run(lambda: kernel.work.claim(queue_of(ACCOUNT.id), "one", 1))
+        (second,) = await database.run(lambda: kernel.work.claim(queue_of(ACCOUNT.id), "two", 1))
         for claim, epoch in ((first, 0), (second, 7)):
             with pytest.raises(Fenced):
                 await database.run(appending(place, Holder(pid=pid, claim=claim, epoch=epoch)))
@@ -212,7 +212,7 @@ async def test_what_a_killed_server_held_is_free_at_once_for_the_next_of_its_hom
             assert await heard(killed, "driving") == "1"
             await release_dead(database, await recovery.dead())
             assert (
-                await database.run(lambda: Work(database).claim(KIND, "other", 1)) == []
+                await database.run(lambda: Work(database).claim(queue_of(ACCOUNT.id), "other", 1)) == []
             )  # it stands still, and lives
             killed.kill()
             await killed.wait()

@@ -13,7 +13,8 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.holding import Holding
-from tests.kernel.running import PATIENCE_S, Place, running
+from nimbos.kernel.mailbox import queue_of
+from tests.kernel.running import ACCOUNT, PATIENCE_S, Place, running
 
 OWN_TASKS_MAX = 20  # of the test, the crew, timers, mail
 OWN_THREADS_MAX = 20  # the database's, and the loop's pool
@@ -48,9 +49,9 @@ async def test_parked_processes_hold_nothing_however_many_and_wake(
         crew = place.kernel._crew
         assert crew is not None
         async with asyncio.timeout(PATIENCE_S):
-            while crew.holding("process"):
+            while crew.holding(queue_of(ACCOUNT.id)):
                 await asyncio.sleep(0)
-        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("process proc_")]
+        assert not [task for task in asyncio.all_tasks() if " proc_" in task.get_name()]
         assert len(asyncio.all_tasks()) < OWN_TASKS_MAX
         assert threading.active_count() - threads < OWN_THREADS_MAX
         assert place.kernel.bells.running == ()
@@ -87,13 +88,13 @@ async def test_a_server_with_nothing_but_parked_processes_asks_the_database_for_
 
         monkeypatch.setattr(database, "read", counted)
         claimed = asyncio.Event()
-        plain_claim = place.kernel.work.claim
+        plain_queues = place.kernel.work.queues
 
-        def claim(*arguments: object) -> object:
+        def queues(prefix: str) -> object:
             claimed.set()
-            return plain_claim(*arguments)  # type: ignore[arg-type]
+            return plain_queues(prefix)
 
-        monkeypatch.setattr(place.kernel.work, "claim", claim)
+        monkeypatch.setattr(place.kernel.work, "queues", queues)
         await claimed.wait()  # the crew has polled: whoever else polls as often would have, too
         claimed.clear()
         await claimed.wait()
