@@ -149,13 +149,14 @@ async def test_a_budget_that_is_limited_while_an_answer_runs_ends_it_there(open_
 async def test_an_answer_that_no_budget_holds_goes_on_without_the_database(
     open_shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    looks = 0
+
     def gone(*_: object) -> Transaction[Extended]:
         nonlocal looks
         looks += 1
         raise StorageUnavailable("the database", reason="it is away.")
         yield
 
-    looks = 0
     monkeypatch.setattr(open_shop.books.ledger, "extend", gone)
     told = await open_shop.ask()
     assert (told.output, told.finals[0].budget_ended) == (200, False)
