@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from nimbos.config import EngineSettings, Settings
 from nimbos.engine import Engine
 from nimbos.engine.scripted import ScriptedSource
@@ -78,11 +80,12 @@ def _sources(
     for source in scripted:
         source.count_into(meter_file)
 
-    def start_engine(model: LocalModel) -> Engine:
+    def start_engine(model: LocalModel, swap_bytes: int) -> Engine:
+        engine = msgspec.structs.replace(settings.engine, swap_memory_mib=swap_bytes // 2**20)
         return Engine(
             model_path=model.path,
             model_id=model.id,
-            settings=settings,
+            settings=msgspec.structs.replace(settings, engine=engine),
             model_hash=model.sha256,
             meters=meter_file,
         )
@@ -96,6 +99,7 @@ def _sources(
         shelf=hub,
         start_engine=start_engine,
         memory_needed=memory_needed,
+        memory_wished=lambda model: swap_bytes_of(model, settings.engine),
         memory_budget_bytes=budget_bytes,
         scripted=scripted,
         aliases=settings.server.aliases,
@@ -115,6 +119,13 @@ def sequences_of(model: LocalModel, settings: EngineSettings) -> int:
     """How many sequences the engine will make room for; each costs a state where layers are recurrent."""
     wanted = settings.sequences if model.facts.kind == "generate" else _EMBEDDING_SEQUENCES
     return max(2, min(wanted, _RECURRENT_SEQUENCES_MAX)) if model.facts.state_bytes else wanted
+
+
+def swap_bytes_of(model: LocalModel, settings: EngineSettings) -> int:
+    """Memory that the engine fills in time with contexts that nobody uses now, as far as the file's own facts tell."""
+    facts = model.facts
+    shares = settings.share_prefixes and facts.kind == "generate" and not (facts.state_bytes or facts.window_tokens)
+    return settings.swap_memory_mib * 2**20 if shares else 0
 
 
 def memory_budget_bytes(settings: Settings) -> int:

@@ -88,18 +88,20 @@ class Sources:
         self,
         *,
         shelf: Shelf,
-        start_engine: Callable[[LocalModel], EngineSource],
+        start_engine: Callable[[LocalModel, int], EngineSource],
         memory_needed: Callable[[LocalModel], int],
+        memory_wished: Callable[[LocalModel], int],
         memory_budget_bytes: int,
         scripted: tuple[ScriptedSource, ...] = (),
         aliases: Mapping[str, str] | None = None,
         named: Mapping[str, LocalModel] | None = None,
     ) -> None:
-        """`memory_needed` raises ModelUnusable for a model that cannot fit at all.
+        """`memory_needed` raises ModelUnusable for a model that cannot fit at all. `memory_wished`: what its engine
+        makes use of beyond that; `start_engine` gets what it may have of it.
         `named`: models from outside the shelf that the operator named, by id."""
         self._shelf = shelf
         self._start_engine = start_engine
-        self._memory_needed = memory_needed
+        self._memory_needed, self._memory_wished = memory_needed, memory_wished
         self._memory_budget_bytes = memory_budget_bytes
         self._scripted = {
             source.card.id: Loaded(source=source, card=source.card, engine=None, memory_bytes=0) for source in scripted
@@ -223,8 +225,8 @@ class Sources:
         started = time.monotonic()
         try:
             needed = await asyncio.to_thread(self._memory_needed, model)
-            await self._make_room(model.id, needed)
-            engine = self._start_engine(model)
+            spare = await self._make_room(model.id, needed, self._memory_wished(model))
+            engine = self._start_engine(model, spare)
             card = await _started_or_closed(engine)
         except NimbosError as error:
             if not isinstance(error, Overloaded):
@@ -234,13 +236,17 @@ class Sources:
         finally:
             self._loading_bytes.pop(model.id, None)
         self._failures.pop(model.id, None)
-        loaded = Loaded(source=engine, card=card, engine=engine, memory_bytes=needed)
+        loaded = Loaded(source=engine, card=card, engine=engine, memory_bytes=needed + spare)
         self._loaded[model.id] = loaded
-        _log.info("model.loaded", model=model.id, memory_bytes=needed, seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        _log.info("model.loaded", model=model.id, memory_bytes=needed, spare_bytes=spare, seconds=seconds)
         return loaded
 
-    async def _make_room(self, name: str, needed: int) -> None:
-        """Reserves `needed` bytes for `name`; unloads idle models, the longest unused first."""
+    async def _make_room(self, name: str, needed: int, wished: int) -> int:
+        """Reserves `needed` bytes for `name`; unloads idle models, the longest unused first.
+
+        Returns: how many of the bytes `wished` besides it may have, too; nobody gives way to those.
+        """
         async with self._making_room:
             while self._used_bytes() + needed > self._memory_budget_bytes:
                 idle = [held for held in self._loaded.values() if held.holders == 0]
@@ -257,7 +263,9 @@ class Sources:
                 del self._loaded[oldest.card.id]
                 _log.info("model.unloaded", model=oldest.card.id, memory_bytes=oldest.memory_bytes)
                 await oldest.source.close()
-            self._loading_bytes[name] = needed
+            spare = max(0, min(wished, self._memory_budget_bytes - self._used_bytes() - needed))
+            self._loading_bytes[name] = needed + spare
+            return spare
 
     def _used_bytes(self) -> int:
         return sum(held.memory_bytes for held in self._loaded.values()) + sum(self._loading_bytes.values())

@@ -84,7 +84,8 @@ class FakeEngine:
 class Yard:
     """Sources over models a, b, c of 1 GiB each, with room for two."""
 
-    def __init__(self, budget_bytes: int = 2 * GIB) -> None:
+    def __init__(self, budget_bytes: int = 2 * GIB, *, wished_bytes: int = 0) -> None:
+        self.spare: dict[str, int] = {}
         self.starts: list[str] = []
         self.closes: list[str] = []
         self.failing: dict[str, NimbosError] = {}
@@ -92,12 +93,17 @@ class Yard:
         self.may_start.set()
         self.sources = Sources(
             shelf=Shelf("a", "b", "c"),
-            start_engine=lambda model: FakeEngine(self, model.id),
+            start_engine=self._start,
             memory_needed=lambda model: GIB,
+            memory_wished=lambda model: wished_bytes,
             memory_budget_bytes=budget_bytes,
             aliases={"gpt": "a"},
             named={"mine": local("mine")},
         )
+
+    def _start(self, model: LocalModel, spare_bytes: int) -> FakeEngine:
+        self.spare[model.id] = spare_bytes
+        return FakeEngine(self, model.id)
 
     async def use(self, name: str) -> str:
         async with self.sources.hold(name) as held:
@@ -169,6 +175,31 @@ async def test_models_that_load_at_the_same_time_share_the_budget() -> None:
     yard.may_start.set()
     assert await asyncio.gather(*asks[:2]) == ["a", "b"]
     assert await yard.use("c") == "c"
+
+
+async def test_what_engines_keep_besides_counts_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second model finds what the first may fill, and gives up what it only wishes for."""
+    yard = Yard(budget_bytes=7 * GIB // 2, wished_bytes=GIB)
+    await yard.use("a")
+    await yard.use("b")
+    assert yard.spare == {"a": GIB, "b": GIB // 2}
+    assert yard.closes == []
+    await yard.use("c")
+    assert yard.closes == ["a"], "there was no room for all three"
+    assert yard.spare["c"] == GIB
+    assert await yard.use("a") == "a"
+    assert yard.closes == ["a", "b"]
+
+
+async def test_nobody_gives_way_to_what_is_only_wished_for() -> None:
+    yard = Yard(budget_bytes=2 * GIB, wished_bytes=GIB)
+    yard.may_start.clear()
+    asks = [asyncio.create_task(yard.use(name)) for name in ("a", "b")]
+    await asyncio.wait([asks[1]])
+    assert isinstance(asks[1].exception(), Overloaded), "what the first one was given is not free"
+    yard.may_start.set()
+    assert await asks[0] == "a"
+    assert yard.spare == {"a": GIB}
 
 
 async def test_a_failed_load_fails_its_asks_is_remembered_a_moment_and_tried_again(

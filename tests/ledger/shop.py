@@ -136,7 +136,7 @@ async def shop(
         source.count_into(meters)
     hub = Hub(settings)
 
-    def start_engine(model: LocalModel) -> Engine:
+    def start_engine(model: LocalModel, spare_bytes: int) -> Engine:
         return Engine(
             model_path=model.path, model_id=model.id, settings=settings, model_hash=model.sha256, meters=meters
         )
@@ -145,6 +145,7 @@ async def shop(
         shelf=hub,
         start_engine=start_engine,
         memory_needed=lambda model: 1,
+        memory_wished=lambda model: 0,
         memory_budget_bytes=2**30,
         scripted=scripted,
         named={path.stem: replace(hub.find(str(path)), id=path.stem) for path in models},
