@@ -38,7 +38,8 @@ async def test_calls_that_cannot_be_are_told_to_the_model(database: Database, da
     async with minds(database, database_settings, script) as place:
         pid = await place.run(await place.program('[tools]\nbuiltin = ["sleep"]\n'))
         assert await place.result(pid) == "I see."
-        denied = [body for body in await place.bodies_of(pid) if isinstance(body, CallDenied)]
+        bodies = await place.bodies_of(pid)
+        denied = sorted((b for b in bodies if isinstance(b, CallDenied)), key=lambda b: b.call_id)  # both at once
         assert "There is no tool 'fly'" in denied[0].why
         assert "seconds" in denied[1].why
         told = [message["content"] for message in await place.shown(pid) if message["role"] == "tool"]

@@ -418,6 +418,7 @@ async def test_a_fork_waits_at_an_effect_until_it_is_adopted_and_then_does_it_on
         pid = await start(place, body)
         await place.until(pid, State.ASKING)
         (made,) = await place.kernel.fork(ACCOUNT, pid)
+        await place.until(made, State.ASKING)
         await answer(place, pid, "Ada")
         assert await place.result(pid) == ["1", "sent to Ada", "2"]
         await answer(place, made, "Bob")
