@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -24,6 +25,7 @@ import pytest
 
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database
+from nimbos.db.database import FILE_NAME
 
 T = TypeVar("T")
 
@@ -113,6 +115,14 @@ def postgres_server() -> Postgres:
         pytest.skip(f"no PostgreSQL here: {type(error).__name__}: {error}")
 
 
+@cache
+def sqlite_template() -> Path:
+    """A file with all tables: copied, which takes a tenth of the time of making them."""
+    home = Path(tempfile.mkdtemp(prefix="nimbos-sqlite-"))
+    _in_thread(_made(Settings(home=str(home))))
+    return home / FILE_NAME
+
+
 def fresh_url() -> str:
     """For a server that a test starts: "" (SQLite), or a new database if the run is to use PostgreSQL."""
     if os.environ.get("NIMBOS_TEST_DATABASE") == "postgresql":
@@ -140,6 +150,8 @@ def database_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
 @pytest.fixture
 async def database(database_settings: Settings) -> AsyncIterator[Database]:
     """An empty database with all tables."""
+    if not database_settings.storage.database_url:
+        shutil.copy(sqlite_template(), database_settings.home)
     opened = await Database.open(database_settings)
     yield opened
     await opened.close()
