@@ -32,9 +32,7 @@ class _Final:
 class Ending:
     """`prepare` before the ask is settled, then `finish`, in every case."""
 
-    def __init__(
-        self, store: Store, work: Work, journal: Journal, live: Live, kept: Kept, *, attempt: Attempt
-    ) -> None:
+    def __init__(self, store: Store, work: Work, journal: Journal, live: Live, kept: Kept, *, attempt: Attempt) -> None:
         self._store = store
         self._work = work
         self._journal = journal
