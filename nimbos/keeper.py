@@ -5,7 +5,8 @@
 The system gives the keeper whatever loses its parent below it, also what has made itself a session of its own. When the
 worker ends, or the server does, it stops all that is below, so that nothing more is started, kills it until nothing
 is left, and ends as the worker did. Meanwhile it counts what is below: RLIMIT_NPROC counts all processes of a user,
-and binds no administrator. A worker whose keeper is killed dies with it.
+and binds no administrator. A worker whose keeper is killed dies with it; what a tool that kills or stops its keeper has
+started may live on: that is the sandbox's to end.
 
 `python -m nimbos.keeper SOCKET LIFE PROCESSES`. It imports little, as there is one for each worker, and forks before
 the worker's own code is loaded. Linux alone has all this: elsewhere it becomes the worker itself, and the process

@@ -44,7 +44,9 @@ class Unread:
 
     def watch(self) -> None:
         """From now on, until all is taken; again and again costs nothing."""
-        if self._timer is None and self._transport.get_write_buffer_size():
+        if self._timer is not None:
+            self._least = max(self._least, self._waiting())  # more was added: what is taken of that counts, too
+        elif self._transport.get_write_buffer_size():
             self._taken(self._waiting())
             self._look_later()
 
@@ -88,7 +90,7 @@ def _in_kernel(transport: asyncio.Transport) -> int:
         import fcntl
         import termios
 
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, ValueError, RuntimeError):
             held = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
             return int.from_bytes(held, sys.byteorder)
     return 0

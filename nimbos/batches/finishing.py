@@ -18,6 +18,7 @@ from nimbos.batches import rows
 from nimbos.batches.contents import Contents, Received
 from nimbos.batches.desk import lines_of
 from nimbos.batches.files import Files, made
+from nimbos.batches.orphans import given_back
 from nimbos.batches.words import Batch, State
 from nimbos.db import Database, Row, Statement, Transaction
 from nimbos.types import id_at
@@ -123,6 +124,7 @@ class Finishing:
             purpose=OUTPUT_PURPOSE,
             expires_s=batch.output_expires_s,
         )
+        yield from given_back(file.id)  # taken where a server died here and was away for long
         yield from self._files.record(batch.account, file, within_quota=False)
         return file.id
 

@@ -5,6 +5,8 @@ content begins, is taken first, by a row that is nobody's file. Whoever comes wi
 are unique, and nobody names what is removed. That is a week later: an older copy of the database that is put in place
 knows no files that are newer, and whoever puts the right one back finds them all.
 
+What is older than this database was never its own: a folder of contents may have served another one before.
+
 Other contents are not looked at: segments of responses have rows before they have bytes and are swept by these
 (`nimbos/responses/segments.py`); those of processes and programs stay.
 """
@@ -14,10 +16,11 @@ from __future__ import annotations
 import re
 import time
 
-from sqlalchemy import Text, bindparam, select
+from sqlalchemy import Text, bindparam, delete, func, select
 
 from nimbos.batches.contents import Contents
 from nimbos.db import Database, Statement, Transaction, insert, upsert
+from nimbos.db.tables.accounts import users
 from nimbos.db.tables.batches import file_totals, files
 from nimbos.errors import Conflict
 
@@ -32,6 +35,10 @@ HEAD_BYTES = 38
 
 _GET = Statement(select(files.c.project, files.c.created_ms).where(files.c.id == bindparam("id", type_=Text)))
 _TAKE = insert(files)
+_GIVE_BACK = Statement(
+    delete(files).where(files.c.id == bindparam("of", type_=Text), files.c.project == NOBODY).returning(files.c.id)
+)
+_BORN = Statement(select(func.min(users.c.created_ms).label("born_ms")))  # the owner comes with the database
 _COUNT = upsert(file_totals, key=("project",), add=("size_bytes", "files"))
 
 
@@ -44,10 +51,12 @@ class Orphans:
         """Takes the ids of those that have been there for so long, and removes those whose id was taken before the
         grace; how many. Raises: StorageUnavailable."""
         removed = 0
+        (row,) = await self._database.read(_BORN())
+        born_ms = row["born_ms"] or 0
         before_ms = _now_ms() - int(least_age_s * 1000)
         async for found in self._contents.aged(before_ms=before_ms, head_bytes=HEAD_BYTES):
             file_id = file_of(found.head, found.stored_ms)
-            if file_id is None or await self._named(file_id):
+            if file_id is None or begun_ms(file_id) < born_ms - _CLOCKS_MS or await self._named(file_id):
                 continue
             taken_ms = await self._taken(file_id, found.hash)
             if taken_ms is not None and taken_ms <= _now_ms() - int(grace_s * 1000):
@@ -74,6 +83,16 @@ def file_of(head: bytes, stored_ms: int) -> str | None:
     if match is None or not -_CLOCKS_MS <= stored_ms - int(match[2], 16) <= _UPLOAD_MOST_MS:
         return None
     return match[1].decode()
+
+
+def begun_ms(file_id: str) -> int:
+    return int(file_id.removeprefix("file_")[:12], 16)
+
+
+def given_back(file_id: str) -> Transaction[None]:
+    """An id that was taken, to whoever has just stored its content and is about to write its row."""
+    if (yield _GIVE_BACK(of=file_id)):
+        yield _COUNT(project=NOBODY, size_bytes=0, files=-1)
 
 
 def _take(file_id: str, blob: str) -> Transaction[int | None]:

@@ -53,7 +53,8 @@ class Lease:
         self._virtual = 0.0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with self._locked():
-            if os.fstat(self._fd).st_size < _FILE_BYTES:
+            if os.fstat(self._fd).st_size != _FILE_BYTES:  # new, or of a release with another table
+                os.ftruncate(self._fd, 0)
                 os.ftruncate(self._fd, _FILE_BYTES)
             self._table = mmap.mmap(self._fd, _FILE_BYTES)
             self._slot = self._claim()
@@ -164,7 +165,7 @@ def _alive(pid: int) -> bool:
     """False also for a process that is dead and that its parent has not yet noticed."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -1,8 +1,7 @@
 """The programs that projects have: uploaded whole, found by name or hash, unpacked for the workers that run them.
 
-Which project has which is a row; the bytes are in `blobs`, under the program's own hash, for as long as a project has
-it or a process was ever made of it, since its log names it. A part of a program (`program.py`) has its bytes there too,
-for good, and no row.
+Which project has which is a row; the bytes are in `blobs`, under the program's own hash, for good: logs name them, and
+another program may have the same ones as a part (`program.py`), which has no row.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from nimbos.db.tables.programs import programs
 from nimbos.errors import Conflict, Forbidden, NotFound, PayloadTooLarge
 from nimbos.kernel.package import unpack
 from nimbos.kernel.program import File, Program, part_contents, program_of, read_program
-from nimbos.kernel.unpacked import forget_unpacked, unpacked
+from nimbos.kernel.unpacked import unpacked
 from nimbos.types import Account, new_id
 
 __all__ = ["File", "Listed", "Program", "Programs"]
@@ -75,27 +74,16 @@ class Programs:
             await self._blobs.put(part)
         await self._blobs.put(content)
         await self._database.run(lambda: _record(account.id, program), durable=True)
-        if not await self._blobs.has(program.hash):  # somebody removed it in between
-            await self._blobs.put(content)
         return program
 
     async def remove(self, account: str, wanted: str) -> str:
-        """The project has it no more: its id. Processes that are over keep it, to be replayed and forked; one that no
-        process was ever made of is gone with its bytes, where no other project has it.
+        """The project has it no more: its id. Processes that are over keep it, to be replayed and forked.
 
         Raises: NotFound; Conflict while a process of it, or of a part of it, is not over.
         """
         hash = await self.find(account, wanted)
         program = await self.load(hash)
-        named = await self._database.run(lambda: _forget(account, program), durable=True)
-        if not named and not await self._database.read(_OF_PROGRAM(program=hash)):
-            content = await self._content(hash)
-            await self._blobs.remove(hash)
-            self._kept.pop(hash, None)
-            if await self._database.read(_ANYBODYS(hash=hash)):  # brought again in between
-                await self._blobs.put(content)
-            else:
-                await asyncio.to_thread(forget_unpacked, self._root, hash)
+        await self._database.run(lambda: _forget(account, program), durable=True)
         return hash
 
     async def load(self, hash: str) -> Program:
@@ -186,8 +174,8 @@ def _record(account: str, program: Program) -> Transaction[None]:
         raise PayloadTooLarge(have=int(row["total"]), limit=PROJECT_BYTES_MAX, what="project's programs")
 
 
-def _forget(account: str, program: Program) -> Transaction[bool]:
-    """Whether another project has it. Raises: Conflict, NotFound."""
+def _forget(account: str, program: Program) -> Transaction[None]:
+    """Raises: Conflict, NotFound."""
     for hash in (program.hash, *program.parts.values()):
         rows = yield _LIVING(account=account, program=hash)
         if rows:
@@ -196,7 +184,6 @@ def _forget(account: str, program: Program) -> Transaction[bool]:
             )
     if not (yield _FORGET(account=account, hash=program.hash)):
         raise NotFound(f"There is no program {program.hash[:100]!r} here.", param="program")
-    return bool((yield _ANYBODYS(hash=program.hash)))
 
 
 _ACCOUNT = programs.c.account == bindparam("account", type_=Text)
@@ -226,9 +213,7 @@ _BY_START = Statement(
 )
 _THIS = programs.c.hash == bindparam("hash", type_=Text)
 _FORGET = Statement(delete(programs).where(_ACCOUNT, _THIS).returning(programs.c.hash))
-_ANYBODYS = Statement(select(programs.c.hash).where(_THIS).limit(1))
 _MADE_OF = processes.c.program == bindparam("program", type_=Text)
-_OF_PROGRAM = Statement(select(processes.c.id).where(_MADE_OF).limit(1))
 _LIVING = Statement(
     select(processes.c.id)
     .where(processes.c.account == bindparam("account", type_=Text), _MADE_OF, literal_column("state != 'done'"))

@@ -42,14 +42,6 @@ def unpacked(root: Path, name: str, hashes: Mapping[str, str], read: Callable[[]
     return target
 
 
-def forget_unpacked(root: Path, name: str) -> None:
-    """The program is gone. A worker that is just starting has its files made anew."""
-    target, aside = root / name, root / f".incoming-{secrets.token_hex(8)}"
-    with contextlib.suppress(OSError):
-        target.rename(aside)
-        _remove(aside)
-
-
 def is_whole(folder: Path, hashes: Mapping[str, str]) -> bool:
     """Those files, with their bytes, and nothing else: also a file too many could be run."""
     found = set()

@@ -16,7 +16,7 @@ from nimbos.db import Transaction
 from nimbos.ledger.spent import spent
 from nimbos.types import Ask, Usage
 
-_OPEN_MAX = 16  # asks that are not settled; those that were let in and used nothing are forgotten first
+_OPEN_MAX = 16  # of one number: asks of which is not known what they paid
 _NOTHING = Usage()
 
 
@@ -30,7 +30,11 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def with_ask(self, number: int, ask_id: str) -> Attempts:
         if (number, ask_id) in self.open:
             return self
-        return msgspec.structs.replace(self, open=(*self.open, (number, ask_id))[-_OPEN_MAX:])
+        known = self.open
+        own = [pair for pair in known if pair[0] == number]
+        if len(own) >= _OPEN_MAX:
+            known = tuple(pair for pair in known if pair != own[0])
+        return msgspec.structs.replace(self, open=(*known, (number, ask_id)))
 
     def settled(self) -> Transaction[Attempts]:
         """As it stands now."""

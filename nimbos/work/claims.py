@@ -111,7 +111,7 @@ class Work:
         return sorted(claims, key=lambda claim: claim.ref)
 
     def queues(self, prefix: str) -> Transaction[list[str]]:
-        """Kinds that begin so and have work that is free."""
+        """Kinds that begin so and have work that is free, the one that waits longest first."""
         rows = yield _QUEUES(prefix=prefix, **self._sqlite_now())
         return [str(row["kind"]) for row in rows]
 
@@ -261,14 +261,14 @@ def _claiming(dialect: Dialect) -> Executable:
 
 
 def _looking(dialect: Dialect) -> Executable:
-    """Leaps from each kind to the next: there may be much work, of few kinds."""
+    """Whose work has been free for longest is first. Leaps from kind to kind: there may be much work, of few kinds."""
     first = select(func.min(work.c.kind).label("kind")).cte("queue", recursive=True)
     behind = select(func.min(work.c.kind)).where(work.c.kind > first.c.kind).correlate(first).scalar_subquery()
     queue = first.union_all(select(behind.label("kind")).where(first.c.kind.is_not(None)))
     prefix = bindparam("prefix", type_=Text)
-    free = select(work.c.ref).where(work.c.kind == queue.c.kind, work.c.free_at_ms <= _now_of(dialect)).exists()
+    oldest = select(func.min(work.c.free_at_ms)).where(work.c.kind == queue.c.kind).correlate(queue).scalar_subquery()
     begins = func.substr(queue.c.kind, 1, func.length(prefix)) == prefix
-    return select(queue.c.kind).where(begins, free).order_by(queue.c.kind)
+    return select(queue.c.kind).where(begins, oldest <= _now_of(dialect)).order_by(oldest, queue.c.kind)
 
 
 def _renewing(dialect: Dialect) -> Executable:

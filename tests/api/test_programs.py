@@ -192,18 +192,14 @@ def test_what_is_over_can_be_replayed_and_forked_without_its_program(server: Liv
     assert holder.ask("GET", f"/processes/{fork['id']}").json()["reason"] == "ok"
 
 
-def kept(server: Live, hash: str) -> bool:
-    return any(file.is_file() for file in Path(server.settings.home, "blobs").rglob(f"*{hash[2:]}"))
-
-
-def test_bytes_go_with_the_last_project_that_has_a_program_of_which_no_process_was_made(server: Live) -> None:
-    first, second = Holder(server), Holder(server)
-    files = {**PLAIN, "n": "never run"}
-    program = first.put(files).json()["id"]
-    assert second.put(files).json()["id"] == program
-    assert first.ask("DELETE", f"/programs/{program}").status_code == 200
-    assert second.ask("GET", f"/programs/{program}").json()["id"] == program
-    assert kept(server, program)
-    assert second.ask("DELETE", f"/programs/{program}").status_code == 200
-    assert not kept(server, program)
-    assert first.put(files).json()["id"] == program and kept(server, program)
+def test_a_program_that_is_taken_away_stays_a_part_of_others(server: Live) -> None:
+    whole, alone = Holder(server), Holder(server)
+    judge = {"nimbos.toml": 'name = "judge"\n', "instructions.md": "Judge, whatever you are shown.\n"}
+    parts = {f"agents/judge/{path}": text for path, text in judge.items()}
+    debate = whole.put({**PLAIN, **parts}).json()
+    assert debate["agents"] == {"judge": alone.put(judge).json()["id"]}
+    assert alone.ask("DELETE", "/programs/judge").status_code == 200
+    pid = spawned(whole, debate["id"])
+    until_done(whole, pid)
+    judges = Path(server.settings.home, "blobs").rglob(f"*{debate['agents']['judge'][2:]}")
+    assert any(file.is_file() for file in judges)

@@ -160,6 +160,18 @@ def test_who_took_much_before_more_was_added_is_not_cut_off() -> None:
     assert not bench.aborted
 
 
+def test_what_is_taken_of_what_was_added_counts() -> None:
+    bench = Bench()
+    bench.waiting = 100
+    bench.unread.watch()
+    bench.waiting = 1_000  # the next piece, while it is watched
+    bench.unread.watch()
+    for _ in range(10):
+        bench.waiting -= 50
+        bench.turn(6)
+    assert not bench.aborted
+
+
 def test_an_answer_that_goes_on_is_not_watched() -> None:
     """What waits grows then, whether the client reads or not."""
     bench = Bench()

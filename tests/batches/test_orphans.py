@@ -12,12 +12,13 @@ from sqlalchemy import bindparam, delete
 
 from nimbos.batches import Batches
 from nimbos.batches.contents import Contents, Received
-from nimbos.batches.files import Files
-from nimbos.batches.orphans import Orphans, file_of
+from nimbos.batches.files import Files, made
+from nimbos.batches.orphans import Orphans, begun_ms, file_of, given_back
 from nimbos.batches.words import File
 from nimbos.blobs import Blobs, open_blobs
 from nimbos.config import BatchSettings, Settings, StorageSettings
-from nimbos.db import Database, Statement, Transaction
+from nimbos.db import Database, Statement, Transaction, insert
+from nimbos.db.tables.accounts import users
 from nimbos.db.tables.batches import files as file_table
 from nimbos.errors import Conflict, NotFound
 from nimbos.types import Account, id_at
@@ -93,6 +94,35 @@ async def test_who_comes_with_the_row_too_late_is_refused_it(shelf: Shelf) -> No
         await shelf.files.keep(ALICE, received, filename="a", purpose="user_data")
     with pytest.raises(NotFound):
         await shelf.files.get(ALICE.id, received.file_id)
+
+
+async def test_an_id_that_was_taken_is_given_back_to_whoever_stores_its_content_again(shelf: Shelf) -> None:
+    received = await shelf.receive()
+    assert await shelf.orphans.sweep(least_age_s=AT_ONCE_S) == 0
+    file = made(ALICE, received, filename="a", purpose="batch_output", expires_s=None)
+
+    def record() -> Transaction[None]:
+        yield from given_back(file.id)
+        yield from shelf.files.record(ALICE, file, within_quota=False)
+
+    await shelf.database.run(record)
+    assert await sweep(shelf) == 0
+    assert await read(shelf, file.id) == b"content"
+
+
+async def test_what_is_older_than_the_database_was_another_ones(shelf: Shelf) -> None:
+    received = await shelf.receive()
+    owner = {column.name: None for column in users.columns} | {
+        "id": "user_owner", "organisation": "", "email": "", "name": "owner", "role": "owner",
+        "created_ms": begun_ms(received.file_id) + 24 * 3_600_000,
+    }  # fmt: skip
+
+    def born() -> Transaction[None]:
+        yield insert(users)(**owner)
+
+    await shelf.database.run(born)
+    assert await sweep(shelf) == 0 and await sweep(shelf) == 0
+    assert await shelf.blobs.has(received.blob)
 
 
 async def test_a_file_that_is_recorded_while_it_is_swept_is_whole_or_refused(shelf: Shelf) -> None:

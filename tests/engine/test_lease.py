@@ -8,6 +8,8 @@ import signal
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import pytest
+
 from nimbos.engine.lease import Lease
 from nimbos.types import AskClass
 
@@ -90,3 +92,12 @@ def test_engines_of_one_home_share_the_table(tmp_path: Path) -> None:
     with Lease(tmp_path / "lease") as one, Lease(tmp_path / "lease") as other:
         assert one._slot != other._slot
         assert len(one._rows()) == 2
+
+
+@pytest.mark.parametrize("size", [7, 1024, 1 << 16])
+def test_a_table_of_another_release_is_begun_anew(tmp_path: Path, size: int) -> None:
+    (tmp_path / "lease").write_bytes(b"\xff" * size)
+    with Lease(tmp_path / "lease") as lease:
+        assert [row.pid for row in lease._rows()] == [os.getpid()]
+        with lease.hold(AskClass.INTERACTIVE):
+            pass

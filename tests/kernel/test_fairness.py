@@ -89,3 +89,11 @@ async def test_only_queues_with_free_work_are_looked_into(database: Database, da
         assert len(await database.run(lambda: work.claim("b:two", "me", 5))) == 1
         assert await database.run(lambda: work.queues("b:")) == ["b:one"]
         assert await database.run(lambda: work.queues("d")) == []
+
+
+async def test_the_queue_that_waits_longest_is_first(database: Database, database_settings: Settings) -> None:
+    async with running(database, database_settings, start=False) as place:
+        work = place.kernel.work
+        for kind, ago_s in (("q:a", 1.0), ("q:z", 9.0), ("q:m", 5.0)):
+            await database.run(lambda kind=kind, ago_s=ago_s: work.add(kind, "1", delay_s=-ago_s))  # type: ignore[misc]
+        assert await database.run(lambda: work.queues("q:")) == ["q:z", "q:m", "q:a"]

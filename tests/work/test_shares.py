@@ -21,3 +21,9 @@ def test_places_go_to_those_that_have_fewest(free: int, holding: dict[str, int],
         assert count > 0
         assert after[name] <= caps.get(name, 10**9)
         assert after[name] <= min((after[other] for other in open_to_more), default=10**9) + 1
+
+
+def test_of_those_that_have_as_few_the_first_is_first() -> None:
+    """The first waits longest: by name, the last ones would never have a place where there are more than places."""
+    assert shares_of(1, {"z": 0, "a": 0}) == {"z": 1}
+    assert shares_of(2, {"z": 1, "m": 0, "a": 0}) == {"m": 1, "a": 1}
