@@ -252,14 +252,19 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
     urgent = [job for job in ready if held and not job.running and _urgent(job, key(job)[0])]
     if alone_ms > NEAR_TARGET * rules.stall_target_ms:  # else these fit below the target, like all others
         for job in urgent[:1]:  # interactive work itself: it may stretch the step, or it would never begin
-            step.add(job, max(_fitting(step, job, job.pending, _stretch(job, now_ms) * alone_ms), KERNEL_ROWS))
+            stretch = STRETCH if _holds_up(job, step, clock, rules) else _stretch(job, now_ms)
+            step.add(job, max(_fitting(step, job, job.pending, stretch * alone_ms), KERNEL_ROWS))
     stalled = bool(held) and step.milliseconds > rules.stall_target_ms
     ceiling = FILL * rules.stall_target_ms if held else None
+    rows_ms = 0.0  # of the running ones
     for job in ready:
         if job in held or job in step:
             continue
         if job.running:
             _add_running(step, job, ceiling, waiting_prompt, aged=key(job)[0] == 0)
+            rows_ms = step.milliseconds
+        elif ceiling is None and rows_ms and _holds_up(job, step, clock, rules):
+            _add_prompt(step, job, STRETCH * rows_ms, _slice_limit(job, rules), least=KERNEL_ROWS)
         else:
             _add_prompt(step, job, ceiling, _slice_limit(job, rules))
     return Plan(tuple(step.slices), step.rows, step.milliseconds, bool(held) or waiting_prompt, stalled)
@@ -268,6 +273,16 @@ def plan(live: Sequence[Job], costs: Costs, clock: FairClock, rules: Rules, now_
 def _stretch(job: Job, now_ms: float) -> float:
     """A crowd's prompts would wait for minutes behind its own rows if none of those ever waited for them."""
     return min(STRETCH_MOST, STRETCH * (1 + max(0.0, now_ms - job.arrived_ms) / PATIENCE_MS))
+
+
+def _holds_up(job: Job, step: _Step, clock: FairClock, rules: Rules) -> bool:
+    """Whether the job's prompt would make a row wait whose account has had less: it may stretch their step only a
+    little, or the few tokens of one who asks now and then would each wait for a slice of a flood's prompts."""
+    had = clock.virtual(job.account)
+    return rules.fair and any(
+        part.job.running and part.job.account != job.account and clock.virtual(part.job.account) < had
+        for part in step.slices
+    )
 
 
 def _inherited_ranks(live: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> dict[int, int]:
@@ -339,13 +354,15 @@ def _urgent(job: Job, rank_now: int) -> bool:
     return job.ask_class is AskClass.INTERACTIVE or rank_now == 0
 
 
-def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int) -> None:
-    """As large a slice as fits: the whole rest, or a count that makes the step a multiple of the kernels' rows."""
+def _add_prompt(step: _Step, job: Job, ceiling: float | None, limit: int, *, least: int = 0) -> None:
+    """As large a slice as fits: the whole rest, or a count that makes the step a multiple of the kernels' rows. The
+    step's first prompt gets `least`, whether they fit or not."""
     room = min(job.pending, limit - step.rows, step.rules.max_rows - step.rows)
     if room <= 0:
         return
     if ceiling is not None:
-        room = _fitting(step, job, room, ceiling)
+        first = all(part.job.running for part in step.slices)
+        room = max(_fitting(step, job, room, ceiling), min(room, least) if first else 0)
     if 0 < room < job.pending:
         aligned = (step.rows + room) // KERNEL_ROWS * KERNEL_ROWS - step.rows
         room = aligned if aligned > 0 else room

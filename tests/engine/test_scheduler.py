@@ -281,6 +281,34 @@ def test_a_large_model_over_the_target_still_begins_prompts_and_serves_what_has_
     assert batch in [s.job for s in later.slices]
 
 
+@pytest.mark.parametrize("ask_class", [AskClass.AGENT, AskClass.BATCH])
+def test_a_prompt_of_a_flood_stretches_the_rows_of_who_had_less_only_a_little(ask_class: AskClass) -> None:
+    polite = running(ask_class, account="polite", context=400)
+    rows = [polite, *(running(ask_class, account="flood", context=400) for _ in range(7))]
+    prompt = job(ask_class, account="flood", prompt=500)
+    clock = FairClock()
+    clock.charge("flood", 1_000.0)
+    alone_ms = planned(rows, clock=clock).predicted_ms
+    chosen = planned([*rows, prompt], clock=clock)
+    slices = {id(part.job): part.count for part in chosen.slices}
+    assert slices.keys() == {id(one) for one in (*rows, prompt)}
+    assert chosen.predicted_ms <= 1.5 * alone_ms or slices[id(prompt)] <= 4
+    for free in (planned([*rows, prompt]), planned([*rows[1:], prompt], clock=clock)):  # nobody had less
+        (whole,) = [part.count for part in free.slices if part.job is prompt]
+        assert whole > 2 * slices[id(prompt)]
+    clock.charge("polite", 2_000.0)  # now it is the one that had more
+    assert max(part.count for part in planned([*rows, prompt], clock=clock).slices) > 2 * slices[id(prompt)]
+
+
+def test_a_prompt_that_would_hold_up_who_had_less_still_gets_on() -> None:
+    row = running(AskClass.AGENT, account="polite", context=10)
+    deep = job(AskClass.AGENT, account="flood", prompt=30_000, computed=29_000)
+    clock = FairClock()
+    clock.charge("flood", 1_000.0)
+    (part,) = [part for part in planned([row, deep], clock=clock).slices if part.job is deep]
+    assert part.count >= 3
+
+
 def test_a_crowd_on_a_slow_machine_all_begin_soon() -> None:
     """Eight prompts at once where eight rows alone come near the target: the last begins in a few times what all the
     prompts take alone, not when the first answers end."""
