@@ -101,9 +101,7 @@ def test_the_process_is_confined_when_the_model_is_loaded(tmp_path: Path) -> Non
     process = loaded(tmp_path)
     found, tier = process.found, process.ready.tier
     missing = [f"none ({os.strerror(code)})" for code in (errno.ENOSYS, errno.EOPNOTSUPP)]
-    if tier in missing or tier.startswith(
-        "none (no Landlock"
-    ):  # anything else is a fault of ours, and no reason to skip
+    if tier in missing or tier.startswith("none (no Landlock"):  # anything else is our fault
         pytest.skip(f"no confinement here: {tier}")
     assert found["model"]
     assert not found["secret"]
