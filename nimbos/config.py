@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import platformdirs
@@ -42,7 +42,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     flash_attention: bool = True
     stall_target_ms: int = 150
     max_step_tokens: int = 512
-    guess_tokens: int = 0
+    guess_tokens: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     inbox: int = 512
     restart_limit: int = 5
     share_prefixes: bool = True

@@ -23,6 +23,8 @@ def test_no_file_gives_the_defaults(tmp_path: Path) -> None:
         ("[engine]\ncels = 5\n", "cels"),
         ("[engine]\ncells = 'many'\n", "engine.cells"),
         ("[motor]\n", "motor"),
+        ("[engine]\nguess_tokens = -4\n", "engine.guess_tokens"),
+        ("[engine]\nguess_tokens = 65\n", "engine.guess_tokens"),
         ("[server]\nunknown_fields = 'quiet'\n", "server.unknown_fields"),
         ("home = '/elsewhere'\n", "home"),
         ("[engine\n", "config.toml"),
