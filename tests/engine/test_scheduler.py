@@ -300,6 +300,19 @@ def test_a_prompt_of_a_flood_stretches_the_rows_of_who_had_less_only_a_little(as
     assert max(part.count for part in planned([*rows, prompt], clock=clock).slices) > 2 * slices[id(prompt)]
 
 
+def test_however_long_it_waited_an_interactive_prompt_of_a_flood_stretches_who_had_less_only_a_little() -> None:
+    rules = Rules(stall_target_ms=10.0)  # a slow machine: the rows alone take longer
+    polite = running(account="polite", context=400)
+    prompt = job(account="flood", prompt=500)
+    clock = FairClock()
+    clock.charge("flood", 1_000.0)
+    counts = []
+    for behind in (clock, FairClock()):
+        chosen = planned([polite, prompt], now=60_000.0, rules=rules, clock=behind)
+        counts.append(next(part.count for part in chosen.slices if part.job is prompt))
+    assert 0 < counts[0] < counts[1]
+
+
 def test_a_prompt_that_would_hold_up_who_had_less_still_gets_on() -> None:
     row = running(AskClass.AGENT, account="polite", context=10)
     deep = job(AskClass.AGENT, account="flood", prompt=30_000, computed=29_000)
