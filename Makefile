@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# Tests wait more than they compute: a worker more than there are cores (tests/conftest.py). A file stays in one.
+PARALLEL ?= -n auto --dist loadfile
 
 .PHONY: up test test-postgresql test-long lint types check clean
 
@@ -23,11 +25,11 @@ up: .venv/.installed
 	@$(BIN)/nimbos up $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # The same tests, with PostgreSQL behind every server that they start.
 test-postgresql: .venv/.installed-dev
-	NIMBOS_TEST_DATABASE=postgresql $(BIN)/python -m pytest -q $(ARGS)
+	NIMBOS_TEST_DATABASE=postgresql $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-long: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m long --timeout 1800 $(ARGS)

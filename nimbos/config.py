@@ -16,6 +16,10 @@ import platformdirs
 from nimbos.errors import ConfigError
 
 UnknownFieldsPolicy = Literal["", "strict", "warn"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,19 +36,19 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     library: str = ""
-    threads: int = 0
-    context_tokens: int = 0
-    cells: int = 0
-    kv_memory_mib: int = 1024
-    swap_memory_mib: int = 512
-    swap_disk_mib: int = 0
-    sequences: int = 128
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    context_tokens: Count = 0
+    cells: Count = 0
+    kv_memory_mib: AtLeastOne = 1024
+    swap_memory_mib: Count = 512
+    swap_disk_mib: Count = 0
+    sequences: Annotated[int, msgspec.Meta(ge=2, le=256)] = 128
     flash_attention: bool = True
-    stall_target_ms: int = 150
-    max_step_tokens: int = 512
+    stall_target_ms: AtLeastOne = 150
+    max_step_tokens: AtLeastOne = 512
     guess_tokens: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    inbox: int = 512
-    restart_limit: int = 5
+    inbox: AtLeastOne = 512
+    restart_limit: Count = 5
     share_prefixes: bool = True
     fair: bool = True
 
@@ -57,19 +61,19 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `ollama`: a second listener on loopback, at `ollama_port`, that speaks Ollama and asks for no key."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     tls_cert: str = ""
     tls_key: str = ""
     insecure: bool = False
-    max_body_bytes: int = 16 * 1024 * 1024
-    max_header_bytes: int = 32 * 1024
-    memory_mib: int = 0
-    keep_alive_s: float = 15.0
-    stall_write_s: float = 60.0
+    max_body_bytes: AtLeastOne = 16 * 1024 * 1024
+    max_header_bytes: AtLeastOne = 32 * 1024
+    memory_mib: Count = 0
+    keep_alive_s: Seconds = 15.0
+    stall_write_s: Seconds = 60.0
     ollama: bool = False
-    ollama_port: int = 11434
+    ollama_port: Port = 11434
     moderation_model: str = ""
     unknown_fields: UnknownFieldsPolicy = ""
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
@@ -87,11 +91,11 @@ class BatchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """`file_bytes`: the largest file. `project_bytes`: all files of a project. `lines`: of one batch.
     `line_bytes`: the longest line. `lines_at_once`: lines of all batches that one server answers at a time."""
 
-    file_bytes: int = 200 * 1024 * 1024
-    project_bytes: int = 10 * 1024 * 1024 * 1024
-    lines: int = 50_000
-    line_bytes: int = 4 * 1024 * 1024
-    lines_at_once: int = 32
+    file_bytes: AtLeastOne = 200 * 1024 * 1024
+    project_bytes: AtLeastOne = 10 * 1024 * 1024 * 1024
+    lines: AtLeastOne = 50_000
+    line_bytes: AtLeastOne = 4 * 1024 * 1024
+    lines_at_once: AtLeastOne = 32
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

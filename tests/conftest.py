@@ -54,3 +54,7 @@ def pytest_configure() -> None:
     for phase in ("connect", "read", "write", "pool"):
         setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE_S)
     compileall.compile_dir(Path(__file__).parent.parent / "nimbos", quiet=2)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    return min(8, 1 + (os.cpu_count() or 1))

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from nimbos.errors import DownloadFailed
 from nimbos.hub.archive import extract
-from nimbos.hub.packages import Expected, last_words, run_client, stop
+from nimbos.hub.packages import Expected, child, last_words, run_client
 from nimbos.hub.progress import Progress
 
 BUILD_NAME = "llama-cpp-python-0.3.36"
@@ -114,18 +114,11 @@ def _llama_member(member: PurePosixPath) -> PurePosixPath | None:
 
 async def _run(command: list[str], progress: Progress) -> None:
     """Runs a build step, telling every tenth of it. It does not outlive us."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        limit=1 << 20,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
     tail: deque[bytes] = deque(maxlen=200)
     told = 0
-    try:
+    pipe, output = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
+    async with child(*command, stdout=pipe, stderr=output, limit=1 << 20) as process:
+        assert process.stdout is not None
         async for line in process.stdout:
             tail.append(line)
             match = _PERCENT.match(line)
@@ -133,8 +126,6 @@ async def _run(command: list[str], progress: Progress) -> None:
                 told = int(match[1])
                 progress.note(f"built {told} %")
         await process.wait()
-    finally:
-        await stop(process)
     if process.returncode:
         raise DownloadFailed(f"The build failed: {last_words(b''.join(tail))}")
 

@@ -13,11 +13,11 @@ import signal
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nimbos.errors import DownloadFailed
 from nimbos.hub.disk import BLOCK_BYTES, Fetched, drop_part, part_of, require_space, settle, sha256_of
@@ -153,20 +153,9 @@ async def run_client(
         require_space(folder, 2 * expected.size_bytes, label)
     environment = {**os.environ, "TMPDIR": str(temporary), "TMP": str(temporary), "TEMP": str(temporary)}
     with (folder / "client.log").open("w+b") as log:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            cwd=folder,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        progress.start(label, total_bytes=expected.size_bytes or None, done_bytes=0)
-        try:
+        async with child(*command, cwd=folder, env=environment, stdout=log, stderr=log) as process:
+            progress.start(label, total_bytes=expected.size_bytes or None, done_bytes=0)
             await _watch(process, folder, progress)
-        finally:
-            await stop(process)
         if process.returncode:
             log.seek(0)
             raise DownloadFailed(f"{name} could not get {label}: {last_words(log.read())}")
@@ -184,8 +173,22 @@ async def _watch(process: asyncio.subprocess.Process, folder: Path, progress: Pr
         ending.cancel()
 
 
-async def stop(process: asyncio.subprocess.Process) -> None:
-    """A child, which has a session of its own, does not outlive us when we are cancelled, nor do its children."""
+@asynccontextmanager
+async def child(*command: str, **options: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A child with a session of its own and no input, which does not outlive this block, nor do its children.
+
+    While it starts we are not cancelled: asyncio would then end the child alone.
+    """
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True, **options)
+    )
+    try:
+        yield await asyncio.shield(starting)
+    finally:
+        await _stop(await starting)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):
             if sys.platform == "win32":

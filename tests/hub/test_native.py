@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,30 @@ async def test_cancelling_ends_the_client_and_all_its_children(npm: Path, settin
         while any(_alive(pid) for pid in started):
             await asyncio.to_thread(os.sched_yield)
     assert os.listdir(settings.engines_dir / ".scratch") == [".lock"]
+
+
+async def test_cancelling_while_the_client_starts_ends_its_children_too(
+    npm: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """The loop stands still from the fork until the client has a child, so that it is cancelled before it is known."""
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}\nwait\n")
+    before = _children()
+    installing = asyncio.create_task(library(settings, npm).install())
+    while _children() == before:
+        await asyncio.sleep(0)
+    started = [int(pid) for pid in pids.read_text().split()]
+    installing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await installing
+    async with asyncio.timeout(60):
+        while any(_alive(pid) for pid in started):
+            await asyncio.to_thread(os.sched_yield)
+
+
+def _children() -> str:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
 
 
 def _alive(pid: int) -> bool:
