@@ -52,7 +52,7 @@ def take_in(
         paid_output=ask.paid_output_tokens,
     )
     tracks: list[Track] = []
-    output = thinking = 0
+    output = thinking = ended_output = ended_thinking = 0
     for branch in range(ask.n):
         is_open = branch in open_branches
         emitted = ask.emitted.get(branch, ())
@@ -84,5 +84,13 @@ def take_in(
             answer.allow(ask.allowance_tokens, last=ask.allowance_last)
             job.parked = answer.spent
             tracks.append(track)
-    tally.resume(output=output, thinking=thinking, cached=max(submit.cached.values(), default=None))
+        else:
+            ended_output, ended_thinking = ended_output + track.output_tokens, ended_thinking + track.thinking_tokens
+    tally.resume(
+        output=output,
+        thinking=thinking,
+        cached=max(submit.cached.values(), default=None),
+        ended_output=ended_output,
+        ended_thinking=ended_thinking,
+    )
     return tracks

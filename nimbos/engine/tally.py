@@ -7,7 +7,8 @@ which must come before anything of that step is posted. Read `meterfile.py` for 
 
 After an engine's death the row knows what was counted and the ask what was received; what was counted and never
 received is sampled again, so `resume` moves it to what is not billed. An ask that goes on with another's answer bills
-nothing of what that one has paid for: its height begins there, and its first tokens of output may be paid for, too.
+nothing of what that one has paid for: its height begins there, and its first tokens of output may be paid for, too,
+in whichever branch they come. A branch that ends tells its tokens less those of all that nobody has told yet.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Tally:
         "_paid_prompt",
         "_pending",
         "_row",
+        "_told_again",
         "cached",
         "open_branches",
         "prompt_tokens",
@@ -48,13 +50,18 @@ class Tally:
         self.cached = self.recomputed = 0
         self._paid_output = paid_output
         self._again = (0, 0)  # of this ask's output and thinking, what was paid for
+        self._told_again = (0, 0)  # of that, what branches that ended have left out
         self._row = row
         self._pending = [0] * 8
 
-    def resume(self, *, output: int, thinking: int, cached: int | None) -> None:
-        """Goes on where an earlier engine stopped. `output` and `thinking`: tokens that the server has received;
-        `cached`: prompt tokens that were found then, None if it had not begun (used where there is no row)."""
+    def resume(
+        self, *, output: int, thinking: int, cached: int | None, ended_output: int = 0, ended_thinking: int = 0
+    ) -> None:
+        """Goes on where an earlier engine stopped. `output` and `thinking`: tokens that the server has received, and
+        `ended_…` those of them that are of branches that have ended; `cached`: prompt tokens that were found then, None
+        if it had not begun (used where there is no row)."""
         again, thought_again = self._take_paid(output, thinking)
+        self._told_again = min(ended_output, again), min(ended_thinking, thought_again)
         if self._row is None:
             if cached is not None:
                 self.reached, self.cached = self.prompt_tokens, cached
@@ -104,7 +111,10 @@ class Tally:
     def usage(self, *, first: bool, output: int, thinking: int) -> Usage:
         """Of one branch that ends; the prompt is told by the first, and what was computed again by the last."""
         self.open_branches -= 1
-        again, thought_again = self._again if first else (0, 0)
+        told, told_thinking = self._told_again
+        again = min(output, self._again[0] - told)
+        thought_again = min(thinking, self._again[1] - told_thinking)
+        self._told_again = told + again, told_thinking + thought_again
         return Usage(
             input=self.reached - self._paid_prompt if first else 0,
             cached=self.cached if first else 0,
@@ -116,7 +126,7 @@ class Tally:
     def _take_paid(self, output: int, thinking: int) -> tuple[int, int]:
         """Of the next tokens of output, and of thinking among them, those that are paid for."""
         again = min(output, self._paid_output)
-        thought_again = min(max(0, thinking), again)
+        thought_again = thinking if again == output else min(max(0, thinking), again)
         self._paid_output -= again
         self._again = (self._again[0] + again, self._again[1] + thought_again)
         return again, thought_again

@@ -67,11 +67,11 @@ class Attempt:
 
 
 def with_what_is_paid(ask: Ask, paid: Usage) -> Ask:
-    """Tokens of several branches cannot be told apart afterwards: theirs are paid for again, their prompt is not."""
+    """Which branch was paid how much is not known, and need not be: together they say as much as before."""
     if paid == _NOTHING:
         return ask
     return msgspec.structs.replace(
         ask,
         paid_prompt_tokens=ask.paid_prompt_tokens + paid.input,
-        paid_output_tokens=ask.paid_output_tokens + (paid.output if ask.n == 1 else 0),
+        paid_output_tokens=ask.paid_output_tokens + paid.output,
     )

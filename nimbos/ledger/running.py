@@ -151,7 +151,7 @@ class Running:
     def _progress(self) -> Progress:
         live = self._live()
         ended = sum(final.usage.output for final in self._finals.values())
-        before = sum(self._begun[number] for number in live) + (self.ask.paid_output_tokens if live else 0)
+        before = sum(self._begun[number] for number in live) + (self._paid_ahead(ended) if live else 0)
         counts = self._desk.meters.read(self._row)
         allowed = self._allowance_tokens
         return Progress(
@@ -162,6 +162,12 @@ class Running:
             allowance_tokens=max(self._sent[number] for number in live) if allowed is None else allowed,
             limit_tokens=self.ask.limit_tokens,
         )
+
+    def _paid_ahead(self, ended_output: int) -> int:
+        """Of the tokens that an earlier ask has paid for, those that no branch that ended has left out of what it told:
+        one that told any has left out the last of them."""
+        ended = sum(self._sent[number] - self._begun[number] for number in self._finals)
+        return 0 if ended_output else max(0, self.ask.paid_output_tokens - ended)
 
     def _grant(self, allowance_tokens: int | None, *, last: bool) -> None:
         unchanged = allowance_tokens is None and self._allowance_tokens is None

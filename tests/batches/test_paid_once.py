@@ -39,8 +39,9 @@ def until(happened: Callable[[], bool]) -> None:
 
 def is_in_its_middle(live: Live, asks: int) -> bool:
     """All asks have begun, and one of them has said a part of what it will."""
-    begun = [ask.id for ask in live.sources["demo"].asks]
-    return len(begun) == asks and any(2 < live.runtime.service.used(ask).output < WORDS for ask in begun)
+    begun = live.sources["demo"].asks
+    used = [(live.runtime.service.used(ask.id).output, ask.n) for ask in list(begun)]
+    return len(used) == asks and any(2 * n < output < WORDS * n for output, n in used)
 
 
 async def books(settings: Settings) -> tuple[list[Any], list[Any]]:
@@ -53,16 +54,18 @@ async def books(settings: Settings) -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 @pytest.mark.parametrize(
-    ("line", "asks"),
+    ("line", "asks", "choices"),
     [
-        (chat_line("a", "long"), 1),
-        (completion_line("a", ["long"]), 1),
-        (completion_line("a", ["one", "long", "two"]), 3),
+        (chat_line("a", "long"), 1, 1),
+        (chat_line("a", "long", n=3), 1, 3),
+        (completion_line("a", ["long"]), 1, 1),
+        (completion_line("a", ["one", "long", "two"]), 3, 1),
+        (completion_line("a", ["one", "long"], n=2), 2, 2),
     ],
-    ids=["chat", "completion", "several prompts"],
+    ids=["chat", "choices", "completion", "several prompts", "choices of several prompts"],
 )
 def test_a_line_that_is_begun_again_pays_once_for_what_it_is_told(
-    tmp_path: Path, kind: str, line: dict[str, Any], asks: int
+    tmp_path: Path, kind: str, line: dict[str, Any], asks: int, choices: int
 ) -> None:
     url = postgres_server().with_tables() if kind == "postgresql" else ""
     home = tmp_path / "home"
@@ -76,7 +79,7 @@ def test_a_line_that_is_begun_again_pays_once_for_what_it_is_told(
         settings = live.settings
     assert again == asks
     told = row["response"]["body"]["usage"]
-    assert told["completion_tokens"] == WORDS + asks - 1
+    assert told["completion_tokens"] == choices * (WORDS + asks - 1)
     rows, meters = asyncio.run(books(settings))
     assert len(rows) == 2 * asks
     assert {one["class"] for one in rows} == {AskClass.BATCH.value}

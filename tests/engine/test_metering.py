@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nimbos.engine import Engine
 from nimbos.engine.scripted import ScriptedSource
@@ -265,3 +268,50 @@ def test_what_was_paid_for_stays_so_when_the_engine_dies_too(meters: MeterFile) 
     second.write()
     assert counts_of(meters, wanted).usage() == Usage(input=5, output=7, recomputed=15 + 3 + 1 + 20)
     assert second.usage(first=True, output=10, thinking=0) == counts_of(meters, wanted).usage()
+
+
+@st.composite
+def endings(draw: st.DrawFn) -> list[tuple[int, bool]]:
+    """Tokens of several branches in the order they come: whose each is, and whether it is thinking."""
+    branches = draw(st.integers(1, 4))
+    of = st.tuples(st.integers(0, branches - 1), st.booleans())
+    return [*draw(st.permutations([(branch, False) for branch in range(branches)])), *draw(st.lists(of, max_size=30))]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=endings(), paid=st.integers(0, 40), dies_after=st.none() | st.integers(0, 30))
+def test_branches_together_tell_what_is_billed_whoever_of_them_ends_first(
+    meters: MeterFile, tokens: list[tuple[int, bool]], paid: int, dies_after: int | None
+) -> None:
+    """An earlier ask has paid for `paid` tokens of all branches; each ends with its last token. The engine may die."""
+    wanted = metered(meters, ask())
+    assert wanted.meter_row is not None
+    row = meters.row(wanted.meter_row, wanted.id)
+    left = Counter(branch for branch, _ in tokens)
+    output, thinking = Counter[int](), Counter[int]()
+    ended: list[int] = []
+    told = Usage()
+    tally = Tally(5, row, open_branches=len(left), paid_prompt=5, paid_output=paid)
+    tally.computed(0, 5)
+    for at, (branch, thought) in enumerate(tokens):
+        if at == dies_after:
+            tally = Tally(5, row, open_branches=len(left) - len(ended), paid_prompt=5, paid_output=paid)
+            tally.resume(
+                output=output.total(),
+                thinking=thinking.total(),
+                cached=0,
+                ended_output=sum(output[one] for one in ended),
+                ended_thinking=sum(thinking[one] for one in ended),
+            )
+        output[branch] += 1
+        thinking[branch] += thought
+        tally.answered(1, int(thought))
+        tally.write()
+        if output[branch] == left[branch]:
+            ended.append(branch)
+            told += tally.usage(first=branch == 0, output=output[branch], thinking=thinking[branch])
+    billed = counts_of(meters, wanted).usage()
+    meters.free(wanted.meter_row)
+    assert (told.input, told.output, told.thinking) == (billed.input, billed.output, billed.thinking)
+    assert billed.input == 0
+    assert billed.output == max(0, len(tokens) - paid)

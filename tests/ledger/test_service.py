@@ -273,8 +273,9 @@ def check_told(tolds: list[Told], rows: dict[str, Any]) -> None:
 class Diary:
     """A journal that remembers, and refuses on demand."""
 
-    def __init__(self, refuse: str = "") -> None:
+    def __init__(self, refuse: str = "", *, paid: Usage | None = None) -> None:
         self.refuse = refuse
+        self.paid = paid or Usage()
         self.seen: list[str] = []
 
     def _note(self, what: str) -> Transaction[None]:
@@ -282,10 +283,6 @@ class Diary:
         if self.refuse == what:
             raise Conflict(f"{what} is refused")
         yield from ()
-
-    @property
-    def paid(self) -> Usage:
-        return Usage()
 
     def reserved(self, ask: Ask, *, prompt_tokens: int) -> Transaction[None]:
         yield from self._note("reserved")
@@ -305,6 +302,20 @@ async def test_a_journal_is_in_the_ledgers_own_transactions(open_shop: Shop) -> 
     with pytest.raises(Conflict):
         await open_shop.ask(limit_tokens=1, journal=Diary("reserved"))
     assert len(await open_shop.rows()) == 1  # the reservation went with it
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+async def test_what_an_earlier_ask_has_paid_for_is_not_held_nor_paid_again(open_shop: Shop, choices: int) -> None:
+    """A budget that has the rest of all choices to the token lets them all go to their end."""
+    earlier = Usage(input=SAY_TOKENS, output=choices * 200 - 150)
+    budget = await open_shop.books.budget("key", ACCOUNT.key, limit=150)
+    told = await open_shop.ask(n=choices, journal=Diary(paid=earlier))
+    assert {final.reason for final in told.finals} == {FinishReason.STOP}
+    assert (told.usage.input, told.usage.output) == (SAY_TOKENS, choices * 200)
+    row = (await open_shop.rows())[told.ask.id]
+    assert ledger_of(row) == Usage(output=150, recomputed=earlier.input + earlier.output)
+    left = await open_shop.books.look(budget)
+    assert (left.used, left.reserved) == (150, 0)
 
 
 async def test_a_journal_that_refuses_the_end_keeps_nobody_from_what_was_used(open_shop: Shop) -> None:
