@@ -128,7 +128,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     waits until the source is told more (`TokenSource.extend`), or with `allowance_last` ends there. None: no budget
     holds it.
     `paid_prompt_tokens`, `paid_output_tokens`: what an ask that this one goes on with has paid for already, of the
-    prompt and of tokens behind `emitted` that were lost; computing them again is `recomputed`. For one branch.
+    prompt and, of all branches together, of tokens behind `emitted` that were lost; computing them again is
+    `recomputed`.
     `meter_row`: the row of the meter file that is this ask's; None: nothing is counted there.
     For `Kind.RERANK` `parts[0]` is the query and each further part a document; their scores come as `ScoreChunk`s.
     `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
@@ -161,6 +162,11 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     grammar: Grammar | None = None
     thinking: Thinking | None = None
+
+    @property
+    def unpaid_pin_tokens(self) -> int:
+        """Of the prefix that is to be kept, what is behind the part of the prompt that is paid for already."""
+        return max(0, self.pin_tokens - self.paid_prompt_tokens)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

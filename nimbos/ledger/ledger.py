@@ -103,7 +103,7 @@ class Ledger:
         hold, allowance_tokens, compute_ms, table = Hold(), None, budgets.time_left_ms(chain), None
         if budgets.limited(chain):
             table = yield from self._table(version)
-            need = need.at(table.rates(card.id, ask.ask_class.value, ask.pin_tokens))
+            need = need.at(table.rates(card.id, ask.ask_class.value, ask.unpaid_pin_tokens))
             granted = budgets.grant(chain, need, now_ms=now_ms)
             hold = need.hold(granted)
             allowance_tokens = _already(ask) + granted if need.slice_tokens else None

@@ -114,7 +114,7 @@ def open_row(
         finish="",
         price_version=admitted.price_version,
         prompt_tokens=admitted.prompt_tokens,
-        pin_tokens=ask.pin_tokens,
+        pin_tokens=ask.unpaid_pin_tokens,
         budgets=budgets.encode_ids(admitted.chain),
         limits=limits.encode_charged(admitted.passed.charged),
         estimated_tokens=admitted.estimated_tokens,

@@ -31,9 +31,10 @@ def spent(ask_id: str) -> Transaction[Spent | None]:
     if not rows or rows[0]["state"] != SETTLED:
         return None
     found = {row["meter"]: row["quantity"] for row in (yield _METERS(of=ask_id))}
-    cached, thinking = found.get("cached", 0), found.get("thinking", 0)
+    cached = found.get("cached", 0) + found.get("cache_read", 0)
+    thinking = found.get("thinking", 0)
     usage = Usage(
-        input=found.get("input", 0) + cached,
+        input=found.get("input", 0) + found.get("cache_write", 0) + cached,
         cached=cached,
         output=found.get("output", 0) + thinking,
         thinking=thinking,

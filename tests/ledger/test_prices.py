@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, InvalidRequest
-from nimbos.ledger import Price, PriceTable, Settlement, current_table, prices, set_prices
+from nimbos.ledger import (
+    Price,
+    PriceTable,
+    Settlement,
+    current_table,
+    prices,
+    set_prices,
+    spent,
+    with_what_is_paid,
+)
 from nimbos.ledger.prices import Rates, quantities, tokens_of
 from nimbos.types import AskClass, Usage
 from tests.ledger.books import ACCOUNT, ASKS, CARD, METERS, Books, an_ask, of_class
@@ -128,6 +138,24 @@ def test_a_marked_prefix_costs_more_to_take_in_and_less_to_find() -> None:
     assert quantities(later, 800_000) == {"input": 100_000, "cached": 100_000, "cache_read": 800_000}
     assert (marked.cost_micros(first), plain.cost_micros(first)) == (120, 100)
     assert (marked.cost_micros(later), plain.cost_micros(later)) == (20, 28)
+
+
+@pytest.mark.parametrize("before", [20, 50, 70, 100])
+async def test_a_marked_prefix_that_is_begun_anew_is_taken_in_once(books: Books, before: int) -> None:
+    """An ask that was killed had computed `before` of 100 tokens of prompt, of which 60 are marked. The one that goes on
+    with it pays for the others, and takes in what is left of the 60."""
+    first = an_ask(pin_tokens=60)
+    await books.reserve(first, prompt=100)
+    await books.settle(first.id, Usage(input=before))
+    known = await books.run(lambda: spent(first.id))
+    assert known is not None and known.usage == Usage(input=before)
+    second = with_what_is_paid(an_ask(pin_tokens=60), known.usage)
+    await books.reserve(second, prompt=100 - before)
+    await books.settle(second.id, Usage(input=100 - before, recomputed=before))
+    sums: Counter[str] = Counter()
+    for row in await books.rows(METERS):
+        sums[row["meter"]] += row["quantity"]
+    assert (sums["cache_write"], sums["input"]) == (60, 40)
 
 
 @pytest.fixture
