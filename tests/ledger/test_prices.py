@@ -142,8 +142,8 @@ def test_a_marked_prefix_costs_more_to_take_in_and_less_to_find() -> None:
 
 @pytest.mark.parametrize("before", [20, 50, 70, 100])
 async def test_a_marked_prefix_that_is_begun_anew_is_taken_in_once(books: Books, before: int) -> None:
-    """An ask that was killed had computed `before` of 100 tokens of prompt, of which 60 are marked. The one that goes on
-    with it pays for the others, and takes in what is left of the 60."""
+    """An ask that was killed had computed `before` of 100 tokens of prompt, of which 60 are marked. The next one
+    pays for the others, and takes in what is left of the 60."""
     first = an_ask(pin_tokens=60)
     await books.reserve(first, prompt=100)
     await books.settle(first.id, Usage(input=before))
