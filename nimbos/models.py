@@ -91,9 +91,7 @@ def _sources(
         )
 
     def memory_needed(model: LocalModel) -> int:
-        cells = cells_of(model, settings.engine)
-        sequences = sequences_of(model, settings.engine)
-        return hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=budget_bytes)
+        return check_memory(hub, model, settings.engine, budget_bytes=budget_bytes)
 
     return Sources(
         shelf=hub,
@@ -104,6 +102,20 @@ def _sources(
         scripted=scripted,
         aliases=settings.server.aliases,
         named=named,
+    )
+
+
+def check_memory(hub: Hub, model: LocalModel, settings: EngineSettings, *, budget_bytes: int) -> int:
+    """Bytes that an engine with these settings needs for it.
+
+    Raises: ModelUnusable with the numbers when that is more than the budget.
+    """
+    return hub.check_memory(
+        model,
+        cells=cells_of(model, settings),
+        sequences=sequences_of(model, settings),
+        budget_bytes=budget_bytes,
+        flash_attention=settings.flash_attention,
     )
 
 

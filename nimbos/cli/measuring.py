@@ -25,7 +25,7 @@ from nimbos.engine.engine import KEPT_ENVIRONMENT
 from nimbos.engine.library import candidates, quiet_environment
 from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotReady
 from nimbos.hub import Hub, LocalModel
-from nimbos.models import cells_of, memory_budget_bytes, sequences_of
+from nimbos.models import check_memory, memory_budget_bytes
 
 BUSY_SHARE = 0.15  # of all cores in other processes' hands, above which a measurement says more of them than of us
 CPU_SHARE_MIN = 0.85  # of cores × time that a measurement must really get
@@ -124,9 +124,7 @@ def choose_model(hub: Hub, name: str | None) -> LocalModel:
 
 def require_memory(hub: Hub, model: LocalModel, settings: Settings) -> None:
     """Raises: ModelUnusable with the numbers, before anything is loaded."""
-    cells = cells_of(model, settings.engine)
-    sequences = sequences_of(model, settings.engine)
-    hub.check_memory(model, cells=cells, sequences=sequences, budget_bytes=memory_budget_bytes(settings))
+    check_memory(hub, model, settings.engine, budget_bytes=memory_budget_bytes(settings))
 
 
 def why_not_now(server: ServerState | None) -> str | None:

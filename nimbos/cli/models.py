@@ -33,7 +33,8 @@ def pull(
     from nimbos.config import load
     from nimbos.hub import Hub
 
-    hub = Hub(load())
+    settings = load()
+    hub = Hub(settings)
     try:
         with Watching() as progress:
             model = run_interruptible(hub.pull(name, progress=progress))
@@ -41,7 +42,7 @@ def pull(
         typer.echo(_stopped(hub.partial_bytes(name)), err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{model.id} is ready: {model.size_bytes / 1e6:,.1f} MB, sha256 {model.sha256[:16]}…, {model.path}")
-    _warn_memory(model)
+    _warn_memory(model, flash_attention=settings.engine.flash_attention)
 
 
 def models(
@@ -75,12 +76,13 @@ def _stopped(kept_bytes: int) -> str:
     return f"Stopped. {kept_bytes / 1e6:,.1f} MB are kept; the same `nimbos pull` goes on from there."
 
 
-def _warn_memory(model: LocalModel) -> None:
+def _warn_memory(model: LocalModel, *, flash_attention: bool) -> None:
     """A hint now is kinder than a refusal later; this machine may only be storing it."""
     from nimbos.hub.memory import machine_memory_bytes, memory_need
 
     have = machine_memory_bytes()
-    need = memory_need(model.facts, cells=min(model.facts.context_tokens, 4096)).total_bytes
+    cells = min(model.facts.context_tokens, 4096)
+    need = memory_need(model.facts, cells=cells, flash_attention=flash_attention).total_bytes
     if have is not None and need > have:
         typer.echo(
             f"It needs about {need / 1e6:,.0f} MB of memory and this machine has {have / 1e6:,.0f} MB.", err=True

@@ -65,6 +65,11 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the pinned libllama knows the architecture."""
         return self.architecture in ARCHITECTURES
 
+    @property
+    def keeps_cells(self) -> bool:
+        """Whether what was computed stays in memory; else a row sees only those of its own pass."""
+        return bool(self.kv_bytes_per_cell or self.window_bytes_per_cell)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gguf:

@@ -90,12 +90,21 @@ class Hub:
             raise ModelUnusable(str(model.path), reason=model.problem)
         return model
 
-    def check_memory(self, model: LocalModel, *, cells: int, budget_bytes: int, sequences: int = 1) -> int:
+    def check_memory(
+        self, model: LocalModel, *, cells: int, budget_bytes: int, sequences: int = 1, flash_attention: bool = True
+    ) -> int:
         """Bytes that serving it with `cells` tokens of KV (and for recurrent models, so many sequences) needs.
 
         Raises: ModelUnusable with the numbers when that is more than the budget.
         """
-        return require_memory(model.path, model.facts, cells=cells, budget_bytes=budget_bytes, sequences=sequences)
+        return require_memory(
+            model.path,
+            model.facts,
+            cells=cells,
+            budget_bytes=budget_bytes,
+            sequences=sequences,
+            flash_attention=flash_attention,
+        )
 
     def remove(self, name: str) -> None:
         """Deletes an installed model, or what a download left; a file that was registered where it lies stays.
