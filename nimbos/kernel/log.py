@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from msgspec.structs import replace
 from sqlalchemy import BigInteger, Integer, Text, bindparam, select
 
 from nimbos.db import Database, ManyRows, Row, Statement, Transaction
@@ -117,7 +118,7 @@ class Log:
         if holder is None and head.state is State.RUNNING:
             raise Conflict(f"The process {pid} is running; send it a signal.")
         if view is not None:
-            yield from _check(head, view(), drafts)
+            (yield from caught_up(head, view())).go_on([draft.body for draft in drafts])
         events, head = _written(head, drafts, self._now_ms())
         yield from _insert(events)
         yield from store_head(head)
@@ -183,8 +184,11 @@ class Log:
             raise Fenced(holder.claim) from error
 
 
-def _check(head: Head, view: View, drafts: Sequence[Draft]) -> Transaction[None]:
-    """What was appended since the view was folded is folded first. Raises: Illegal."""
+def caught_up(head: Head, view: View) -> Transaction[View]:
+    """The view as the log is now: what was appended since it was folded is folded into it. `head` is locked.
+
+    Raises: Illegal.
+    """
     while view.seq < head.seq:
         rows = yield _READ(pid=head.pid, after=view.seq, upto=head.seq, most=_PAGE)
         if not rows:
@@ -192,7 +196,7 @@ def _check(head: Head, view: View, drafts: Sequence[Draft]) -> Transaction[None]
         fold((event_of(row) for row in rows), view)
     if (view.seq, view.hash) != (head.seq, head.hash):
         raise Illegal(head.pid, "none", f"the log ends at {head.seq}, and not as it was read up to {view.seq}")
-    view.go_on([draft.body for draft in drafts])
+    return view
 
 
 def _forkable(pid: str, fork: ProcForked) -> Transaction[None]:

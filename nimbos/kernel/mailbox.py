@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
 from sqlalchemy import BigInteger, Integer, Text, bindparam, select
 
 from nimbos.db import Row, Statement, Transaction, insert
@@ -93,6 +94,11 @@ def queue_of(account: str) -> str:
     return f"{QUEUES}{account}"
 
 
+def account_of(queue: str) -> str:
+    """Whose processes wait in it."""
+    return queue.removeprefix(QUEUES)
+
+
 def unread(head: Head, *, whole: bool = False) -> Transaction[list[Mail]]:
     """What was not taken yet, oldest first, up to a bound; or all of it."""
     left = head.mail - head.taken
@@ -118,7 +124,7 @@ def kinds_of(rows: Sequence[Row]) -> frozenset[SignalKind]:
 def took(pid: str, count: int) -> Transaction[None]:
     """The first `count` of the unread are in the log, since this transaction."""
     head = yield from locked_head(pid)
-    yield from store_head(replace(head, taken=head.taken + count))
+    yield from store_head(msgspec.structs.replace(head, taken=head.taken + count))
 
 
 def received(mail: Mail) -> Draft:
@@ -166,7 +172,7 @@ def _add(head: Head, mail: Mail) -> Transaction[None]:
         after_seq=head.seq,
         at_ms=time.time_ns() // 1_000_000,
     )
-    yield from store_head(replace(head, mail=position))
+    yield from store_head(msgspec.structs.replace(head, mail=position))
 
 
 def _mail(row: Row) -> Mail:

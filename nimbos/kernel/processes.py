@@ -7,9 +7,10 @@ event changes it. Whoever will append, wake or signal locks the head first (`loc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
+from msgspec.structs import replace
 from sqlalchemy import Text, bindparam, select, update
 
 from nimbos.db import Row, Statement, Transaction, Value, insert
@@ -42,8 +43,7 @@ class NewHead:
     forked_hash: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, kw_only=True):
     """`about`: what it waits for, or asked last, with the event `asked_seq`. `used`: what its asks and calls used, by
     meter. `mail` signals were ever put into its mailbox, the first `taken` of which it has received."""
 
