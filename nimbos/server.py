@@ -5,6 +5,7 @@ SIGINT and SIGTERM let answers finish for a while; a second one does not wait.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -129,20 +130,20 @@ def address_of(settings: ServerSettings, bound: socket.socket) -> str:
 
 @contextlib.contextmanager
 def stopped_by_signals(*servers: Server) -> Iterator[None]:
-    """Main thread only. What the signals did before is put back afterwards."""
+    """In the loop of the main thread. Takes the signals over from whoever had them there."""
+    loop = asyncio.get_running_loop()
 
-    def stop(*_: object) -> None:
+    def stop() -> None:
         for server in servers:
             server.stop()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def _why_not_bound(settings: ServerSettings, error: Exception, option: str) -> str:

@@ -7,7 +7,7 @@ process, as the owner of the home folder. So both do and answer the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import httpx2
 import msgspec
 
 from nimbos.cli.conversation import ServerRefused
+from nimbos.cli.interruptible import run_interruptible
 from nimbos.cli.running import admin_client
 from nimbos.config import Settings
 from nimbos.errors import NotReady, Unauthorized
@@ -70,19 +71,22 @@ class OnDatabase:
         self._client = client
 
     def get(self, path: str, query: Query | None = None) -> Any:
-        return _answer(self._runner.run(self._client.get(path, params=_parameters(query))))
+        return _answer(self._run(self._client.get(path, params=_parameters(query))))
 
     def post(self, path: str, body: Any) -> Any:
-        return _answer(self._runner.run(self._client.post(path, json=body)))
+        return _answer(self._run(self._client.post(path, json=body)))
 
     def delete(self, path: str) -> Any:
-        return _answer(self._runner.run(self._client.delete(path)))
+        return _answer(self._run(self._client.delete(path)))
 
     def lines(self, path: str, query: Query) -> Iterator[bytes]:
-        response = self._runner.run(self._client.get(path, params=_parameters(query)))
+        response = self._run(self._client.get(path, params=_parameters(query)))
         if response.status_code != 200:
             _answer(response)
         yield response.content
+
+    def _run(self, work: Coroutine[Any, Any, httpx2.Response]) -> httpx2.Response:
+        return run_interruptible(work, self._runner)
 
 
 @contextmanager
@@ -112,9 +116,9 @@ def on_database(settings: Settings) -> Iterator[Admin]:
 
     owner = Identity(account=Account(id=DEFAULT_PROJECT, name="default"), actor=LOCAL, role=Role.OWNER)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        database = runner.run(Database.open(settings))
+        database = run_interruptible(Database.open(settings), runner)
         try:
-            accounts = runner.run(Accounts.open(database))
+            accounts = run_interruptible(Accounts.open(database), runner)
             transport = httpx2.ASGITransport(app=admin.app(accounts, owner))
             client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
             try:

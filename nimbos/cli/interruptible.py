@@ -10,37 +10,47 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Like `asyncio.run`, whose own handler may cancel in the middle of a callback that is just setting a result.
+def run_interruptible(work: Coroutine[Any, Any, T], runner: asyncio.Runner | None = None) -> T:
+    """Like `asyncio.run`, or `runner.run`, whose own handler may cancel in the middle of a callback that is just
+    setting a result.
 
-    The first Ctrl-C cancels the work, which may still put its things in order; a second one does not wait for that.
+    The first Ctrl-C (or SIGTERM) cancels the work, which may still put its things in order; a second one does not
+    wait for that. Work that takes signals over for itself is not cancelled by them from then on.
 
-    Raises: KeyboardInterrupt.
+    Raises: KeyboardInterrupt; SystemExit with 143 after SIGTERM.
     """
     interrupt = _Interrupt()
     try:
+        if runner is not None:
+            return runner.run(interrupt.watch(work))
         return asyncio.run(interrupt.watch(work))
     except asyncio.CancelledError:
-        if interrupt.seen:
-            raise KeyboardInterrupt from None
+        if interrupt.seen is not None:
+            raise _ending(interrupt.seen) from None
         raise
 
 
 class _Interrupt:
     def __init__(self) -> None:
-        self.seen = False
+        self.seen: signal.Signals | None = None
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
         loop = asyncio.get_running_loop()
         task = loop.create_task(work)
-        loop.add_signal_handler(signal.SIGINT, self._take, task)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._take, number, task)
         try:
             return await task
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
-    def _take(self, task: asyncio.Task[Any]) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
+    def _take(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
+        if self.seen is not None:
+            raise _ending(number)
+        self.seen = number
         task.cancel()
+
+
+def _ending(number: signal.Signals) -> BaseException:
+    return KeyboardInterrupt() if number is signal.SIGINT else SystemExit(128 + number)

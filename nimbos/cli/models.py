@@ -29,7 +29,7 @@ def pull(
 ) -> None:
     """Download a model, or go on with a download."""
     from nimbos.cli.interruptible import run_interruptible
-    from nimbos.cli.progress import Watching
+    from nimbos.cli.progress import Watching, kept_line
     from nimbos.config import load
     from nimbos.hub import Hub
 
@@ -39,7 +39,7 @@ def pull(
         with Watching() as progress:
             model = run_interruptible(hub.pull(name, progress=progress))
     except KeyboardInterrupt:
-        typer.echo(_stopped(hub.partial_bytes(name)), err=True)
+        typer.echo(kept_line(hub.partial_bytes(name), "nimbos pull"), err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{model.id} is ready: {model.size_bytes / 1e6:,.1f} MB, sha256 {model.sha256[:16]}…, {model.path}")
     _warn_memory(model, flash_attention=settings.engine.flash_attention)
@@ -68,12 +68,6 @@ def remove(name: Annotated[str, typer.Argument(help="As `nimbos models` shows it
 
     Hub(load()).remove(name)
     typer.echo(f"{name} is removed.")
-
-
-def _stopped(kept_bytes: int) -> str:
-    if not kept_bytes:
-        return "Stopped. Nothing is kept of this one; the next `nimbos pull` begins anew."
-    return f"Stopped. {kept_bytes / 1e6:,.1f} MB are kept; the same `nimbos pull` goes on from there."
 
 
 def _warn_memory(model: LocalModel, *, flash_attention: bool) -> None:

@@ -87,6 +87,13 @@ class Lines:
         return f", {left:,.0f} s left" if left >= 1 else ""
 
 
+def kept_line(kept_bytes: int, command: str) -> str:
+    """What is said of a download that was stopped."""
+    if not kept_bytes:
+        return f"Stopped. Nothing is kept of this one; the next `{command}` begins anew."
+    return f"Stopped. {kept_bytes / 1e6:,.1f} MB are kept; the same `{command}` goes on from there."
+
+
 class Watching:
     """A progress that ends with its `with` block, whatever happens. Written to standard error."""
 

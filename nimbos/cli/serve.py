@@ -20,10 +20,11 @@ import msgspec
 import structlog
 import uvloop
 
-from nimbos.cli.progress import Watching
+from nimbos.cli.interruptible import run_interruptible
+from nimbos.cli.progress import Watching, kept_line
 from nimbos.config import ServerSettings, Settings
 from nimbos.engine.scripted import ScriptedSource
-from nimbos.errors import ConfigError, ModelNotFound, NimbosError
+from nimbos.errors import ConfigError, ModelNotFound
 from nimbos.hub import Hub, LocalModel
 from nimbos.keys import OwnerKey, owner_key
 from nimbos.models import open_models
@@ -51,18 +52,32 @@ def run(settings: Settings, models: list[str], *, log: bool) -> int:
     configure_logs(enabled=log)
     check_bind(settings.server)
     owner = owner_key(settings)
-    with bind(settings.server) as bound, _bind_ollama(settings.server) as without_key:
-        url = address_of(settings.server, bound)
-        ollama = address_of(keyless(settings.server), without_key) if without_key is not None else None
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            hub = Hub(settings)
-            chosen = runner.run(choose(hub, models))
-            runtime = runner.run(_assemble(settings, owner, hub, chosen))
-            listeners = runner.run(_begin(runtime, bound, without_key))
-            announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
-            _collect_less()
-            with stopped_by_signals(*listeners), traced(settings, url):
-                return runner.run(_serve(listeners, runtime, announce))
+    with (
+        bind(settings.server) as bound,
+        _bind_ollama(settings.server) as without_key,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return run_interruptible(_up(settings, owner, models, bound, without_key), runner)
+
+
+async def _up(
+    settings: Settings, owner: OwnerKey, models: list[str], bound: socket.socket, without_key: socket.socket | None
+) -> int:
+    """Until it serves, a signal cancels it; from then on the server takes them."""
+    url = address_of(settings.server, bound)
+    ollama = address_of(keyless(settings.server), without_key) if without_key is not None else None
+    hub = Hub(settings)
+    chosen = await choose(hub, models)
+    runtime = await _assemble(settings, owner, hub, chosen)
+    try:
+        await asyncio.to_thread(import_module, "nimbos.api.app")
+        listeners = await _listeners(runtime, bound, without_key)
+        announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
+        _collect_less()
+        with stopped_by_signals(*listeners), traced(settings, url):
+            return await _serve(listeners, runtime, announce)
+    finally:
+        await runtime.close()
 
 
 def _collect_less() -> None:
@@ -92,18 +107,6 @@ async def _assemble(settings: Settings, owner: OwnerKey, hub: Hub, chosen: Chose
     from nimbos.runtime import assemble
 
     return await assemble(settings, owner=owner, models=models)
-
-
-async def _begin(
-    runtime: Runtime, bound: socket.socket, without_key: socket.socket | None
-) -> dict[Server, socket.socket]:
-    """Raises: ConfigError; the runtime is closed then."""
-    await asyncio.to_thread(import_module, "nimbos.api.app")
-    try:
-        return await _listeners(runtime, bound, without_key)
-    except NimbosError:
-        await runtime.close()
-        raise
 
 
 async def _listeners(
@@ -151,8 +154,12 @@ async def _get(hub: Hub, name: str) -> LocalModel:
     try:
         return await asyncio.to_thread(hub.find, name)
     except ModelNotFound:
-        with Watching() as progress:
-            return await hub.pull(name, progress=progress)
+        try:
+            with Watching() as progress:
+                return await hub.pull(name, progress=progress)
+        except asyncio.CancelledError:
+            print(kept_line(await asyncio.to_thread(hub.partial_bytes, name), "nimbos up"), file=sys.stderr)
+            raise
 
 
 async def _serve(
@@ -160,7 +167,7 @@ async def _serve(
     runtime: Runtime,
     announce: Callable[[], None],
 ) -> int:
-    """Serves while the first model loads, and until a signal comes."""
+    """Serves while the first model loads, and until a signal comes. The runtime is closed then."""
     loading = runtime.loading
     assert loading is not None  # a first model was named
     serving = [asyncio.ensure_future(server.serve(sockets=[bound])) for server, bound in listeners.items()]

@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+import uvloop
 
 from nimbos.cli.interruptible import run_interruptible
 
@@ -59,6 +60,7 @@ def test_control_c_waits_for_the_end_of_a_callback_and_the_work_puts_its_things_
         run_interruptible(work())
     assert seen == ["still waiting", "in order"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_second_control_c_does_not_wait() -> None:
@@ -72,3 +74,45 @@ def test_a_second_control_c_does_not_wait() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_interruptible(work())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_a_loop_of_the_callers_too_and_each_signal_has_its_exit_code(number: signal.Signals) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        await asyncio.Event().wait()
+
+    async def three() -> int:
+        return 3
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with pytest.raises(KeyboardInterrupt if number is signal.SIGINT else SystemExit) as caught:
+            run_interruptible(work(), runner)
+        assert run_interruptible(three(), runner) == 3  # the loop lives on
+    assert number is signal.SIGINT or caught.value.args == (143,)
+
+
+def test_in_that_loop_a_second_one_does_not_wait_either() -> None:
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+
+    with pytest.raises(SystemExit), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        run_interruptible(work(), runner)
+
+
+def test_work_that_takes_the_signals_over_is_not_cancelled_by_them() -> None:
+    async def work() -> str:
+        heard = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, heard.set)
+        os.kill(os.getpid(), signal.SIGINT)
+        await heard.wait()
+        return "heard"
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert run_interruptible(work(), runner) == "heard"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
