@@ -81,7 +81,9 @@ class Embedder:
         self._token_ms = 0.0  # of the last steps; 0: not known yet
         self.counters = Counters()
         self.clock = FairClock()
-        self.abortable = False
+        self.abortable = False  # by what arrives here: it would wait in the same queue
+        self.interruptible = model.can_truncate
+        self._used = 0  # sequences of the last step
         self._post, self._hold = post, hold
         self._waiting: list[Work] = []
 
@@ -103,6 +105,7 @@ class Embedder:
 
     def step(self, look: Callable[[], None]) -> bool:
         """One batch. Returns: False when there is nothing to compute."""
+        self.model.arm()
         look()
         pieces = self._choose()
         if not pieces:
@@ -116,7 +119,8 @@ class Embedder:
             )
             for piece in pieces
         ]
-        with self._hold(min((piece.work.ask.ask_class for piece in pieces), key=RANK.__getitem__)):
+        urgent = min((piece.work.ask.ask_class for piece in pieces), key=RANK.__getitem__)
+        with self._hold(urgent, interruptible=self.interruptible):
             started = time.perf_counter()
             result = self.model.decode(rows, every=self.model.pools)
             milliseconds = (time.perf_counter() - started) * 1e3
@@ -125,7 +129,14 @@ class Embedder:
         return True
 
     def _choose(self) -> list[Piece]:
-        """Whole inputs, each in an empty sequence."""
+        """Whole inputs, each in a sequence of its own. What the last step left goes: it would fill the cells."""
+        for sequence in range(self._used):
+            self.model.drop(sequence)
+        pieces = self._whole_inputs()
+        self._used = len(pieces)
+        return pieces
+
+    def _whole_inputs(self) -> list[Piece]:
         pieces: list[Piece] = []
         room = self._room()
         for work in self._order():
@@ -133,7 +144,6 @@ class Embedder:
                 tokens = len(work.inputs[index])
                 if pieces and (tokens > room or len(pieces) >= self.model.options.sequences):
                     return pieces
-                self.model.drop(len(pieces))
                 pieces.append(Piece(work, index, 0, tokens, len(pieces)))
                 room -= tokens
         return pieces

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from nimbos.engine import llama
 from nimbos.engine.answer import Answer
@@ -53,7 +54,12 @@ PIN_S_MAX = 3600.0  # no ask keeps cells for longer
 LOOKED_AT = 16  # waiting jobs that are tried each time something changed
 
 Post = Callable[[FromEngine], None]
-Hold = Callable[[AskClass], AbstractContextManager[None]]
+
+
+class Hold(Protocol):
+    """The compute lease (`lease.py`), or none."""
+
+    def __call__(self, ask_class: AskClass, /, *, interruptible: bool) -> AbstractContextManager[None]: ...
 
 
 class Loop:
@@ -186,7 +192,7 @@ class Loop:
         urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
         planned = time.perf_counter()
         self.abortable = self.model.can_truncate and not chosen.has_interactive
-        with self._hold(urgent):
+        with self._hold(urgent, interruptible=self.abortable):
             begun, begun_cpu = time.perf_counter(), time.process_time()
             self.model.use_threads(self.threads.threads)
             result = self.model.decode(rows)

@@ -90,8 +90,9 @@ class Model:
         self._context = 0
         self._vocabulary: Vocab | None = None
 
-    def open_context(self) -> None:
+    def open_context(self, flag: ctypes.Array[ctypes.c_char] | None = None) -> None:
         """Allocates KV and buffers. Threads that compute start here or in the first decode, so confine before it.
+        `flag`: two bytes, both 0, which others may reach as well: a step is stopped while the first is not 0.
 
         Raises: ModelUnusable when memory does not suffice.
         """
@@ -112,7 +113,7 @@ class Model:
             raise ModelUnusable(str(self.path), reason=f"no context of {options.cells} cells: {library.last_error()}")
         self.cells: int = library.llama_n_ctx(self._context)
         self._memory = library.llama_get_memory(self._context)
-        self._abort = ctypes.create_string_buffer(b"\0\0", 2)
+        self._abort = flag if flag is not None else ctypes.create_string_buffer(b"\0\0", 2)
         library.llama_set_abort_callback(self._context, llama.strlen_address(), ctypes.addressof(self._abort))
         pool = library.threadpool(options.threads, poll=THREADPOOL_POLL)
         if pool is not None:
@@ -155,6 +156,7 @@ class Model:
         if self._context:
             self.library.llama_free(self._context)
             self._context = 0
+            del self._abort  # nobody looks at it any more
         if self._model:
             self.library.llama_model_free(self._model)
             self._model = 0

@@ -26,6 +26,7 @@ class Ranker(Embedder):
         super().__init__(model, rules, post=post, hold=hold)
         self._ranking = ranking
         self._homes: dict[int, tuple[Work, int]] = {}  # by sequence: whose, and its tokens; least recently used first
+        self.interruptible = False  # what it plans is in its homes before it is computed
         self._used = 0  # of the documents' sequences
         self._unfinished: Piece | None = None  # a prompt longer than a step; nothing comes between its pieces
 

@@ -107,8 +107,8 @@ class Worker:
             sequences=_sequences(model, settings.engine.sequences),
             flash_attention=settings.engine.flash_attention,
         )
-        model.open_context()
-        self._model = model
+        model.open_context(lease.flag if lease and model.can_truncate else None)
+        self._model, self._lease = model, lease
         own = settings.engine.context_tokens or model.context_tokens
         in_one_pass = model.kind is Kind.EMBED or not model.causal
         limit = min(own, model.context_tokens, step if in_one_pass else model.cells)
@@ -213,6 +213,8 @@ class Worker:
         urgent = isinstance(message, protocol.Submit) and message.ask.ask_class is AskClass.INTERACTIVE
         if urgent and self._loop.abortable:
             self._model.abort()
+        if urgent and self._lease is not None:
+            self._lease.interrupt_others()
 
     # --- preparer thread
 
@@ -403,7 +405,7 @@ def _resident_bytes() -> int:
 
 
 @contextlib.contextmanager
-def _no_lease(_ask_class: AskClass) -> Iterator[None]:
+def _no_lease(_ask_class: AskClass, *, interruptible: bool) -> Iterator[None]:
     yield
 
 

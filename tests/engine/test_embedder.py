@@ -71,7 +71,7 @@ class Bench:
                 self.finished.append(ask_id)
 
     @contextmanager
-    def _hold(self, ask_class: AskClass) -> Iterator[None]:
+    def _hold(self, ask_class: AskClass, *, interruptible: bool) -> Iterator[None]:
         yield
 
 
@@ -153,3 +153,14 @@ def test_first_come_first_served_where_it_is_not_to_be_fair(model: Timed) -> Non
     while bench.step():
         pass
     assert bench.finished == [first, second]
+
+
+def test_what_earlier_steps_left_does_not_fill_the_cells(model: Timed) -> None:
+    """Many short inputs, then fewer and longer ones: each kind would leave its last sequences behind."""
+    bench = Bench(model, Rules(max_rows=2048, stall_target_ms=1e9))
+    model.token_ms = 0.25
+    for count, length in ((60, 30), (30, 60), (15, 120), (7, 250), (1, 2048)):
+        asked = bench.submit("a", AskClass.BATCH, *[length] * count)
+        while bench.step():
+            pass
+        assert bench.told[asked] == list(range(count))

@@ -88,7 +88,7 @@ class Bench:
                 told.reasons.append(chunk.reason.value)
 
     @contextmanager
-    def _hold(self, ask_class: AskClass) -> Iterator[None]:
+    def _hold(self, ask_class: AskClass, *, interruptible: bool) -> Iterator[None]:
         yield
 
 

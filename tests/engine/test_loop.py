@@ -35,7 +35,8 @@ def test_only_steps_that_can_be_taken_back_and_are_not_urgent_may_be_aborted(
     posted: list[FromEngine] = []
 
     @contextlib.contextmanager
-    def hold(_ask_class: AskClass) -> Iterator[None]:
+    def hold(_ask_class: AskClass, *, interruptible: bool) -> Iterator[None]:
+        assert interruptible == loop.abortable
         seen.append(loop.abortable)
         yield
 

@@ -481,7 +481,7 @@ def test_a_long_context_leaves_whole_and_comes_back_whatever_one_step_may_wait_f
     costs = StepTime.prior(weight_bytes=model.weight_bytes, kv_bytes_per_token=model.kv_bytes_per_token)
     posted: list[FromEngine] = []
     loop = Loop(
-        model, costs, Rules(), post=posted.append, hold=lambda _: contextlib.nullcontext(), share=True,
+        model, costs, Rules(), post=posted.append, hold=lambda _, interruptible: contextlib.nullcontext(), share=True,
         context_limit=512, swap_bytes=1 << 24,
     )  # fmt: skip
     loop.residence._piece_tokens = 40
