@@ -26,7 +26,7 @@ from nimbos.config import Settings
 from nimbos.engine import protocol
 from nimbos.engine.handshake import first_word
 from nimbos.engine.library import candidates, quiet_environment
-from nimbos.engine.memo import StepTimes, head_hash
+from nimbos.engine.memo import FileMark, StepTimes, file_marks, head_hash
 from nimbos.errors import EngineFailed, ModelUnusable, NimbosError, Overloaded
 from nimbos.meterfile import MeterFile
 from nimbos.types import Ask, Chunk, Final, Kind, ModelCard, Prepared, TokenChunk, Tokens
@@ -94,6 +94,7 @@ class Engine:
         self._skip = 0
         self._prepare_deaths: dict[int, int] = {}
         self._died_with: int | None = None
+        self._loaded_from: tuple[FileMark, ...] = ()
 
     @property
     def active(self) -> int:
@@ -124,6 +125,7 @@ class Engine:
             self._hash = await asyncio.to_thread(head_hash, self.model_path)
         self._times = self._times or StepTimes(self._settings, self._hash)
         self._closing, self._broken = False, None
+        self._loaded_from = await asyncio.to_thread(file_marks, self.model_path)
         await self._spawn_some_library()
         assert self.ready is not None
         return self.ready.card
@@ -422,6 +424,9 @@ class Engine:
             for number in self._unanswered:
                 self._prepare_deaths[number] = self._prepare_deaths.get(number, 0) + 1
             self._fail_poison()
+            if await asyncio.to_thread(file_marks, self.model_path) not in (self._loaded_from, ()):
+                self._give_up(f"{self.model_path} is another file than the one that was loaded; ask again to load it")
+                return
             self.restarts += 1
             try:
                 await self._spawn()

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 from nimbos.config import Settings
+from nimbos.engine.confine import model_files
 from nimbos.engine.library import candidates, thread_count
 from nimbos.errors import NimbosError
 
@@ -40,6 +41,19 @@ class StepTimes:
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_bytes(table)
             temporary.replace(self.path)
+
+
+FileMark = tuple[int, int, int, int]
+
+
+def file_marks(path: Path) -> tuple[FileMark, ...]:
+    """What changes when another file takes the place of a model's (or of a part of one), or is written into it; nothing
+    where it is gone."""
+    try:
+        states = [part.stat() for part in sorted(model_files(path))]
+    except OSError:
+        return ()
+    return tuple((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for state in states)
 
 
 def head_hash(path: Path) -> str:

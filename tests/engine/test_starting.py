@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nimbos.engine import Engine, confine, engine, handshake, protocol
 from nimbos.engine.library import quiet_environment
 from nimbos.errors import EngineFailed
 from tests import tiny_gguf
-from tests.engine.asking import answer, ask, settings_in
+from tests.engine.asking import answer, ask, settings_in, started
 
 # The engine process itself, whose model says what a hostile file could reach while libllama reads it.
 LOADING = """
@@ -186,3 +187,22 @@ async def test_one_that_gets_on_is_waited_for() -> None:
     finally:
         busy.kill()
         await busy.wait()
+
+
+async def test_what_began_with_one_file_does_not_go_on_with_another(tmp_path: Path) -> None:
+    """Other weights under the same name, and then the engine dies: its tokens mean nothing to the new file."""
+    running = await started("qwen2", tmp_path)
+    other = tiny_gguf.write("qwen2", tmp_path, seed=2)
+    try:
+        prepared = await running.prepare(ask(limit_tokens=1500))
+        with pytest.raises(EngineFailed, match="another file than the one that was loaded"):
+            async with aclosing(running.generate(prepared.ask)) as chunks:
+                async for _ in chunks:
+                    if other.exists():
+                        other.replace(running.model_path)
+                        assert running.pid is not None
+                        os.kill(running.pid, signal.SIGKILL)
+        assert running.given_up  # so that the next ask loads what is there now
+        assert running.restarts == 0
+    finally:
+        await running.close()
