@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -214,12 +214,21 @@ class Sources:
     async def _find(self, name: str) -> LocalModel:
         """Clients name installed models; a path is for the operator alone, who names it at start."""
         if name in self._named:
-            return self._named[name]
+            return await asyncio.to_thread(self._as_it_is_now, self._named[name])
         try:
             return await asyncio.to_thread(self._shelf.find, name, allow_path=False)
         except ModelNotFound as error:
             have = tuple(listed.id for listed in await self.list())
             raise ModelNotFound(name, have=have) from error
+
+    def _as_it_is_now(self, model: LocalModel) -> LocalModel:
+        """Its file may be another one than at the start. Raises: ModelUnusable."""
+        outside = model.source == str(model.path)
+        try:
+            found = self._shelf.find(str(model.path) if outside else model.id, allow_path=outside)
+        except ModelNotFound:
+            return model  # that its file is gone is said when it is loaded
+        return replace(found, id=model.id)
 
     async def _load(self, model: LocalModel) -> Loaded:
         started = time.monotonic()

@@ -157,7 +157,7 @@ class Store:
         facts, problem = self._examine(path)
         if problem is not None:
             return _unhashed(path, facts, problem)
-        remembered = self._remembered(path)
+        stamp, remembered = _stamp_of(path), self._remembered(path)
         sha256 = remembered.sha256 if remembered else ""
         if not sha256:
             parts = [path.with_name(name) for name in split_names(path.name)]
@@ -165,20 +165,20 @@ class Store:
                 ManifestFile(name=part.name, size_bytes=part.stat().st_size, sha256=sha256_of(part)) for part in parts
             ]
             sha256 = Manifest(id="", source="", files=files, pulled_at="").sha256
-            self._remember(path, facts, None, sha256)
+            self._remember(path, stamp, facts, None, sha256)
         return LocalModel(
             id=path.stem, path=path, size_bytes=facts.file_bytes, sha256=sha256, source=str(path), facts=facts
         )
 
     def _examine(self, path: Path) -> tuple[ModelFacts, str | None]:
         """What the file says, and why it cannot serve."""
-        remembered = self._remembered(path)
+        stamp, remembered = _stamp_of(path), self._remembered(path)
         if remembered is None:
             try:
                 facts, problem = read_gguf(path).facts, None
             except ModelUnusable as error:
                 facts, problem = ModelFacts(), error.reason
-            self._remember(path, facts, problem, "")
+            self._remember(path, stamp, facts, problem, "")
         else:
             facts, problem = remembered.facts or ModelFacts(), remembered.problem
         if problem is None and not facts.supported:
@@ -195,10 +195,14 @@ class Store:
         except (OSError, ValueError):
             return None
 
-    def _remember(self, path: Path, facts: ModelFacts, problem: str | None, sha256: str) -> None:
-        """A cache: where it cannot be written, files are read again."""
+    def _remember(
+        self, path: Path, stamp: list[tuple[int, int]] | None, facts: ModelFacts, problem: str | None, sha256: str
+    ) -> None:
+        """`stamp`: from before it was read; what changed meanwhile is not remembered. A cache: where it cannot be
+        written, files are read again."""
         try:
-            stamp = _stamp(path)
+            if stamp is None or stamp != _stamp(path):
+                return
             self._facts_dir.mkdir(parents=True, exist_ok=True)
             new = self._memory(path).with_suffix(f".{id(stamp)}.new")
             new.write_bytes(msgspec.json.encode(_Remembered(stamp=stamp, facts=facts, problem=problem, sha256=sha256)))
@@ -227,6 +231,13 @@ def _stamp(path: Path) -> list[tuple[int, int]]:
     """Raises: OSError, ValueError."""
     states = [path.with_name(name).stat() for name in split_names(path.name)]
     return [(state.st_size, state.st_mtime_ns) for state in states]
+
+
+def _stamp_of(path: Path) -> list[tuple[int, int]] | None:
+    try:
+        return _stamp(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _difference(folder: Path, manifest: Manifest) -> str | None:

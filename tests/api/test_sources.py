@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nimbos.config import Settings
 from nimbos.engine import EngineStats
 from nimbos.errors import EngineFailed, ModelNotFound, ModelUnusable, NimbosError, Overloaded
-from nimbos.hub import LocalModel, ModelFacts
+from nimbos.hub import Hub, LocalModel, ModelFacts
 from nimbos.sources import Sources
 from nimbos.types import Ask, Chunk, ModelCard, Prepared
+from tests import tiny_gguf
 
 GIB = 2**30
 
@@ -258,3 +261,34 @@ async def test_closing_ends_what_loads_and_what_is_loaded() -> None:
     assert sorted(yard.closes) == ["a", "b"]
     with pytest.raises(asyncio.CancelledError):
         await loading
+
+
+async def test_a_file_named_at_the_start_is_read_again_before_it_is_loaded_again(tmp_path: Path) -> None:
+    """Its hash goes into receipts, and what it says of itself into the memory that is reserved."""
+    hub = Hub(Settings(home=str(tmp_path / "home")), environment={})
+    path = tiny_gguf.write("qwen2", tmp_path)
+    before = hub.find(str(path))
+    seen: list[LocalModel] = []
+    yard = Yard()
+
+    def start(model: LocalModel, _spare_bytes: int) -> FakeEngine:
+        seen.append(model)
+        return FakeEngine(yard, model.id)
+
+    sources = Sources(
+        shelf=hub,
+        start_engine=start,
+        memory_needed=lambda model: GIB,
+        memory_wished=lambda model: 0,
+        memory_budget_bytes=GIB,
+        named={"mine": replace(before, id="mine"), "other": local("other")},
+    )
+    await sources.load("mine")
+    other = tiny_gguf.write("qwen3", tmp_path)
+    other.replace(path)
+    await sources.load("other")  # there is room for one
+    await sources.load("mine")
+    await sources.close()
+    assert [model.id for model in seen] == ["mine", "other", "mine"]
+    assert seen[0].sha256 == before.sha256 != seen[2].sha256
+    assert seen[2].facts.architecture == "qwen3"

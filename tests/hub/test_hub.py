@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nimbos.cli.progress import Lines
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, ModelNotFound, ModelUnusable, Overloaded
 from nimbos.hub import Hub
+from nimbos.hub.disk import sha256_of
 from nimbos.hub.facts import ModelFacts, read_gguf
 from nimbos.hub.memory import memory_need
 from nimbos.hub.store import Manifest, ManifestFile
@@ -208,6 +210,24 @@ def test_what_was_read_is_remembered_until_the_file_changes(
     file.write_bytes(TINY + bytes(32))
     hub.find(str(file))
     assert len(reads) == 2
+
+
+def test_what_changes_while_it_is_hashed_is_not_remembered(
+    hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = TINY[:-1] + b"\1"  # the last of its weights
+    assert other != TINY
+
+    def replaced_meanwhile(path: Path) -> str:
+        found = sha256_of(path)
+        file.with_suffix(".new").write_bytes(other)
+        file.with_suffix(".new").replace(file)
+        return found
+
+    monkeypatch.setattr("nimbos.hub.store.sha256_of", replaced_meanwhile)
+    assert hub.find(str(file)).sha256 == hashlib.sha256(TINY).hexdigest()
+    monkeypatch.undo()
+    assert hub.find(str(file)).sha256 == hashlib.sha256(other).hexdigest()
 
 
 @pytest.fixture
