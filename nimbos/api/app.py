@@ -26,6 +26,7 @@ from nimbos.api import (
     programs,
     rerank,
     responses,
+    uploads,
 )
 from nimbos.api.access import Access
 from nimbos.api.observing import Observing
@@ -80,6 +81,7 @@ def _routes(runtime: Runtime) -> list[Route]:
         *responses.routes(runtime),
         *admin.routes(runtime.accounts),
         *files.routes(runtime),
+        *uploads.routes(runtime),
         *batches.routes(runtime),
         *processes.routes(runtime),
         *programs.routes(runtime),

@@ -23,7 +23,7 @@ from nimbos.types import Account
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 LIST_MAX = 10_000
 EXPIRES_S = (3_600, 2_592_000)
-_DRAINED_BYTES = 1 << 30
+DRAINED_BYTES = 1 << 30  # of a form that is refused, so that its client gets to read why
 _FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
 _SECONDS = re.compile(r"[0-9]{1,12}")
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -82,7 +82,7 @@ class FileRoutes:
         try:
             file = await self._receive(account_of(request), form)
         except NimbosError:
-            await form.drain(_DRAINED_BYTES)
+            await form.drain(DRAINED_BYTES)
             raise
         return json_reply(body_of(file))
 
@@ -163,15 +163,20 @@ def _fields(fields: dict[str, str]) -> tuple[str, int | None]:
     for name in fields:
         if name not in _FIELDS:
             raise InvalidRequest(f"The form has the unknown field {name[:60]!r}.", param=name[:60])
-    purpose = fields.get("purpose", "")
-    if purpose not in PURPOSES:
-        raise InvalidRequest(f"`purpose` must be one of {', '.join(PURPOSES)}.", param="purpose")
+    purpose = checked_purpose(fields.get("purpose", ""))
     seconds = fields.get("expires_after[seconds]")
     if seconds is None and "expires_after[anchor]" not in fields:
         return purpose, None
     if fields.get("expires_after[anchor]") != "created_at" or seconds is None:
         raise InvalidRequest("`expires_after` needs `anchor`, 'created_at', and `seconds`.", param="expires_after")
     return purpose, checked_expiry(seconds, "expires_after")
+
+
+def checked_purpose(purpose: str) -> str:
+    """Raises: InvalidRequest."""
+    if purpose not in PURPOSES:
+        raise InvalidRequest(f"`purpose` must be one of {', '.join(PURPOSES)}.", param="purpose")
+    return purpose
 
 
 def checked_expiry(seconds: str | int, param: str) -> int:

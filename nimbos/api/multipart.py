@@ -41,11 +41,12 @@ class Form:
     await form.rest()
     """
 
-    def __init__(self, request: Request, *, stall_s: float) -> None:
-        """Raises: InvalidRequest for a body that is no form."""
+    def __init__(self, request: Request, *, stall_s: float, file_part: str = "file") -> None:
+        """`file_part`: the name of the part that is the file. Raises: InvalidRequest for a body that is no form."""
         self.fields: dict[str, str] = {}
         self.filename = ""
         self.file_field = ""
+        self._file_part = file_part
         self._chunks = request.stream()
         self._stall_s = stall_s
         self._events: deque[tuple[str, bytes]] = deque()
@@ -60,7 +61,9 @@ class Form:
         """Raises: InvalidRequest where there is no file, or the form breaks off."""
         while not self.file_field:
             if not await self._step():
-                raise InvalidRequest("The form has no part `file` with a file name.", param="file")
+                raise InvalidRequest(
+                    f"The form has no part `{self._file_part}` with a file name.", param=self._file_part
+                )
         async for piece in self._content():
             yield piece
 
@@ -89,7 +92,7 @@ class Form:
             if kind == "end":
                 return
             if kind != "data":
-                raise InvalidRequest("The form breaks off within its file.", param="file")
+                raise InvalidRequest("The form breaks off within its file.", param=self._file_part)
             yield content
 
     async def _step(self) -> bool:
@@ -101,9 +104,11 @@ class Form:
             raise InvalidRequest("The form is not as it should be.")
         part = self._begun.popleft()
         if part.filename is not None:
-            self.filename, self.file_field = part.filename[-_NAME_CHARACTERS:], part.name or "file"
-            if part.name != "file":
-                raise InvalidRequest(f"The file must be in the part `file`, not {part.name[:60]!r}.", param="file")
+            self.filename, self.file_field = part.filename[-_NAME_CHARACTERS:], part.name or self._file_part
+            if part.name != self._file_part:
+                raise InvalidRequest(
+                    f"The file must be in the part `{self._file_part}`, not {part.name[:60]!r}.", param=self._file_part
+                )
             return True
         value = bytearray()
         while (event := await self._next())[0] == "data":
@@ -177,5 +182,5 @@ def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary or len(boundary) > 200:
-        raise InvalidRequest("Send the file as multipart/form-data: the fields `purpose` and `file`.")
+        raise InvalidRequest("Send the file as multipart/form-data.")
     return boundary

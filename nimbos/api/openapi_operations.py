@@ -38,6 +38,7 @@ from nimbos.api import (
     responses_conversations,
     responses_request,
     responses_wire,
+    uploads,
 )
 from nimbos.api.admin import (
     admin_keys,
@@ -119,6 +120,10 @@ OPERATIONS: Mapping[str, Operation] = {
     "GET /v1/files/{file_id}": Operation(gives=files.FileBody),
     "DELETE /v1/files/{file_id}": Operation(gives=files.Deleted),
     "GET /v1/files/{file_id}/content": Operation(media=("application/octet-stream", "application/jsonl")),
+    "POST /v1/uploads": Operation(takes=uploads.UploadBody, gives=uploads.UploadTold),
+    "POST /v1/uploads/{upload_id}/parts": Operation(takes="multipart/form-data", gives=uploads.PartTold),
+    "POST /v1/uploads/{upload_id}/complete": Operation(takes=uploads.CompleteBody, gives=uploads.UploadTold),
+    "POST /v1/uploads/{upload_id}/cancel": Operation(gives=uploads.UploadTold),
     "POST /v1/batches": Operation(takes=batches.BatchBody, gives=batches.BatchTold),
     "GET /v1/batches": Operation(gives=batches.BatchList),
     "GET /v1/batches/{batch_id}": Operation(gives=batches.BatchTold),

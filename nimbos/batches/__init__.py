@@ -3,6 +3,7 @@
 from nimbos.batches.endpoint import AnswerJournal, Endpoint, Perform, Refuse, Reply
 from nimbos.batches.jobs import Batches
 from nimbos.batches.rehearsal import rehearsal_source
+from nimbos.batches.uploads import Part, Upload, UploadState
 from nimbos.batches.words import TEST_MODEL, Batch, Fault, File, State
 
 __all__ = [
@@ -13,9 +14,12 @@ __all__ = [
     "Endpoint",
     "Fault",
     "File",
+    "Part",
     "Perform",
     "Refuse",
     "Reply",
     "State",
+    "Upload",
+    "UploadState",
     "rehearsal_source",
 ]

@@ -62,8 +62,12 @@ class Files:
             created_ms=file.created_ms,
             expires_ms=file.expires_ms,
         )
-        yield _COUNT(project=file.project, size_bytes=file.size_bytes, files=1)
-        (row,) = yield _TOTAL(project=file.project)
+        yield from self.charge(file.project, size_bytes=file.size_bytes, files=1, within_quota=within_quota)
+
+    def charge(self, project: str, *, size_bytes: int, files: int = 0, within_quota: bool) -> Transaction[None]:
+        """So much more, or less, of the project's quota. Raises: PayloadTooLarge."""
+        yield _COUNT(project=project, size_bytes=size_bytes, files=files)
+        (row,) = yield _TOTAL(project=project)
         if within_quota and row["size_bytes"] > self._settings.project_bytes:
             raise PayloadTooLarge(have=row["size_bytes"], limit=self._settings.project_bytes, what="project's files")
 

@@ -25,6 +25,7 @@ from nimbos.batches.files import Files
 from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
 from nimbos.batches.orphans import Orphans
 from nimbos.batches.running import Resolve, Running
+from nimbos.batches.uploads import Uploads
 from nimbos.batches.validating import Validating
 from nimbos.batches.words import OVER, State, batch_of
 from nimbos.blobs import Blobs
@@ -42,7 +43,8 @@ _log = structlog.get_logger(__name__)
 
 
 class Batches:
-    """`files` and `desk` are for the routes. `serve` names the endpoints, `start` begins, `close` hands back."""
+    """`files`, `uploads` and `desk` are for the routes. `serve` names the endpoints, `start` begins, `close` hands
+    back."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Batches:
         self.settings = settings
         contents = Contents(blobs)
         self.files = Files(database, contents, settings)
+        self.uploads = Uploads(database, contents, self.files, settings)
         self._orphans = Orphans(database, contents)
         self.desk = Desk(database, self.files, self._work)
         self._caps = Caps()
@@ -187,6 +190,7 @@ class Batches:
             try:
                 await self.expire()
                 await self.files.sweep()
+                await self.uploads.sweep()
             except StorageUnavailable as error:
                 _log.warning("batches.not_swept", reason=error.reason)
             await asyncio.sleep(SWEEP_S)

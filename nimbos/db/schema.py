@@ -22,7 +22,7 @@ from nimbos.db.statements import Dialect
 from nimbos.db.tables.metadata import all_tables
 from nimbos.errors import StorageUnavailable
 
-HEAD = "0001"
+HEAD = "0002"
 VERSION_TABLE = "nimbos_version"
 READ_VERSION = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608 - a constant
 

@@ -26,12 +26,13 @@ from nimbos.errors import StorageUnavailable
 from tests.databases import Postgres
 from tests.db.tables import count, everything, make
 
-SECOND = '''"""A second."""
+HEAD, NEXT = schema.HEAD, f"{int(schema.HEAD) + 1:04}"  # before a test changes what this program knows
+MORE_OF_IT = '''"""One more."""
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "{revision}"
+down_revision = "{before}"
 
 def upgrade() -> None:
     op.add_column("test_things", sa.Column("more", sa.Text(), nullable=False, server_default="old"))
@@ -46,15 +47,16 @@ Revise = Callable[[str], None]
 
 @pytest.fixture
 def revise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Revise:
-    """Makes this program one that knows a second version; called again, another one of it."""
+    """Makes this program one that knows one version more; called again, another one of it."""
     folder = tmp_path / "migrations"
 
     def write(more: str) -> None:
         if not folder.exists():
             shutil.copytree(schema._MIGRATIONS / "versions", folder / "versions")
-        (folder / "versions" / "0002_more.py").write_text(SECOND.format(more=more))
+        written = MORE_OF_IT.format(more=more, revision=NEXT, before=HEAD)
+        (folder / "versions" / f"{NEXT}_more.py").write_text(written)
         shutil.rmtree(folder / "versions" / "__pycache__", ignore_errors=True)
-        monkeypatch.setattr(schema, "HEAD", "0002")
+        monkeypatch.setattr(schema, "HEAD", NEXT)
         monkeypatch.setattr(schema, "_MIGRATIONS", folder)
 
     return write
@@ -144,17 +146,17 @@ async def test_an_older_database_is_brought_up_to_date_by_one_of_many(
     opened = await asyncio.gather(*(Database.open(database_settings) for _ in range(5)))
     for database in opened:
         assert [tuple(row) for row in await database.read(MORE())] == [("a", 6, "old")]
-        assert [row["version_num"] for row in await database.read(VERSION())] == ["0002"]
+        assert [row["version_num"] for row in await database.read(VERSION())] == [NEXT]
         await database.close()
     backups = list((Path(database_settings.home) / "backups").glob("*"))
     if database_settings.storage.database_url:
         assert backups == []
         return
     (backup,) = backups
-    assert backup.name.startswith("nimbos-0001-")
+    assert backup.name.startswith(f"nimbos-{HEAD}-")
     with closing(sqlite3.connect(backup)) as before:
         assert before.execute("SELECT id, n FROM test_things").fetchall() == [("a", 5)]
-        assert before.execute("SELECT version_num FROM nimbos_version").fetchall() == [("0001",)]
+        assert before.execute("SELECT version_num FROM nimbos_version").fetchall() == [(HEAD,)]
 
 
 async def test_a_revision_that_fails_leaves_the_database_as_it_was(database_settings: Settings, revise: Revise) -> None:
@@ -175,15 +177,15 @@ async def read_as_before(settings: Settings) -> None:
     if url:
         connection = await asyncpg.connect(url)
         assert [tuple(row) for row in await connection.fetch("SELECT * FROM test_things")] == [("a", 5, None)]
-        assert await connection.fetchval("SELECT version_num FROM nimbos_version") == "0001"
+        assert await connection.fetchval("SELECT version_num FROM nimbos_version") == HEAD
         await connection.close()
         return
     with closing(sqlite3.connect(Path(settings.home) / "nimbos.db")) as found:
         assert found.execute("SELECT * FROM test_things").fetchall() == [("a", 5, None)]
-        assert found.execute("SELECT version_num FROM nimbos_version").fetchall() == [("0001",)]
+        assert found.execute("SELECT version_num FROM nimbos_version").fetchall() == [(HEAD,)]
 
 
-@pytest.mark.parametrize("version", ["0002", "9999", "a-branch"])
+@pytest.mark.parametrize("version", [NEXT, "9999", "a-branch"])
 async def test_a_newer_database_is_refused_with_both_versions_and_left_alone(
     database_settings: Settings, version: str
 ) -> None:

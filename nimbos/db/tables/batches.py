@@ -1,4 +1,4 @@
-"""Files that clients keep here, and batches of requests that are answered from them.
+"""Files that clients keep here, uploads that become files, and batches of requests that are answered from them.
 
 A line of a batch is waiting until its answer, or the reason why there is none, is written; then its place in the
 output or error file is settled. `unique_id` is the custom id while it is the first of its batch, so that each is
@@ -28,7 +28,35 @@ files = Table(
     Index(None, "expires_ms"),
 )
 
-# Kept in the transaction that adds or removes a file, so that a quota costs one row.
+# Until its hour is over, whatever became of it: a client that did not get the answer asks for it again.
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),  # of all parts, as announced
+    Column("file_expires_s", BigInteger),
+    Column("state", Text, nullable=False),  # pending, completed, cancelled
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    Column("file", Text),  # once it is completed
+    Index(None, "expires_ms"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("upload", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("blob", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Index(None, "upload"),
+)
+
+# Kept in the transaction that adds or removes a file, or a part of one, so that a quota costs one row.
 file_totals = Table(
     "file_totals",
     metadata,
