@@ -3,9 +3,10 @@
     claim ─▶ fold ─▶ seize (running, a new epoch) ─▶ key still good? ─▶ drive ─▶ park or exit, in their transactions
                                                        │  mail rings: pause, cancel, kill stop the driving
 
-Anything else that ends a run leaves the process running in the eyes of the log; whoever claims it next makes it ready
-first, and folds what is there. A process whose servers die again and again while nothing comes of it is set aside:
-paused, with a note that says so. Read `holding.py` for how a run writes, `agent.py` and `durable.py` for what drives.
+A run that fails makes it ready, if need be once the storage is back. The death of its server leaves it running in the
+eyes of the log; whoever claims it next makes it ready first, and folds what is there. A process whose servers die again
+and again while nothing comes of it is set aside: paused, with a note that says so. Read `holding.py` for how a run
+writes, `agent.py` and `durable.py` for what drives.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nimbos.kernel.view import View
 from nimbos.kernel.views import Views
 from nimbos.kernel.words import Reason, State
 from nimbos.types import Account
-from nimbos.work import Claim, ClaimLost
+from nimbos.work import Claim, ClaimLost, until_written
 
 DEATHS_MAX = 5  # runs of a process that ended with their server, one after the other, and nothing came of them
 SPREAD_FROM = 2  # of these, from which on those that may be to blame begin at different moments
@@ -89,6 +90,16 @@ class Runner:
             return
         if wait_s := spread_s(claim, view):
             await asyncio.sleep(wait_s)
+        epoch = view.epoch
+        try:
+            await self._run_from(claim, view)
+        except ClaimLost:
+            raise
+        except Exception:
+            await self._survive(claim, epoch)
+            raise
+
+    async def _run_from(self, claim: Claim, view: View) -> None:
         seized = await self._shared.database.run(lambda: self._seize(claim, view), durable=True)
         if seized is None:
             return
@@ -229,6 +240,23 @@ class Runner:
 
         with suppress(ClaimLost, StorageUnavailable, Illegal):  # it parked, or another has it, or its lease runs out
             await asyncio.shield(self._shared.database.run(begin, durable=True))
+
+    async def _survive(self, claim: Claim, epoch: int) -> None:
+        """A run that failed, but whose server lives, must not look as if that had died. `epoch`: before the run, of
+        which perhaps not even the beginning was written."""
+
+        def begin() -> Transaction[None]:
+            yield from self._shared.work.check(claim)
+            head = yield from locked_head(claim.ref)
+            if head.state is State.RUNNING and head.epoch > epoch:
+                holder = Holder(pid=head.pid, claim=claim, epoch=head.epoch)
+                yield from self._shared.log.append(head.pid, [Draft(body=ProcState(to=State.READY))], holder=holder)
+
+        def write() -> Awaitable[None]:
+            return self._shared.database.run(begin, durable=True)
+
+        with suppress(ClaimLost, NotFound):  # it parked, or another has it
+            await until_written(write, closing=lambda: self.closing)
 
     def _note_failure(self, pid: str) -> None:
         while len(self._failures) >= _FAILURES_KEPT:

@@ -1,7 +1,10 @@
 """A crew: the tasks of this server that claim work, do it, and hand it back when the server stops.
 
 `run` gets a claim and ends it itself, by `Work.finish` or `Work.release` in a transaction of its own. A run that is
-cancelled (shutdown, claim lost) or that fails leaves the claim to the crew, which releases it.
+cancelled (shutdown, claim lost) or that fails leaves the claim to the crew, which releases it when the storage lets it.
+
+Leases run out while nobody reaches the storage, and say nothing then of who died. So whoever could not reach it claims
+nothing when it is back until every server that lives has had the time to renew what it holds.
 """
 
 from __future__ import annotations
@@ -19,9 +22,22 @@ from nimbos.work.claims import Claim, ClaimLost, Held, Work
 
 POLL_S = 1.0  # another server may have added work, or a lease may have run out
 RETRY_S = 5.0  # after a run that failed, of our own fault
+AWAY_S = 1.0  # between tries to write while the storage is away
 _RENEWALS_PER_LEASE = 3
 
 _log = structlog.get_logger(__name__)
+
+
+async def until_written(write: Callable[[], Awaitable[object]], *, closing: Callable[[], bool]) -> None:
+    """As often as the storage is away, until the server stops: then it is left undone."""
+    while True:
+        try:
+            await write()
+            return
+        except StorageUnavailable:
+            if closing():
+                return
+            await asyncio.sleep(AWAY_S)
 
 
 class Crew:
@@ -49,6 +65,8 @@ class Crew:
         self._running: dict[Held, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._away_since: float | None = None  # as this server noticed it
+        self._claims_from = 0.0
         self._tops: list[asyncio.Task[None]] = []
 
     def holding(self, kind: str) -> int:
@@ -94,10 +112,28 @@ class Crew:
 
     async def _claims(self, n: int) -> list[Claim]:
         try:
+            if self._away_since is not None:
+                await self._renewed()
+            if asyncio.get_running_loop().time() < self._claims_from:
+                return []
             return await self._database.run(lambda: self._claim(n))
         except StorageUnavailable as error:
+            self._away()
             _log.warning("work.not_claimed", reason=error.reason)
             return []
+
+    def _away(self) -> None:
+        if self._away_since is None:
+            self._away_since = asyncio.get_running_loop().time()
+
+    async def _renewed(self) -> frozenset[Held]:
+        """What this crew holds. Raises: StorageUnavailable."""
+        held = await self._database.run(lambda: self._work.renew(self._owner))
+        now, between_s = asyncio.get_running_loop().time(), self._work.lease_s / _RENEWALS_PER_LEASE
+        if self._away_since is not None and now - self._away_since >= between_s:  # a renewal of some lease was missed
+            self._claims_from = now + between_s + self._poll_s
+        self._away_since = None
+        return held
 
     async def _do(self, claim: Claim) -> None:
         retry_s: float | None = 0.0
@@ -114,16 +150,23 @@ class Crew:
             frames = [f"{at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
             _log.error("work.failed", kind=claim.kind, ref=claim.ref, error=type(error).__name__, frames=frames[-12:])
         finally:
-            if retry_s is not None:
-                await self._hand_back(claim, retry_s)
-            held = claim.kind, claim.ref, claim.epoch
-            if self._running.get(held) is asyncio.current_task():  # work that was added anew begins at the same epoch
-                del self._running[held]
-            self._news.set()
+            try:
+                if retry_s is not None:
+                    await self._hand_back(claim, retry_s)
+            finally:
+                self._forget(claim)
+
+    def _forget(self, claim: Claim) -> None:
+        held = claim.kind, claim.ref, claim.epoch
+        if self._running.get(held) is asyncio.current_task():  # work that was added anew begins at the same epoch
+            del self._running[held]
+        self._news.set()
 
     async def _hand_back(self, claim: Claim, retry_s: float) -> None:
-        with suppress(StorageUnavailable):  # then the lease runs out
-            await self._database.run(lambda: self._work.release(claim, delay_s=retry_s))
+        def release() -> Awaitable[object]:
+            return self._database.run(lambda: self._work.release(claim, delay_s=retry_s))
+
+        await until_written(release, closing=lambda: self._closing)
 
     async def _renew(self) -> None:
         """Also ends the runs whose claims are gone, as what they would write is refused anyway, and hands back claims
@@ -135,8 +178,9 @@ class Crew:
             if not before and not strays:
                 continue
             try:
-                held = await self._database.run(lambda: self._work.renew(self._owner))
+                held = await self._renewed()
             except StorageUnavailable as error:
+                self._away()
                 _log.warning("work.not_renewed", reason=error.reason)
                 continue
             for lost in before - held:

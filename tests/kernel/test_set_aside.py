@@ -12,17 +12,22 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
+from nimbos.errors import NotReady
 from nimbos.kernel import Event, Reason, SignalKind, State, runner
 from nimbos.kernel.chain import decoded
 from nimbos.kernel.events import CallDone, Note
+from nimbos.kernel.fold import fold
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.recovery import crew_name
 from nimbos.kernel.view import View
 from nimbos.kernel.words import Effect
 from nimbos.work import Claim
+from nimbos.work import crew as crews
+from tests.away import away, impatient
 from tests.kernel.gating import on_sqlite
 from tests.kernel.running import ACCOUNT, PATIENCE_S, Place, begin_call, running
+from tests.work.test_away import until_lapsed
 
 DEATHS = 2
 SAID = Draft(body=Note(about="said", text="a word"))
@@ -118,6 +123,62 @@ async def test_a_process_of_which_something_comes_is_not_set_aside_whatever_its_
         assert "note" in await place.kinds(pid)
         notes = [decoded(event) for event in await place.kernel.events(ACCOUNT, pid) if event.kind == "note"]
         assert {note.about for note in notes if isinstance(note, Note)} == {"said"}
+
+
+async def test_storage_that_is_away_again_and_again_is_no_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time for longer than a lease, so that it runs out."""
+    monkeypatch.setattr(runner, "DEATHS_MAX", 1)
+    monkeypatch.setattr(crews, "RETRY_S", 0.0)
+    monkeypatch.setattr(crews, "AWAY_S", 0.01)
+    begun, fails = asyncio.Event(), asyncio.Event()
+    ends = False
+
+    async def body(holding: Holding) -> None:
+        begun.set()
+        await fails.wait()
+        if ends:
+            await holding.exit(Reason.OK)
+        await holding.append(SAID)
+
+    async with (
+        impatient(tmp_path) as database,
+        running(database, Settings(home=str(tmp_path)), {"plain": body}, lease_s=0.3) as place,
+    ):
+        pid = await place.spawn()
+        for _ in range(runner.DEATHS_MAX + 1):
+            async with asyncio.timeout(PATIENCE_S):
+                await begun.wait()
+                begun.clear()
+                with away(tmp_path):
+                    fails.set()
+                    await until_lapsed(database)
+                    fails.clear()
+        async with asyncio.timeout(PATIENCE_S):
+            await begun.wait()
+        ends = True
+        fails.set()
+        assert (await place.over(pid)).reason is Reason.OK
+        view = fold([event async for event in place.kernel.log.all(pid)])
+        assert (view.deaths, "note" in await place.kinds(pid)) == (0, False)
+
+
+async def test_what_is_not_ready_yet_is_no_death(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crews, "RETRY_S", 0.0)
+    deaths: list[int] = []
+
+    async def body(holding: Holding) -> None:
+        deaths.append(holding.view.deaths)
+        if len(deaths) > runner.DEATHS_MAX:
+            await holding.exit(Reason.OK)
+        raise NotReady("The model is still read.")
+
+    async with running(database, database_settings, {"plain": body}) as place:
+        assert (await place.over(await place.spawn())).reason is Reason.OK
+    assert set(deaths) == {0}
 
 
 def claim(ref: str, *, lapses: int, epoch: int = 7) -> Claim:
