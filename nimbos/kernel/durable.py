@@ -73,7 +73,8 @@ class _Run:
             while deaths < DEATHS_MAX:
                 recorded = len(holding.view.steps)
                 died = await self._from_the_top(given)
-                deaths = deaths + 1 if len(holding.view.steps) == recorded and not died.deadline else 0
+                by_itself = not (died.known or died.suspects)  # else a call may have ended it, and counts its tries
+                deaths = deaths + 1 if len(holding.view.steps) == recorded and by_itself else 0
             await self._leave_nothing_unknown()
             await holding.exit(Reason.FAILED, error=f"Its process died {deaths} times at the same place: {died}.")
         except BrokenProgram as error:

@@ -4,8 +4,9 @@
              ├─▶ started again                      pure and idempotent; checkable, if it did not happen
              └─▶ unknown ─▶ a person's word         opaque, and what cannot be told even so
 
-A driver that loses a call while its server lives may try again a few times. A call that a dead server left behind is
-taken up again more often, but not for ever: it may be what kills them.
+A driver that loses a call while its server lives may try again a few times. A call that was lost with others, by one of
+them, is made again alone, and only what it then loses by itself counts. A call that a dead server left behind is taken
+up again more often, but not for ever: it may be what kills them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from nimbos.errors import BrokenProgram, BudgetExhausted, Overloaded
@@ -35,6 +37,25 @@ from nimbos.kernel.words import Effect, Reason, State, Verdict
 TRIES_MAX = 3
 RECOVERIES_MAX = 20
 STALL_S = 1.0  # between a call's start and its driver; a lease lasts several times as long
+
+
+@dataclass(slots=True, eq=False)
+class _Tries:
+    """Of a call, in this run. `failed`: that nothing but the call itself can have ended. `cut_off`: by another call.
+    `alone`: nothing is to run beside it from now on."""
+
+    failed: int = 0
+    cut_off: int = 0
+    alone: bool = False
+
+    @property
+    def over(self) -> bool:
+        return self.failed >= TRIES_MAX
+
+    def count(self, lost: Lost) -> None:
+        self.failed += lost.suspects == 1
+        self.cut_off += lost.suspects == 0
+        self.alone = self.alone or lost.suspects > 1 or self.cut_off >= TRIES_MAX
 
 
 class Outward:
@@ -84,18 +105,23 @@ class Outward:
         ending = Ending(first=said.drafts)
         return await calling.finish(holding, self._segments, call.intent.call_id, said.answered, ending, also=also)
 
-    async def _run(self, holding: Holding, call_id: str, arguments: Any, also: Also) -> Outcome | Wait:
+    async def _run(
+        self, holding: Holding, call_id: str, arguments: Any, also: Also, tries: _Tries | None = None
+    ) -> Outcome | Wait:
         """The call is started. Until it has an outcome, or nobody can know it."""
+        tries, worker = tries or _Tries(), self._workers.of(holding)
         while True:
             call = holding.view.calls[call_id]
             job = _job(holding, call, arguments)
-            before = time.monotonic()  # a worker's start is paid by the call that needs it
-            with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
-                await self._workers.of(holding).describe()  # its start may take long: nothing but the call is left then
-            await _check_stall(holding, call)
-            answered = await run_tool(self._workers, holding, job)
+            async with worker.turn(alone=tries.alone):
+                before = time.monotonic()  # a worker's start is paid by the call that needs it
+                with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
+                    await worker.describe()  # its start may take long: nothing but the call is left then
+                await _check_stall(holding, call)
+                answered = await run_tool(self._workers, holding, job)
             if isinstance(answered, Lost):
-                after = await self._after_loss(holding, call, arguments, answered, also, before)
+                tries.count(answered)
+                after = await self._after_loss(holding, call, arguments, answered, also, tries, before)
                 if after is None:
                     continue
                 if not isinstance(after, Answered):
@@ -117,15 +143,15 @@ class Outward:
         return None
 
     async def _after_loss(
-        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, before: float
+        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, tries: _Tries, before: float
     ) -> Answered | Outcome | Wait | None:
         """The driver, here and now, cannot say whether it happened. None: it was started once more."""
         effect = call.intent.effect
         if effect is Effect.CHECKABLE:
-            return await self._verify(holding, call, arguments, also, why=why, before=before)
-        if effect is Effect.PURE and (why.error == "deadline" or call.attempts >= TRIES_MAX):
+            return await self._verify(holding, call, arguments, also, why=why, tries=tries, before=before)
+        if effect is Effect.PURE and (why.error == "deadline" or tries.over):
             return Answered(value=why.why, error=why.error)
-        if effect is Effect.OPAQUE or call.attempts >= TRIES_MAX:
+        if effect is Effect.OPAQUE or tries.over:
             return await self._lose(holding, call)
         return await self._again(holding, call, tried_ms=_since_ms(before))
 
@@ -137,18 +163,20 @@ class Outward:
         also: Also,
         *,
         why: Lost | None = None,
+        tries: _Tries | None = None,
         before: float | None = None,
     ) -> Outcome | Wait:
         """`why`: how it was lost just now, in a try that began at `before`; None: by a server that is gone."""
-        intent = call.intent
-        verified = await verify_tool(self._workers, holding, _job(holding, call, arguments))
+        intent, tries = call.intent, tries or _Tries()
+        async with self._workers.of(holding).turn(alone=True):  # what another call cuts off, nobody would know
+            verified = await verify_tool(self._workers, holding, _job(holding, call, arguments))
         if isinstance(verified, Lost):
             return await self._lose(holding, call)
         if isinstance(verified, Nothing):
-            if why is None or call.attempts < TRIES_MAX:
+            if why is None or not tries.over:
                 tried_ms = _at_most_ms(holding, call) if before is None else _since_ms(before)
                 held = await self._again(holding, call, tried_ms=tried_ms)
-                return held or await self._run(holding, intent.call_id, arguments, also)
+                return held or await self._run(holding, intent.call_id, arguments, also, tries)
             verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
         used_ms = None if before is None else _since_ms(before)
         ending = Ending(reserved_ms=calling.reserved_ms(holding, intent), used_ms=used_ms)

@@ -44,7 +44,7 @@ async def run_tool(workers: ToolWorkers, holding: Holding, job: Job) -> Answered
         return Answered(value=result.value, printed=result.printed)
     said = _SAID.get(result.error, "The tool could not be called: {}").format(result.message).strip()
     if result.perhaps:
-        return Lost(error=result.error, why=said)
+        return Lost(error=result.error, why=said, suspects=result.suspects)
     return Answered(value=said, error=result.error, printed=result.printed)
 
 

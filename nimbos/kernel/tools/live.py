@@ -37,11 +37,20 @@ STEP_NAME_CHARACTERS = 200
 
 class WorkerDied(Exception):
     """The process is gone; whatever it was doing has no outcome. The message is for people. `deadline`: it was killed
-    because a tool ran over its own."""
+    because a tool ran over its own. `known`: whose doing it was is known, and no other call's. `suspects`: else, how
+    many calls were under way; none: it was nobody's but the process's own."""
 
-    def __init__(self, why: str, *, deadline: bool = False) -> None:
+    def __init__(self, why: str, *, deadline: bool = False, known: bool = False) -> None:
         super().__init__(why)
         self.deadline = deadline
+        self.known = known or deadline
+        self.suspects = 0
+
+    def told(self, why: str) -> WorkerDied:
+        """The same, with more to say."""
+        told = WorkerDied(why, deadline=self.deadline, known=self.known)
+        told.suspects = self.suspects
+        return told
 
 
 class Live:
@@ -85,7 +94,7 @@ class Live:
             await self.bury(died)
             raise died from error
         except asyncio.CancelledError:
-            self.end(WorkerDied("the call was given up"))
+            self.end(WorkerDied("the call was given up", known=True))
             raise
         finally:
             self._expected.pop(number, None)
@@ -101,14 +110,14 @@ class Live:
         try:
             await self._process.send(message)
         except PipeBroken as error:
-            died = WorkerDied(str(error))
-            await self.bury(died)
-            raise died from error
+            await self.bury(WorkerDied(str(error)))
+            raise self.died or WorkerDied(str(error)) from error
 
     def end(self, died: WorkerDied) -> None:
         """At once; what waited for it is told how it ended when that is known."""
         if self.died is None:
             self.died = died
+            died.suspects = 0 if died.known else len(self._expected)
             self._process.kill()
             self._ending = asyncio.create_task(self._tell(died), name=f"end of worker {self.pid}")
 
@@ -173,7 +182,7 @@ class Live:
     async def _tell(self, died: WorkerDied) -> None:
         ended = await self._process.wait()
         await asyncio.to_thread(shorten, self._output)
-        told = WorkerDied(f"{died} ({ended})" if str(died) == "it ended" else str(died), deadline=died.deadline)
+        told = died.told(f"{died} ({ended})" if str(died) == "it ended" else str(died))
         for waiting in self._expected.values():
             if not waiting.done():
                 waiting.set_exception(told)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nimbos.kernel.tools.printed import end_of, printed_since
 from nimbos.kernel.tools.process import PipeBroken, WorkerProcess
 from nimbos.kernel.tools.results import WORKER_CODES, NotJson, ToolResult, Verified, read_value
 from nimbos.kernel.tools.specs import ToolSpec, read_specs
+from nimbos.kernel.tools.turns import Turns
 from nimbos.toolwire import (
     MESSAGE_CHARACTERS,
     Call,
@@ -64,6 +66,7 @@ class ToolWorker:
         self._entry = entry
         self._limits = limits or WorkerLimits()
         self._starting = asyncio.Lock()
+        self._turns = Turns()
         self._live: Live | None = None
         self._output: Path | None = None
 
@@ -71,6 +74,10 @@ class ToolWorker:
     def pid(self) -> int | None:
         """Of the process, while there is one."""
         return self._live.pid if self._live is not None and self._live.died is None else None
+
+    def turn(self, *, alone: bool) -> AbstractAsyncContextManager[None]:
+        """For whoever is about to call: beside others, or with nothing beside it."""
+        return self._turns.take(alone=alone)
 
     async def describe(self) -> tuple[ToolSpec, ...]:
         """Raises: BrokenProgram for Python that cannot be used; WorkerDied, StorageUnavailable."""
@@ -107,11 +114,13 @@ class ToolWorker:
             return self._result(await live.exchange(ask, deadline_s))
         except WorkerDied as died:
             if died.deadline and time.monotonic() - begun >= deadline_s:  # its own, not that of a call beside it
-                return ToolResult(error="deadline", message=f"It took longer than {deadline_s:g} s.", perhaps=True)
-            return ToolResult(error="died", message=f"The tool's process is gone: {died}.", perhaps=True)
+                late = f"It took longer than {deadline_s:g} s."
+                return ToolResult(error="deadline", message=late, perhaps=True, suspects=1)
+            gone = f"The tool's process is gone: {died}."
+            return ToolResult(error="died", message=gone, perhaps=True, suspects=died.suspects)
         except NotJson as error:
-            await live.bury(WorkerDied(f"it sent a result that cannot be read ({error})"))
-            return ToolResult(error="died", message="The tool's process broke its protocol.", perhaps=True)
+            await live.bury(WorkerDied(f"it sent a result that cannot be read ({error})", known=True))
+            return ToolResult(error="died", message="The tool's process broke its protocol.", perhaps=True, suspects=1)
 
     async def verify(self, tool: str, arguments: Any, *, key: str, deadline_s: float) -> Verified:
         """Whether the call with this key happened. Raises: StorageUnavailable."""
@@ -135,7 +144,7 @@ class ToolWorker:
         except WorkerDied as died:
             return Verified(happened=None, message=f"The process that was asked is gone: {died}.")
         except NotJson as error:
-            await live.bury(WorkerDied(f"it sent a result that cannot be read ({error})"))
+            await live.bury(WorkerDied(f"it sent a result that cannot be read ({error})", known=True))
             return Verified(happened=None, message="The process that was asked broke its protocol.")
         return Verified(happened=reply.happened, result=result, message=shortened(reply.message))
 
@@ -219,6 +228,7 @@ class ToolWorker:
         if reply.error:
             if reply.error not in WORKER_CODES or len(reply.message) > MESSAGE_CHARACTERS:
                 raise NotJson("an error that is none")
-            return ToolResult(error=reply.error, message=reply.message, perhaps=reply.error == "deadline")
+            late = reply.error == "deadline"
+            return ToolResult(error=reply.error, message=reply.message, perhaps=late, suspects=int(late))
         value = read_value(reply.value)
         return ToolResult(value=value, size_bytes=len(reply.value))
