@@ -24,6 +24,7 @@ _log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
+_ENDS_OF_LINES = ((b"\xc2\x85", rb"\u0085"), (b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"))
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ class EventResponse(Response):
     async def _send(self, send: Send, event: bytes) -> None:
         loop = asyncio.get_running_loop()
         self._sending_since = loop.time()
-        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": _on_its_line(event), "more_body": True})
         self._sending_since = None
         self._sent_at = loop.time()
 
@@ -184,6 +185,15 @@ class EventResponse(Response):
                     await asyncio.wait_for(self._send(send, self._framing.keep_alive), self._stall_s)
                 except TimeoutError:
                     return
+
+
+def _on_its_line(event: bytes) -> bytes:
+    """Many clients split lines as Python's `splitlines` does, also at characters that JSON writes as they are; within
+    its strings, where they stand, it may write them as escapes, too."""
+    if not event.isascii():
+        for raw, escape in _ENDS_OF_LINES:
+            event = event.replace(raw, escape)
+    return event
 
 
 async def _gone(receive: Receive) -> None:

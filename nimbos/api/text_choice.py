@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from dataclasses import dataclass, field
 
 from nimbos.api import openai_wire as wire
 from nimbos.types import ChosenLogprob, Final, FinishReason, TokenChunk
 
+_Utf8 = codecs.getincrementaldecoder("utf-8")
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class TextBranch:
-    """`logprobs`: None when the client asked for none; they may have been computed all the same, to pick the best."""
+    """`logprobs`: None when the client asked for none; they may have been computed all the same, to pick the best.
+    A token's offset is where its first character stands in the text, also when the character began in a token before.
+    """
 
     index: int
     echo: str
@@ -20,9 +25,11 @@ class TextBranch:
     text: list[str] = field(default_factory=list)
     chosen: list[ChosenLogprob] = field(default_factory=list)
     _offset: int = field(init=False)
+    _decoder: codecs.IncrementalDecoder = field(init=False)
 
     def __post_init__(self) -> None:
         self._offset = len(self.echo)
+        self._decoder = _Utf8("replace")
 
     def add(self, chunk: TokenChunk) -> None:
         self.text.append(chunk.text)
@@ -55,9 +62,9 @@ class TextBranch:
             return None
         tokens = [one.chosen.piece.decode(errors="replace") for one in chosen]
         offsets = []
-        for token in tokens:
+        for one in chosen:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._decoder.decode(one.chosen.piece))
         return wire.TextLogprobs(
             tokens=tokens,
             token_logprobs=[one.chosen.logprob for one in chosen],

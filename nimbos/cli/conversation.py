@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from nimbos import config
 from nimbos.errors import InvalidRequest, NimbosError, NotReady, Unauthorized
@@ -81,7 +82,7 @@ class Conversation:
 
 def talk(*, model: str | None, url: str | None, key: str | None, system: str | None) -> int:
     """The exit code. Raises: NimbosError."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     with _connect(url, key) as client:
         try:
             conversation = Conversation(client, model or _first_model(client), system)
@@ -100,7 +101,7 @@ def _once(conversation: Conversation, question: str, console: Console) -> int:
 
 
 def _loop(conversation: Conversation, console: Console) -> int:
-    console.print(f"[bold]{conversation.model}[/bold]  [dim]{_HELP}[/dim]")
+    console.print(f"[bold]{escape(conversation.model)}[/bold]  [dim]{_HELP}[/dim]")
     while True:
         try:
             line = console.input("\n[bold cyan]›[/bold cyan] ").strip()
@@ -154,7 +155,8 @@ def _show(events: Iterator[dict[str, Any]], answer: Answer, console: Console) ->
                     console.print("\n")
                     thinking = False
                 answer.text += text
-                console.print(_safe(text), end="", markup=False, soft_wrap=True)
+                console.file.write(_safe(text))  # as it is: rich would make spaces of tabs
+                console.file.flush()
 
 
 def _safe(text: str) -> str:
