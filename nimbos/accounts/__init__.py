@@ -7,7 +7,7 @@ from nimbos.accounts.accounts import Accounts
 from nimbos.accounts.authority import Authority
 from nimbos.accounts.keys import CODE_SCOPE
 from nimbos.accounts.roles import Action, ProjectRole, Role
-from nimbos.accounts.words import Actor, Identity, allowed_model, allowed_route
+from nimbos.accounts.words import Actor, Identity, allowed_classes, allowed_model, allowed_route
 
 __all__ = [
     "CODE_SCOPE",
@@ -18,6 +18,7 @@ __all__ = [
     "Identity",
     "ProjectRole",
     "Role",
+    "allowed_classes",
     "allowed_model",
     "allowed_route",
 ]
