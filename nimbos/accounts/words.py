@@ -12,7 +12,7 @@ import msgspec
 
 from nimbos.accounts.roles import ProjectRole, Role
 from nimbos.db import Row
-from nimbos.types import Account
+from nimbos.types import Account, AskClass
 
 ORGANISATION_ID = "org_default"
 DEFAULT_PROJECT = "proj_default"
@@ -215,6 +215,11 @@ def encoded(values: tuple[str, ...] | None) -> str | None:
 def allowed_model(account: Account, model: str) -> bool:
     """Whether this account's key and project may ask this model, by its id (not an alias)."""
     return model not in account.denied_models and (account.models is None or model in account.models)
+
+
+def allowed_classes(account: Account) -> list[AskClass]:
+    """Those that its key is for, the most urgent first; a key that names none is for all."""
+    return [name for name in AskClass if f"class:{name}" in account.scopes] or list(AskClass)
 
 
 def allowed_route(account: Account, path: str) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 
 import msgspec
 
+from nimbos.accounts import allowed_classes, allowed_route
 from nimbos.batches import rows
 from nimbos.batches.contents import Contents
 from nimbos.batches.desk import JOBS, batch_of_lines
@@ -26,6 +27,7 @@ from nimbos.errors import (
     AnswerFailed,
     BudgetExhausted,
     EngineFailed,
+    Forbidden,
     NimbosError,
     NotReady,
     Overloaded,
@@ -120,6 +122,7 @@ class Running:
         origin = Origin(route=endpoint.path, batch=batch.id)
         try:
             account = await self._resolve(batch.account)
+            _check_allowed(account, batch, endpoint.path)
             as_batch = msgspec.structs.replace(account, scopes=frozenset({f"class:{AskClass.BATCH}"}))
             return await endpoint.perform(as_batch, bytes(request.body), origin=origin, journal=journal)
         except BudgetExhausted as error:
@@ -154,6 +157,14 @@ class Running:
         yield from self._work.release(claim)
         yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)
         return seconds
+
+
+def _check_allowed(account: Account, batch: Batch, path: str) -> None:
+    """What the key may use now, as when it submitted the batch. Raises: Forbidden."""
+    if not allowed_route(account, f"{path}/batches" if batch.dialect == "anthropic" else path):
+        raise Forbidden(f"This key may not use {path} any more.")
+    if AskClass.BATCH not in allowed_classes(account):
+        raise Forbidden(f"This key is not for the class {AskClass.BATCH.value!r} any more.")
 
 
 class Settling:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import bindparam, select, update
 
@@ -235,6 +236,26 @@ async def test_a_line_that_the_route_refuses_is_answered_with_its_error(shop: Sh
     (row,) = await shop.rows(batch.error_file)
     assert row["response"]["status_code"] == 400
     assert row["response"]["body"] == {"no": "invalid_request"}
+
+
+@pytest.mark.parametrize(
+    "now", [{"routes": frozenset({"/v1/other"})}, {"scopes": frozenset({"class:interactive"})}], ids=["route", "class"]
+)
+async def test_what_a_key_may_not_use_any_more_is_refused_in_each_line(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, now: dict[str, Any]
+) -> None:
+    """As it would be refused to submit the batch."""
+
+    async def narrowed(account: Account) -> Account:
+        return msgspec.structs.replace(account, **now)
+
+    monkeypatch.setattr(shop.batches._running, "_resolve", narrowed)
+    batch = await shop.over(await shop.submit([line("a"), line("b")]))
+    rows = await shop.rows(batch.error_file)
+    assert [(row["response"]["status_code"], row["response"]["body"]) for row in rows] == [
+        (403, {"no": "forbidden"})
+    ] * 2
+    assert shop.echo.asked == []
 
 
 async def test_an_engine_that_fails_is_tried_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
