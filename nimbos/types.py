@@ -135,6 +135,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     `pin_s`: the prompt's prefix of `pin_tokens` tokens is kept for so long (explicit caching).
     `weight`: its account's share of the scheduler; twice the weight is twice the computing while others wait, too.
     `process`: whose part of a longer run it is, "" for none; the runs that have had little go first.
+    `stop_ids`: tokens that end a branch, outside of thinking and behind `min_tokens`; their text is not sent.
     """
 
     id: str
@@ -159,6 +160,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: Grammar | None = None
     thinking: Thinking | None = None

@@ -112,6 +112,7 @@ def asked(
         limit_tokens=limit,
         min_tokens=shared.min_tokens_of(body, limit),
         stops=shared.stops_of(body),
+        stop_ids=shared.stop_ids_of(body),
         ignore_eos=bool(body.ignore_eos),
         origin=origin,
     )

@@ -52,8 +52,7 @@ _MEDIA = frozenset({"audio", "file", "image", "image_url", "input_audio", "video
 
 
 class Parameters(msgspec.Struct, kw_only=True):
-    """`stop` is a string or strings; token ids are refused by name. `typical_p`, `min_p` and `frequency_penalty` are
-    ours besides."""
+    """`stop` is a string, strings or token ids. `typical_p`, `min_p` and `frequency_penalty` are ours besides."""
 
     result_format: Literal["text", "message"] | None = None
     incremental_output: bool | None = None
@@ -142,6 +141,7 @@ def read_chat(table: Mapping[str, Any], ignored: Ignored, headers: Headers, *, p
     parameters = read_known(
         object_at(table, "parameters"), Parameters, ignored, at="parameters", refused=REFUSED_PARAMETERS
     )
+    stops, stop_ids = _stops(parameters.stop)
     body = ChatBody(
         model=model,
         messages=pair_results(_messages(object_at(table, "input"), ignored)),
@@ -155,7 +155,8 @@ def read_chat(table: Mapping[str, Any], ignored: Ignored, headers: Headers, *, p
         frequency_penalty=parameters.frequency_penalty,
         max_tokens=parameters.max_tokens,
         seed=parameters.seed,
-        stop=_stop(parameters.stop),
+        stop=stops,
+        stop_token_ids=stop_ids,
         n=parameters.n,
         logprobs=parameters.logprobs,
         top_logprobs=parameters.top_logprobs if parameters.logprobs else None,
@@ -197,17 +198,21 @@ def _form(parameters: Parameters, *, parts: bool) -> Form:
     return Form(text=text and not parts, incremental=bool(parameters.incremental_output), parts=parts)
 
 
-def _stop(given: Any) -> str | list[str] | None:
-    """Raises: UnsupportedField for token ids."""
+def _stops(given: Any) -> tuple[str | list[str] | None, list[int] | None]:
+    """Strings, or ids of tokens, each also in a list of its own. Raises: UnsupportedField for several ids in a row."""
     if given is None or isinstance(given, str):
-        return given
-    if not isinstance(given, list):
-        raise InvalidRequest("`parameters.stop` must be a string or a list of strings.", param="parameters.stop")
-    if any(isinstance(one, int | list) for one in given):
-        raise UnsupportedField("parameters.stop", why="given as token ids, which are not supported; give strings")
-    if not all(isinstance(one, str) for one in given):
-        raise InvalidRequest("`parameters.stop` must be a string or a list of strings.", param="parameters.stop")
-    return list(given)
+        return given, None
+    rows = given if isinstance(given, list) else [None]
+    stops: list[Any] = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
+    if all(isinstance(stop, str) for stop in stops):
+        return stops, None
+    if all(isinstance(stop, int) and not isinstance(stop, bool) for stop in stops):
+        return None, stops
+    if any(isinstance(stop, list) for stop in stops):
+        raise UnsupportedField("parameters.stop", why="given as several token ids in a row; give a string")
+    raise InvalidRequest(
+        "`parameters.stop` must be a string, or a list of strings or of ids of tokens.", param="parameters.stop"
+    )
 
 
 def _messages(table: Mapping[str, Any], ignored: Ignored) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class Asked:
     limit_tokens: int | None = None
     min_tokens: int = 0
     stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     origin: Origin = NOWHERE
     marked: Callable[[ModelCard], ChatRequest] | None = None
@@ -120,6 +121,7 @@ async def understand(
         min_tokens=asked.min_tokens,
         sampling=asked.sampling,
         stop=(*asked.stops, *(stop for stop in plan.stop if stop not in asked.stops)),
+        stop_ids=asked.stop_ids,
         ignore_eos=asked.ignore_eos,
         grammar=plan.grammar,
         thinking=plan.thinking,

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from nimbos.accounts import allowed_classes
 from nimbos.errors import Forbidden, InvalidRequest, UnsupportedField
 from nimbos.types import Account, AskClass, Grammar, Sampling
 
 STOPS_MAX = 16
+STOP_IDS_MAX = 64
 N_MAX = 32
 TOP_LOGPROBS_MAX = 20
 BIASES_MAX = 1024
@@ -71,6 +73,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     min_p: float | None = None
     typical_p: float | None = None
     repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -128,6 +131,16 @@ def stops_of(fields: SamplingFields) -> tuple[str, ...]:
     return stops
 
 
+def stop_ids_of(fields: SamplingFields) -> tuple[int, ...]:
+    ids = tuple(dict.fromkeys(fields.stop_token_ids or ()))
+    if len(ids) > STOP_IDS_MAX or not all(0 <= token < 2**31 for token in ids):
+        raise InvalidRequest(
+            f"`stop_token_ids` takes up to {STOP_IDS_MAX} ids of tokens, which are not below zero.",
+            param="stop_token_ids",
+        )
+    return ids
+
+
 def limit_of(fields: SamplingFields) -> int | None:
     if fields.max_tokens is None:
         return None
@@ -169,7 +182,7 @@ def class_of(tier: Tier | None, extension: AskClass | None, header: str | None, 
     if len(set(wanted.values())) > 1:
         named = " and ".join(f"`{name}` ({value})" for name, value in wanted.items())
         raise InvalidRequest(f"{named} contradict each other.", param="service_tier")
-    allowed = [name for name in AskClass if f"class:{name}" in account.scopes] or list(AskClass)
+    allowed = allowed_classes(account)
     chosen = next(iter(wanted.values()), allowed[0])
     if chosen not in allowed:
         raise Forbidden(f"This key is not for the class {chosen.value!r}, but for {', '.join(allowed)}.")

@@ -123,7 +123,8 @@ class Completions:
         ask_class = shared.class_of(body.service_tier, shared.extension_class(body), header_class, account)
         prompts = prompts_of(body.prompt, param="prompt", most=PROMPTS_MAX, special=True)
         echoes = [_echo(prompt, body) for prompt in prompts]
-        stops, least, grammar = shared.stops_of(body), shared.min_tokens_of(body, limit), shared.grammar_of(body)
+        stops, stop_ids = shared.stops_of(body), shared.stop_ids_of(body)
+        least, grammar = shared.min_tokens_of(body, limit), shared.grammar_of(body)
         card = await self._service.card(body.model, account)
         asks = [
             Ask(
@@ -137,6 +138,7 @@ class Completions:
                 min_tokens=least,
                 sampling=sampling,
                 stop=stops,
+                stop_ids=stop_ids,
                 ignore_eos=bool(body.ignore_eos),
                 grammar=grammar,
             )

@@ -11,10 +11,10 @@ All state is a function of the ids accepted, so `replay` rebuilds it after an en
     ThinkingBlock (bytes; takes the marks out) → Outbox (UTF-8, stop strings)
 and what is certain behind both is released.
 
-    phase     tokens count as   grammar applies   an end-of-generation token
-    BEFORE    output            no                ends the answer
-    INSIDE    thinking          no                closes the block: see `instead_of`
-    AFTER     output            yes               ends the answer
+    phase     tokens count as   grammar applies   an end-of-generation token            a token of `stop_ids`
+    BEFORE    output            no                ends the answer                       ends the answer
+    INSIDE    thinking          no                closes the block: see `instead_of`    is as any other
+    AFTER     output            yes               ends the answer                       ends the answer
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ class Answer:
         self.output_tokens += 1
         self.recent.append(token)
         self._note(token, logprob)
-        if token in self._vocab.eog and not planned:
+        if token in self._ask.stop_ids and self._stops_at(phase) and not planned:
+            self._end(FinishReason.STOP)
+        elif token in self._vocab.eog and not planned:
             self._meet_end(phase)
         else:
             constrained = self._matcher is not None and phase is Phase.AFTER and not planned
@@ -231,6 +233,9 @@ class Answer:
         elif logprob is None or logprob.chosen.id != token:  # forced
             logprob = ChosenLogprob(chosen=TokenLogprob(id=token, piece=self._vocab.pieces[token], logprob=0.0))
         self._outbox.note(_channel(self.phase), token, logprob)
+
+    def _stops_at(self, phase: Phase) -> bool:
+        return phase is not Phase.INSIDE and self.output_tokens > self._ask.min_tokens
 
     def _meet_end(self, phase: Phase) -> None:
         if phase is Phase.INSIDE and self._farewell is not None:

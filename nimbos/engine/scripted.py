@@ -128,6 +128,8 @@ class ScriptedSource:
             )
         if ask.sampling.logprobs is not None:
             raise UnsupportedField("logprobs", why=f"not available from the scripted model {self._card.id!r}")
+        if ask.stop_ids:
+            raise UnsupportedField("stop_token_ids", why=f"not for the scripted model {self._card.id!r}: it has none")
         count = _count_prompt(ask)
         if count >= self._card.context_tokens:
             raise PromptTooLong(have=count, limit=self._card.context_tokens - 1)

@@ -342,8 +342,12 @@ def test_text_that_is_marked_for_the_cache_is_read(live: Live) -> None:
     ("parameters", "named"),
     [
         ({"enable_search": True}, "enable_search"),
-        ({"stop": [5, 6]}, "parameters.stop"),
+        ({"stop": [5, 6]}, "stop_token_ids"),  # of this model alone, which has none
+        ({"stop": [[5], [6]]}, "stop_token_ids"),
         ({"stop": [[5, 6]]}, "parameters.stop"),
+        ({"stop": ["a", 5]}, "parameters.stop"),
+        ({"stop": [True]}, "parameters.stop"),
+        ({"stop": [-1]}, "stop_token_ids"),
         ({"stop": 5}, "parameters.stop"),
         ({"result_format": "xml"}, "parameters.result_format"),
         ({"result_format": "text", "n": 2}, "`n`"),

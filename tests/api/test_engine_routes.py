@@ -138,6 +138,19 @@ def test_a_schema_shapes_the_answer(tiny: Live) -> None:
     assert reply["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_token_that_stops_is_counted_and_not_told(tiny: Live) -> None:
+    wanted = {"logit_bias": {"65": 100}, "max_tokens": 4}
+    whole = greedy(tiny, **wanted)
+    assert whole["usage"]["completion_tokens"] == 4
+    stopped = greedy(tiny, **wanted, stop_token_ids=[64, 65])
+    assert (stopped["choices"][0]["finish_reason"], stopped["choices"][0]["message"]["content"]) == ("stop", "")
+    assert stopped["usage"]["completion_tokens"] == 1
+    older = tiny.client.completions.create(
+        model=CHAT, prompt="hello", max_tokens=4, logit_bias={"65": 100}, extra_body={"stop_token_ids": [65]}
+    )
+    assert (older.choices[0].finish_reason, older.choices[0].text) == ("stop", "")
+
+
 def test_a_required_tool_is_called(tiny: Live) -> None:
     parameters = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
     tools = [{"type": "function", "function": {"name": "switch", "parameters": parameters}}]

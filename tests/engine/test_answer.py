@@ -225,6 +225,22 @@ def test_an_end_token_ends_counts_and_has_no_text() -> None:
     assert (target.finish, target.stopped_by, target.output_tokens) == (FinishReason.STOP, None, 7)
 
 
+def test_a_token_that_stops_counts_and_has_no_text() -> None:
+    target = answer(ask(stop=("STOP",), stop_ids=(ord("!"), ord("?")), min_tokens=2, ignore_eos=True))
+    chunks = take(target, spell("!hi ST?"))  # below the minimum it is text
+    assert text_of(chunks) == "!hi ST"
+    assert ids_of(chunks) == list(spell("!hi ST?"))
+    assert (target.finish, target.stopped_by, target.output_tokens) == (FinishReason.STOP, None, 7)
+
+
+def test_a_token_that_stops_does_not_stop_thinking() -> None:
+    target = answer(ask(thinking=thinking(), stop_ids=(ord("!"),)))
+    take(target, spell("hm! "))
+    assert target.finish is None
+    take(target, spell("</think>a!"))
+    assert target.finish is FinishReason.STOP
+
+
 def test_the_limit_releases_what_was_held_back() -> None:
     target = answer(ask(stop=("STOP",)), max_tokens=4)
     chunks = take(target, (*spell("ST"), *spell("😀")[:2]))

@@ -104,6 +104,17 @@ async def test_a_stop_string_ends_the_answer_and_is_not_told(engine: Engine) -> 
     assert told.text[0] == whole[: whole.index(stop)]
 
 
+async def test_a_token_that_stops_ends_the_answer_also_after_a_restart(engine: Engine) -> None:
+    whole = (await answer(engine, ask(limit_tokens=40))).ids[0]
+    stop = whole[20]
+    told = await answer(engine, ask(limit_tokens=40, stop_ids=(stop,)))
+    assert told.ids[0] == whole[: whole.index(stop) + 1]
+    assert told.final.reason is FinishReason.STOP
+    part = tuple(told.ids[0][: whole.index(stop) // 2])
+    rest = await answer(engine, ask(limit_tokens=40, stop_ids=(stop,), emitted={0: part}))
+    assert [*part, *rest.ids[0]] == told.ids[0]
+
+
 async def test_a_schema_is_kept_at_any_temperature(engine: Engine) -> None:
     schema = '{"type":"object","properties":{"n":{"type":"integer","minimum":0,"maximum":99}},"required":["n"],'
     schema += '"additionalProperties":false}'
