@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nimbos.accounts import Authority
 from nimbos.api import body as bodies
 from nimbos.api import responses_request as requests
 from nimbos.api.access import account_of
@@ -47,13 +48,14 @@ class ResponseRoutes:
         store: Store,
         background: Background,
         responder: Responder,
+        authority: Authority,
     ) -> None:
         self._service = service
         self._settings = settings
         self._store = store
         self._background = background
         self._responder = responder
-        self._queue = BackgroundResponses(responder, store, background)
+        self._queue = BackgroundResponses(responder, store, background, authority)
         self._compactor = Compactor(service, responder)
 
     def attend(self) -> None:
@@ -161,7 +163,8 @@ def made(runtime: Runtime) -> ResponseRoutes:
     """One for each server: what it attends to, it attends to once."""
     responder = Responder(runtime.service, runtime.responses, Conversations(runtime.responses))
     settings = runtime.settings.server
-    return ResponseRoutes(runtime.service, settings, runtime.responses, runtime.background, responder)
+    authority = Authority(runtime.database)
+    return ResponseRoutes(runtime.service, settings, runtime.responses, runtime.background, responder, authority)
 
 
 def routes(runtime: Runtime) -> list[Route]:

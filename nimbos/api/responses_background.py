@@ -11,13 +11,23 @@ from contextlib import aclosing
 
 import msgspec
 
+from nimbos.accounts import Authority, allowed_route
 from nimbos.api import responses_request as requests
 from nimbos.api.responses_answer import ENDS, Call, Responder, Turn, teller_of
 from nimbos.api.responses_events import Teller
 from nimbos.api.responses_record import items_of, joined, pieces_of, split, status_of
 from nimbos.api.responses_wire import Event, Response, event
 from nimbos.db import Transaction
-from nimbos.errors import EngineFailed, InvalidRequest, NimbosError, NotFound, NotReady, Overloaded, StorageUnavailable
+from nimbos.errors import (
+    EngineFailed,
+    Forbidden,
+    InvalidRequest,
+    NimbosError,
+    NotFound,
+    NotReady,
+    Overloaded,
+    StorageUnavailable,
+)
 from nimbos.ledger import Attempt, Attempts
 from nimbos.responses import Background, Ending, Kept, Live, Store
 from nimbos.types import Account, Origin
@@ -41,8 +51,9 @@ class Queued(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackgroundResponses:
-    def __init__(self, responder: Responder, store: Store, background: Background) -> None:
+    def __init__(self, responder: Responder, store: Store, background: Background, authority: Authority) -> None:
         self._responder = responder
+        self._authority = authority
         self._store = store
         self._background = background
 
@@ -131,7 +142,10 @@ class BackgroundResponses:
         """The last event is told before the ask is settled, so that the settlement writes the end."""
         if claim.lapses > _LAPSES_MAX:
             raise EngineFailed(f"{claim.lapses} servers ended while this was computed; it is not tried again.")
-        call = Call(account=queued.account, header_class=queued.header_class, origin=queued.origin, journal=ending)
+        account = await self._authority.check(queued.account)
+        if not allowed_route(account, queued.origin.route):
+            raise Forbidden(f"This key may not use {queued.origin.route} any more.")
+        call = Call(account=account, header_class=queued.header_class, origin=queued.origin, journal=ending)
         past = await self._store.past_at(queued.account.id, kept.input_node)
         turn = await self._responder.again(call, queued.body, teller.response, past)
         async with aclosing(self._responder.computed(turn, teller)) as events:

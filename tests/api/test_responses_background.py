@@ -11,8 +11,12 @@ from typing import Any
 import openai
 import pytest
 
+from nimbos.accounts import Accounts, keys
+from nimbos.accounts.words import LOCAL, Changed, Key
+from nimbos.api import responses_items
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Transaction
+from nimbos.responses import nodes
 from tests.api.responses_events import ENDS, events_of, whole
 from tests.api.test_up import up
 from tests.ledger.books import METERS
@@ -175,6 +179,53 @@ def test_one_that_a_server_did_not_finish_is_finished_by_the_next(tmp_path: Path
         settings = live.settings
     assert final.usage.output_tokens == WORDS
     check_paid(settings, final.usage, asked)
+
+
+def test_one_whose_key_was_revoked_meanwhile_is_asked_no_more(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with serving(home, {"demo": SLOW}, database_url="") as live:
+        made = live.post("/v1/organization/projects/proj_default/api_keys", {"name": "laptop"}).json()
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=made["value"], max_retries=0) as client:
+            response = client.responses.create(model="demo", input="hi", background=True)
+            with client.responses.retrieve(response.id, stream=True) as stream:
+                next(event for event in stream if event.type == "response.output_text.delta")
+        settings = live.settings
+    asyncio.run(revoke(settings, made["id"]))
+    with serving(home, {"demo": SLOW}, database_url="") as live:
+        failed = ended(live, response.id)
+        assert (failed.status, failed.output_text) == ("failed", "")
+        assert "revoked" in failed.error.message
+        assert live.sources["demo"].asks == []
+
+
+async def revoke(settings: Settings, key_id: str) -> None:
+    def change() -> Transaction[Changed[Key]]:
+        return (yield from keys.revoke_key((yield from keys.key_of(None, key_id))))
+
+    database = await Database.open(settings)
+    try:
+        accounts = await Accounts.open(database)
+        await accounts.change(LOCAL, change)
+        await accounts.close()
+    finally:
+        await database.close()
+
+
+def test_an_answer_that_fills_its_context_is_kept_and_the_next_turn_refused(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (nodes, responses_items):
+        monkeypatch.setattr(module, "ITEMS_MAX", 2)
+    full = [{"role": "user", "content": "earlier"}, {"role": "user", "content": "count"}]
+    response = live.client.responses.create(model="demo", input=full, background=True)  # type: ignore[arg-type]
+    finished = ended(live, response.id)
+    assert (finished.status, finished.output_text) == ("completed", "one, two, three, four")
+    plain = live.client.responses.create(model="demo", input=full)  # type: ignore[arg-type]
+    asked = len(live.sources["demo"].asks)
+    for before in (response.id, plain.id):
+        with pytest.raises(openai.BadRequestError, match="2 items"):
+            live.client.responses.create(model="demo", input="more", previous_response_id=before)
+    assert len(live.sources["demo"].asks) == asked
 
 
 @pytest.mark.long  # the dead server's lease has to run out
