@@ -28,6 +28,7 @@ Width = Literal["1m", "1h", "1d"]
 BY: tuple[By, ...] = get_args(By)
 DIMENSIONS = ("project", "key", "model", "class", "process")
 WIDTH_MS: dict[Width, int] = {"1m": 60_000, "1h": HOUR_MS, "1d": DAY_MS}
+FILTER_VALUES_MAX = 100
 MINUTES_MAX_MS = 2 * DAY_MS  # a span of buckets of a minute reads every ask in it
 _FOREVER_MS = 2**62
 
@@ -200,14 +201,17 @@ async def _sums(
     for name in sorted(filters):
         if name not in DIMENSIONS:
             raise InvalidRequest(f"There is no filter {name[:60]!r}; there are {', '.join(DIMENSIONS)}.")
-        wanted = list(filters[name])[:_FILTER_VALUES_MAX]
+        wanted = list(dict.fromkeys(filters[name]))
+        if len(wanted) > FILTER_VALUES_MAX:
+            raise InvalidRequest(
+                f"A filter takes at most {FILTER_VALUES_MAX} values; {name} has {len(wanted)}.", param=name
+            )
         shape.append((name, len(wanted)))
         values |= {f"{name}_{number}": value for number, value in enumerate(wanted)}
     make = _sum_of_asks if table == "asks" else _sum_of_table
     return await database.read(make(table, dimensions, width_ms, tuple(shape))(**values))
 
 
-_FILTER_VALUES_MAX = 100
 _Shape = tuple[tuple[str, int], ...]
 
 

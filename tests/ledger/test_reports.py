@@ -16,6 +16,7 @@ from nimbos.errors import InvalidRequest
 from nimbos.ledger import Price, Span, Used, export_asks, set_prices, usage, usage_buckets
 from nimbos.ledger import ledger as module
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
+from nimbos.ledger.reports import FILTER_VALUES_MAX
 from nimbos.types import Account, AskClass, Usage
 from tests.ledger.books import ASKS, DAYS, HOURS, METERS, MONTHS, Books, an_ask
 
@@ -162,6 +163,17 @@ async def test_a_table_runs_no_formula(database: Database) -> None:
     await books.ask_and_settle(Usage(input=1), account=Account(id="=1+1", name="", key="@key", key_name="", user="-u"))
     rows = list(csv.DictReader(io.StringIO(b"".join([line async for line in export_asks(database, "csv")]).decode())))
     assert (rows[0]["project"], rows[0]["key"], rows[0]["user"]) == ("'=1+1", "'@key", "'-u")
+
+
+async def test_a_filter_of_too_many_values_is_refused_and_not_cut(
+    database: Database, history: list[dict[str, Any]]
+) -> None:
+    keys = sorted({ask["key"] for ask in history})
+    wanted = [f"key_of_nobody_{number}" for number in range(FILTER_VALUES_MAX)]
+    with pytest.raises(InvalidRequest, match="at most"):
+        await usage(database, span=Span(filters={"key": [*wanted, *keys]}))
+    found = await usage(database, span=Span(filters={"key": keys * FILTER_VALUES_MAX}))
+    assert found.total == (await usage(database)).total
 
 
 async def test_what_cannot_be_told_is_refused(database: Database) -> None:
