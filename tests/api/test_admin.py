@@ -345,6 +345,28 @@ def test_the_audit_log_says_who_did_what_newest_first(admin: Organization) -> No
     assert updated.model_extra["x_nimbos"]["after"]["name"] == "watched closely"
 
 
+def test_budgets_and_limits_of_a_projects_keys_are_in_its_audit_log(server: Live, admin: Organization) -> None:
+    project = project_of(admin, "audited")
+    key = server.post(f"/v1/organization/projects/{project.id}/api_keys", {"name": "audited key"}).json()
+    owner = {"owner_kind": "key", "owner_id": key["id"]}
+    budget = server.post("/v1/organization/budgets", {**owner, "meter": "tokens", "limit": 5}).json()
+    assert server.post("/v1/organization/limits", {**owner, "concurrent": 2}).status_code == 200
+    assert server.http.delete(f"/v1/organization/budgets/{budget['id']}").status_code == 200
+    entries = list(admin.audit_logs.list(project_ids=[project.id]))
+    actions = [entry.model_extra["x_nimbos"]["action"] for entry in entries if entry.model_extra is not None]
+    assert actions == ["budget.deleted", "rate_limit.updated", "budget.updated", "api_key.created", "project.created"]
+
+
+def test_a_project_that_is_named_like_anothers_id_takes_nothing_from_it(admin: Organization) -> None:
+    project = project_of(admin, "first come")
+    other = project_of(admin, project.id)
+    limit: Any = {"threshold_amount": 100, "currency": "USD", "interval": "month"}
+    admin.projects.spend_limit.update(project.id, **limit)
+    assert admin.projects.spend_limit.retrieve(project.id).threshold_amount == 100
+    with pytest.raises(openai.NotFoundError):
+        admin.projects.spend_limit.retrieve(other.id)
+
+
 def test_the_audit_log_has_openais_filters(admin: Organization) -> None:
     now = int(time.time())
     project = project_of(admin, "filtered")

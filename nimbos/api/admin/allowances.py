@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 from nimbos.accounts import Action
 from nimbos.accounts.words import Changed
 from nimbos.api.admin.desk import AdminRoute, Call, Page, get, post, remove
-from nimbos.api.admin.owners import OwnerBody, OwnerKind, find_owner
+from nimbos.api.admin.owners import OwnerBody, OwnerKind, find_owner, project_of
 from nimbos.api.admin.projects import Deleted
 from nimbos.db import Transaction
 from nimbos.errors import Conflict, InvalidRequest
@@ -213,8 +213,11 @@ async def set_one_budget(call: Call) -> BudgetBody:
 async def remove_one_budget(call: Call) -> Deleted:
     def change() -> Transaction[Changed[Budget]]:
         before = yield from find_budget(call.path["budget_id"])
+        if (before.owner_kind, before.period) == ("process", "total"):
+            raise Conflict(f"{before.owner} counts in the budget {before.id} to its end; set its limit to null.")
+        project = yield from project_of(before.owner_kind, before.owner_id)
         yield from remove_budget(before.id)
-        return Changed(value=before, action="budget.deleted", target=before.id, before=before)
+        return Changed(value=before, action="budget.deleted", target=before.id, project=project, before=before)
 
     budget = await call.change(change)
     return Deleted(id=budget.id, object="organization.budget.deleted")

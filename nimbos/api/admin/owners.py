@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from nimbos.accounts import keys, projects
-from nimbos.accounts.words import ORGANISATION_ID, OWNER_KEY, Key, Project
+from nimbos.accounts.words import DEFAULT_PROJECT, ORGANISATION_ID, OWNER_KEY, Key, Project
 from nimbos.db import Transaction
 from nimbos.errors import Conflict, InvalidRequest, NotFound
 
@@ -17,13 +17,12 @@ OwnerKind = Literal["organisation", "project", "key", "process", "model"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
+    """`project`: the one it belongs to, "" for none."""
+
     kind: OwnerKind
     id: str
     name: str
-
-    @property
-    def project(self) -> str:
-        return self.id if self.kind == "project" else ""
+    project: str = ""
 
 
 class OwnerBody(msgspec.Struct, kw_only=True):
@@ -43,21 +42,35 @@ def find_owner(kind: OwnerKind, wanted: str) -> Transaction[Owner]:
         raise InvalidRequest(f"Which {kind}? Give its name or its id.", param="owner_id")
     if kind == "project":
         project = yield from find_project(wanted)
-        return Owner(kind=kind, id=project.id, name=project.name)
+        return Owner(kind=kind, id=project.id, name=project.name, project=project.id)
     if kind == "key":
         if wanted in (OWNER_KEY, "owner"):
-            return Owner(kind=kind, id=OWNER_KEY, name="owner")
+            return Owner(kind=kind, id=OWNER_KEY, name="owner", project=DEFAULT_PROJECT)
         if wanted.startswith("key_file_"):
             return Owner(kind=kind, id=wanted, name=wanted.removeprefix("key_file_"))
         key = yield from find_key(wanted)
-        return Owner(kind=kind, id=key.id, name=key.name)
+        return Owner(kind=kind, id=key.id, name=key.name, project=key.project_id)
     return Owner(kind=kind, id=projects.checked_name(wanted, "owner_id"), name=wanted)
 
 
+def project_of(kind: str, owner_id: str) -> Transaction[str]:
+    """Where an owner belongs that may be gone; "" for none."""
+    if kind == "project":
+        return owner_id
+    if kind != "key":
+        return ""
+    if owner_id == OWNER_KEY:
+        return DEFAULT_PROJECT
+    rows = yield keys.BY_ID(wanted=owner_id)
+    return rows[0]["project_id"] if rows else ""
+
+
 def find_project(wanted: str) -> Transaction[Project]:
-    rows = yield projects.BY_NAME(wanted=wanted)
-    if rows:
-        return Project.of(rows[0])
+    """By its id, which no other project's name can take away, or else by its name."""
+    if not (yield projects.BY_ID(wanted=wanted)):
+        rows = yield projects.BY_NAME(wanted=wanted)
+        if rows:
+            return Project.of(rows[0])
     return (yield from projects.live_project(wanted))
 
 
