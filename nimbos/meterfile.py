@@ -68,12 +68,13 @@ class Counts:
     compute_us: int = 0
 
     def usage(self) -> Usage:
-        """What is billed: the meter less what was computed again."""
+        """What is billed: the meter less what was computed again. Tokens that turned out to be none of the thinking may
+        have been paid for as such by an earlier ask."""
         return Usage(
             input=self.computed_input - self.recomputed_input + self.cached_input,
             cached=self.cached_input,
             output=self.output - self.recomputed_output,
-            thinking=self.thinking - self.recomputed_thinking,
+            thinking=max(0, self.thinking - self.recomputed_thinking),
             recomputed=self.recomputed_input + self.recomputed_output,
         )
 

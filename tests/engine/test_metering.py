@@ -270,6 +270,18 @@ def test_what_was_paid_for_stays_so_when_the_engine_dies_too(meters: MeterFile) 
     assert second.usage(first=True, output=10, thinking=0) == counts_of(meters, wanted).usage()
 
 
+def test_thinking_that_was_paid_for_and_turns_out_to_be_none_is_not_less_than_nothing(meters: MeterFile) -> None:
+    """Two of three tokens of thinking are the beginning of a close mark, whose last token comes behind what is paid."""
+    wanted = metered(meters, ask())
+    assert wanted.meter_row is not None
+    tally = Tally(5, meters.row(wanted.meter_row, wanted.id), paid_prompt=5, paid_output=3)
+    tally.answered(3, 3)
+    tally.answered(1, -2)
+    tally.write()
+    assert counts_of(meters, wanted).usage() == Usage(output=1, recomputed=3)
+    assert tally.usage(first=True, output=4, thinking=1) == Usage(output=1, recomputed=3)
+
+
 @st.composite
 def endings(draw: st.DrawFn) -> list[tuple[int, bool]]:
     """Tokens of several branches in the order they come: whose each is, and whether it is thinking."""
