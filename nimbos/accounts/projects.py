@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from sqlalchemy import bindparam, func, select, update
+import msgspec
+from sqlalchemy import Executable, Float, Text, bindparam, func, select, update
+from sqlalchemy import text as sql
 
 from nimbos.accounts.words import DEFAULT_PROJECT, ORGANISATION_ID, Changed, ModelMode, Project, encoded
-from nimbos.db import Bound, Statement, Transaction, insert
+from nimbos.db import Bound, Dialect, Statement, Transaction, insert
 from nimbos.db.tables.accounts import projects
 from nimbos.errors import Conflict, InvalidRequest, NotFound
 from nimbos.types import new_id
@@ -41,6 +44,15 @@ _CHANGE = Statement(
 )
 
 
+def _weighing(dialect: Dialect) -> Executable:
+    each = "json_each(:ids)" if dialect == "sqlite" else "json_array_elements_text(CAST(:ids AS json))"
+    statement = sql(f"SELECT id, weight FROM projects WHERE id IN (SELECT item.value FROM {each} AS item)")  # noqa: S608
+    return statement.bindparams(bindparam("ids", type_=Text)).columns(id=Text, weight=Float)
+
+
+_WEIGHTS = Statement(_weighing)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectChange:
     """None leaves as it is."""
@@ -51,6 +63,12 @@ class ProjectChange:
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def project_weights(project_ids: Collection[str]) -> Transaction[dict[str, float]]:
+    """By id; a project that is not there is left out."""
+    rows = yield _WEIGHTS(ids=msgspec.json.encode(list(project_ids)).decode())
+    return {str(row["id"]): float(row["weight"]) for row in rows}
 
 
 def live_project(project_id: str) -> Transaction[Project]:

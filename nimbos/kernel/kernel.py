@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from nimbos.accounts import project_weights
 from nimbos.blobs import Blobs
 from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, Forbidden, InvalidRequest, NimbosError
@@ -25,7 +26,7 @@ from nimbos.kernel.forks import Forks
 from nimbos.kernel.holding import Shared
 from nimbos.kernel.log import Log
 from nimbos.kernel.looking import POLL_S, Looking
-from nimbos.kernel.mailbox import QUEUES, Mail, Posted, post
+from nimbos.kernel.mailbox import QUEUES, Mail, Posted, account_of, post, queue_of
 from nimbos.kernel.programs import Programs
 from nimbos.kernel.recovery import crew_name
 from nimbos.kernel.replay import Folded, Replayed, Replays
@@ -232,11 +233,13 @@ class Kernel(Looking):
                 yield one
 
     def _claim(self, n: int) -> Transaction[list[Claim]]:
-        """One place at a time for the project that has fewest here."""
+        """One place at a time for the project that has fewest here for its weight."""
         assert self._crew is not None
         claims: list[Claim] = []
         queues = {queue: self._crew.holding(queue) for queue in (yield from self.work.queues(QUEUES))}
-        while shares := shares_of(n - len(claims), queues):
+        weighed = (yield from project_weights([account_of(queue) for queue in queues])) if len(queues) > 1 else {}
+        shared = {queue_of(account): weight for account, weight in weighed.items()}
+        while shares := shares_of(n - len(claims), queues, weights=shared):
             for queue, share in shares.items():
                 got = yield from self.work.claim(queue, self._owner, share)
                 claims += got

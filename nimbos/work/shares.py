@@ -1,18 +1,27 @@
-"""Which queue gets the next free place: the one that has fewest, so that a long queue starves no short one. Pure."""
+"""Which queue gets the next free place: the one that has fewest for its weight, so that a long queue starves no short
+one. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 
-def shares_of(free: int, holding: dict[str, int], caps: dict[str, int] | None = None) -> dict[str, int]:
+
+def shares_of(
+    free: int,
+    holding: Mapping[str, int],
+    caps: Mapping[str, int] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, int]:
     """How many of `free` places each queue gets, given how many it has and may have; the others are left out. Of those
-    that have as few, the first in `holding` goes first."""
-    most = caps or {}
+    that have as few, the first in `holding` goes first. `weights`: twice the weight is twice the places; 1 is what
+    every queue has."""
+    most, weight = caps or {}, weights or {}
     levels = {name: held for name, held in holding.items() if held < most.get(name, held + 1)}
     shares: dict[str, int] = {}
     for _ in range(free):
         if not levels:
             break
-        poorest = min(levels, key=levels.__getitem__)
+        poorest = min(levels, key=lambda name: levels[name] / weight.get(name, 1.0))
         levels[poorest] += 1
         shares[poorest] = shares.get(poorest, 0) + 1
         if levels[poorest] >= most.get(poorest, levels[poorest] + 1):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from nimbos.accounts.projects import create_project
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Transaction
 from nimbos.kernel import Reason
 from nimbos.kernel.holding import Holding
 from nimbos.types import Account
@@ -77,6 +78,25 @@ async def test_places_are_shared_from_the_start(database: Database, database_set
         await place.kernel.start(place.drive)
         began = await busy.until(PLACES)
         assert (began.count(ACCOUNT.id), began.count(OTHER.id)) == (2, 2)
+
+
+async def test_a_project_of_twice_the_weight_has_twice_the_places(
+    database: Database, database_settings: Settings
+) -> None:
+    busy = Busy()
+    for account, weight in ((ACCOUNT, 1.0), (OTHER, 2.0)):
+
+        def make(account: Account = account, weight: float = weight) -> Transaction[object]:
+            return create_project(account.name, weight=weight, project_id=account.id)
+
+        await database.run(make)
+    async with running(database, database_settings, {"plain": busy}, start=False) as place:
+        place.kernel._places = 6
+        await spawn(place, ACCOUNT, 10)
+        await spawn(place, OTHER, 10)
+        await place.kernel.start(place.drive)
+        began = await busy.until(6)
+        assert (began.count(ACCOUNT.id), began.count(OTHER.id)) == (2, 4)
 
 
 async def test_only_queues_with_free_work_are_looked_into(database: Database, database_settings: Settings) -> None:
