@@ -6,6 +6,7 @@
 from nimbos.accounts.accounts import Accounts
 from nimbos.accounts.authority import Authority
 from nimbos.accounts.keys import CODE_SCOPE
+from nimbos.accounts.projects import project_weights
 from nimbos.accounts.roles import Action, ProjectRole, Role
 from nimbos.accounts.words import Actor, Identity, allowed_classes, allowed_model, allowed_route
 
@@ -21,4 +22,5 @@ __all__ = [
     "allowed_classes",
     "allowed_model",
     "allowed_route",
+    "project_weights",
 ]
