@@ -32,6 +32,7 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._waiting: asyncio.Future[bytes] | None = None
         self._transport: asyncio.Transport | None = None
+        self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -49,12 +50,15 @@ class Connection(asyncio.Protocol):
             self._waiting.set_result(head[:40])
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(ConnectionError("closed"))
 
     async def ask(self, request: bytes) -> bytes:
         """The beginning of the reply's head."""
         assert self._transport is not None
+        if self.lost:
+            raise ConnectionError("closed")
         self._waiting = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._waiting
@@ -108,6 +112,8 @@ async def open_loop(url: str, request: bytes, *, connections: int, per_second: f
 
     async def one(due: float) -> None:
         connection = await idle.get()
+        if connection.lost:  # a server ends what nobody uses for some seconds
+            (connection,) = await connect(url, 1)
         await _timed(connection, request, loads, due)
         idle.put_nowait(connection)
 
