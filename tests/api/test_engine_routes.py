@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from nimbos.config import EngineSettings, ServerSettings
+from nimbos.engine import Engine
 from tests import tiny_gguf
 from tests.live import Live, error_of, serving, user
 
@@ -246,14 +248,24 @@ def test_models_tell_what_their_files_say(tiny: Live) -> None:
 
 def test_a_full_inbox_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> None:
     model = tiny_gguf.write("qwen2", tmp_path)
-    engine = EngineSettings(threads=1, cells=2048, inbox=0)
-    with serving(tmp_path / "home", models=(model,), engine=engine) as live:
-        response = live.post("/v1/chat/completions", {"model": CHAT, "messages": user("hi"), "stream": True})
+    settings = EngineSettings(threads=1, cells=2048, inbox=1)
+    body = {"model": CHAT, "messages": user("hi"), "max_tokens": 4}
+    with serving(tmp_path / "home", models=(model,), engine=settings) as live, ThreadPoolExecutor(1) as pool:
+        assert live.post("/v1/chat/completions", body).status_code == 200
+        engine = live.runtime.service._sources.engines()[CHAT]
+        assert isinstance(engine, Engine) and engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)  # what comes now waits
+        first = pool.submit(live.post, "/v1/chat/completions", body)
+        while not engine._unanswered:
+            os.sched_yield()
+        response = live.post("/v1/chat/completions", {**body, "stream": True})
         assert error_of(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
         assert response.headers["x-should-retry"] == "true"
         with pytest.raises(openai.RateLimitError):
             live.client.chat.completions.create(model=CHAT, messages=user("hi"))
+        os.kill(engine.pid, signal.SIGCONT)
+        assert first.result().status_code == 200
 
 
 def test_a_broken_model_is_a_clear_error_and_the_server_lives_on(tmp_path: Path) -> None:
