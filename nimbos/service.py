@@ -151,7 +151,11 @@ class Service:
     async def _check_model(self, account: Account | None, name: str) -> None:
         """Before anything is loaded. Raises: Forbidden, ModelNotFound."""
         if account is not None and (account.models is not None or account.denied_models):
-            model = await self._sources.id_of(name)
+            try:
+                model = await self._sources.id_of(name)
+            except ModelNotFound as error:  # which names all there are
+                have = tuple(one.id for one in await self._sources.list() if allowed_model(account, one.id))
+                raise ModelNotFound(name, have=have) from error
             if not allowed_model(account, model):
                 raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 

@@ -17,7 +17,7 @@ from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Transaction
 from nimbos.db.sqlite import SqliteStore
 from nimbos.db.sqlite_file import SqliteFile
-from nimbos.errors import BudgetExhausted, Conflict, Forbidden, Overloaded, StorageUnavailable
+from nimbos.errors import BudgetExhausted, Conflict, Forbidden, ModelNotFound, Overloaded, StorageUnavailable
 from nimbos.ledger import Extended, Progress, Settled, Settlement, Span, set_limit, usage
 from nimbos.meterfile import Counts
 from nimbos.types import Account, Admission, Ask, Final, FinishReason, TokenChunk, Usage
@@ -64,6 +64,9 @@ async def test_a_key_may_ask_its_own_models_alone(open_shop: Shop) -> None:
     other = Account(id="proj_a", name="A", models=frozenset({"other"}))
     with pytest.raises(Forbidden, match="demo"):
         await open_shop.ask(account=other)
+    with pytest.raises(ModelNotFound) as missing:
+        await open_shop.ask(account=other, model="mistyped")
+    assert "demo" not in missing.value.message, "it is told of its own models alone"
     assert await open_shop.rows() == {}
 
 
