@@ -214,11 +214,13 @@ def grammar_of(fields: SamplingFields) -> Grammar | None:
         _add_guided(
             found,
             "structured_outputs.",
-            json='{"type": "object"}' if given.json_object else given.json,
+            json=given.json,
             regex=given.regex,
             choice=given.choice,
             grammar=given.grammar,
         )
+        if given.json_object:
+            found["structured_outputs.json_object"] = Grammar(kind="json_schema", source='{"type": "object"}')
     if fields.x_nimbos is not None and fields.x_nimbos.grammar is not None:
         found["x_nimbos.grammar"] = fields.x_nimbos.grammar
     return only_one(found)

@@ -240,6 +240,8 @@ def test_without_a_seed_each_ask_has_its_own(live: Live) -> None:
         ({"guided_grammar": 'start: "a"'}, "lark", 'start: "a"'),
         ({"grammar": 'root ::= "a"'}, "gbnf", 'root ::= "a"'),
         ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type": "object"}'),
+        ({"structured_outputs": {"json_object": False, "json": {"type": "null"}}}, "json_schema", '{"type":"null"}'),
         ({"x_nimbos": {"grammar": {"kind": "regex", "source": "b+"}}}, "regex", "b+"),
     ],
 )
@@ -258,6 +260,8 @@ def test_two_shapes_of_an_answer_contradict_each_other(live: Live) -> None:
     assert "guided_regex" in error["message"]
     assert "guided_choice" in error["message"]
     error_of(live.chat(guided_regex="a", response_format={"type": "json_object"}), 400)
+    both = live.chat(structured_outputs={"json_object": True, "json": {"type": "null"}})
+    assert error_of(both, 400)["param"] == "structured_outputs.json_object"
 
 
 @pytest.mark.parametrize(
