@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -208,7 +209,7 @@ class Engine:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), 2)
         self._died_with = code = self._process.returncode
-        return f"its process ended with {code}; a file that crashes libllama is not a usable model"
+        return ending_of(code, _log_name(self.model_id))
 
     async def close(self) -> None:
         """Ends the process; asks in flight fail."""
@@ -471,6 +472,15 @@ class Engine:
                 future.set_exception(error)
 
 
+def ending_of(code: int | None, log_name: str) -> str:
+    """Why a process with this return code has ended, as far as that tells."""
+    if code is not None and code >= 0:
+        return f"its process ended with {code}; what it said last is in run/{log_name}"
+    if code == -signal.SIGKILL:
+        return "its process was killed, as the system does when memory runs out"
+    return f"its process ended with {code}; a file that crashes libllama is not a usable model"
+
+
 async def _frame(reader: asyncio.StreamReader) -> protocol.FromEngine | None:
     """The next message, or None when the process is gone."""
     try:
@@ -492,11 +502,15 @@ def _closing(descriptor: int | None) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _log_name(model_id: str) -> str:
+    safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in model_id)[:100]
+    return f"engine-{safe}.log"
+
+
 @contextlib.contextmanager
 def _error_log(folder: Path, model_id: str) -> Iterator[IO[bytes]]:
     """Where a dying process's last words go (Python tracebacks and C messages, never prompts)."""
-    safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in model_id)[:100]
-    descriptor = os.open(folder / f"engine-{safe}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = os.open(folder / _log_name(model_id), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     if os.fstat(descriptor).st_size > 1_000_000:
         os.ftruncate(descriptor, 0)
     with os.fdopen(descriptor, "ab") as file:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from nimbos.engine import Engine, confine, engine, handshake, protocol
@@ -206,3 +207,21 @@ async def test_what_began_with_one_file_does_not_go_on_with_another(tmp_path: Pa
         assert running.restarts == 0
     finally:
         await running.close()
+
+
+async def test_a_process_that_gives_up_by_itself_is_not_called_a_crash(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    broken = msgspec.structs.replace(settings, engine=msgspec.structs.replace(settings.engine, inbox=0))  # never valid
+    model = tiny_gguf.write("qwen2", tmp_path)
+    starting = Engine(model_path=model, model_id="a/b", settings=broken)
+    with pytest.raises(EngineFailed, match=r"ended with 1; what it said last is in run/engine-a_b\.log"):
+        await starting.start()
+    assert b"ValidationError" in (settings.run_dir / "engine-a_b.log").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(0, "run/x.log"), (1, "run/x.log"), (-signal.SIGKILL, "memory runs out"), (-signal.SIGSEGV, "crashes libllama")],
+)
+def test_each_end_has_its_reason(code: int, words: str) -> None:
+    assert words in engine.ending_of(code, "x.log")
