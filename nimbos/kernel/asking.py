@@ -35,6 +35,8 @@ async def asks_of(log: Log, segments: Segments, head: Head) -> list[Asked]:
     if head.state is not State.ASKING:
         return []
     view = fold([event async for event in log.all(head.pid)])
+    if view.state is not State.ASKING:  # it has gone on since the head was read
+        return []
     if view.reason is Reason.BUDGET:
         return [_budget(view)]
     if view.reason is Reason.AUTH:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnClause, Text, bindparam, func, literal_column, select
+from sqlalchemy import BigInteger, ColumnClause, Text, bindparam, func, literal_column, select
 
 from nimbos.db import Statement, Transaction
 from nimbos.db.tables.processes import process_mailbox, processes
@@ -32,6 +32,7 @@ ADOPTION = Statement(
     )
 )
 _RETRY_AFTER_S = 5.0
+_SKEW_MS = 60_000  # between the clocks of servers
 
 _LIVING: ColumnClause[bool] = literal_column("state != 'done'")
 _OF_PARENT = processes.c.parent == bindparam("of", type_=Text)
@@ -41,6 +42,14 @@ _COUNT_ALL = Statement(
 )
 _ATTACHED = Statement(
     select(processes.c.id).where(_OF_PARENT, _LIVING, literal_column("detached = 0")).order_by(processes.c.id)
+)
+_FORKS = Statement(
+    select(processes.c.id)
+    .where(
+        processes.c.forked_from == bindparam("of", type_=Text),
+        processes.c.created_ms >= bindparam("born_ms", type_=BigInteger),
+    )
+    .order_by(processes.c.id)
 )
 _BY_KEY = Statement(
     select(processes.c.id).where(
@@ -141,6 +150,20 @@ def tell_parent(
         reason=reason,
     )
     return (yield from post(log, work, parent, mail))
+
+
+def tell_forks(
+    log: Log, work: Work, parent: str, pid: str, *, reason: Reason, told: str | None, born_ms: int
+) -> Transaction[list[tuple[str, bool]]]:
+    """The forks of its parent, and theirs, that were made since `born_ms`: they may have the child in their past, and
+    wait for it. Each is locked before its own are looked for, the first by the caller, so that none is made unseen."""
+    posted, left = [], [parent]
+    while left:
+        for row in (yield _FORKS(of=left.pop(), born_ms=born_ms - _SKEW_MS)):
+            done = yield from tell_parent(log, work, row["id"], pid, reason=reason, told=told)
+            posted.append((str(row["id"]), done.woken))
+            left.append(row["id"])
+    return posted
 
 
 def _check_family(birth: Birth, depth: int) -> Transaction[None]:

@@ -12,9 +12,9 @@ from typing import TypeAlias
 from nimbos.db import Database, Transaction
 from nimbos.kernel import mailbox
 from nimbos.kernel.bells import Bells
-from nimbos.kernel.children import dismiss, tell_parent
+from nimbos.kernel.children import dismiss, tell_forks, tell_parent
 from nimbos.kernel.events import Event, Note, ProcExited, ProcState, SignalConsumed
-from nimbos.kernel.log import Draft, Holder, Log
+from nimbos.kernel.log import Draft, Holder, Log, caught_up
 from nimbos.kernel.mailbox import CONTROL, WAKE_PAUSED, Mail
 from nimbos.kernel.processes import locked_head
 from nimbos.kernel.releasing import dropped, to_release
@@ -62,12 +62,14 @@ class Ended:
 
 
 class Endings:
-    """For one holder. `appending`: to its log, as it is allowed to."""
+    """For one holding. `appending`: to its log, as it is allowed to. `copied`: its view, which the log may be ahead of:
+    what was cut off while it was written is written all the same."""
 
-    def __init__(self, shared: Shared, holder: Holder, appending: Appending) -> None:
+    def __init__(self, shared: Shared, holder: Holder, appending: Appending, copied: Callable[[], View]) -> None:
         self._shared = shared
         self._holder = holder
         self._appending = appending
+        self._copied = copied
 
     def taking(self, view: View) -> Transaction[Ended]:
         head = yield from locked_head(self._holder.pid)
@@ -102,16 +104,14 @@ class Endings:
         body: ProcState,
         drafts: Sequence[Draft],
         tell: Tell | None = None,
-        *,
-        view: View | None = None,
     ) -> Transaction[Ended]:
-        """`view`: as it is before. What waits for nothing but its adoption, and was adopted, is ready at once."""
+        """What waits for nothing but its adoption, and was adopted, is ready at once."""
         posted = (yield from tell(self._shared.log, self._shared.work)) if tell is not None else ()
         events = yield from self._appending(*drafts)
         head = yield from locked_head(self._holder.pid)
         unread = yield from mailbox.unread_kinds(head)
         waits = body.to is State.WAITING and body.reason is Reason.SIGNAL
-        if waits and view is not None and any(to_release(view)):
+        if waits and (yield from self._released()):
             return (yield from self.yielding(events, posted))
         if unread & WAKE_PAUSED or (unread and body.to is not State.PAUSED):
             return (yield from self.yielding(events, posted))
@@ -124,15 +124,15 @@ class Endings:
         yield from self._shared.work.release(self._holder.claim)
         return Ended(events=events, by=Parked, woken=True, posted=posted)
 
-    def goes_on(self, view: View, reason: Reason, owed: frozenset[str]) -> Transaction[bool]:
+    def goes_on(self, reason: Reason, owed: frozenset[str]) -> Transaction[bool]:
         """Whether a process that would exit by itself runs once more: it was adopted, with calls that were withheld
         and are to be made now; or it would end well, and words for it are on their way. `owed`: what was to be made
         when this run began; who fails although it had its turn does not get another one."""
         head = yield from locked_head(self._holder.pid)
         unread = yield from mailbox.unread_kinds(head)
         if reason is Reason.OK:
-            return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or any(to_release(view))
-        return SignalKind.ADOPT in unread or any(call_id not in owed for call_id, _ in to_release(view))
+            return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or bool((yield from self._released()))
+        return SignalKind.ADOPT in unread or bool((yield from self._released()) - owed)
 
     def exiting(self, view: View, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[Ended]:
         shared = self._shared
@@ -140,7 +140,7 @@ class Endings:
             yield from ending(self._holder.pid)
         if view.parent is not None:
             yield from locked_head(view.parent)  # parents are locked before their children
-        notes = yield from self._dropping(view, drafts)
+        notes = yield from self._dropping(drafts)
         events = yield from self._appending(*drafts, *notes, Draft(body=body))
         yield from shared.work.finish(self._holder.claim)
         posted = yield from dismiss(shared.log, shared.work, self._holder.pid)
@@ -149,19 +149,39 @@ class Endings:
                 shared.log, shared.work, view.parent, self._holder.pid, reason=body.reason, told=told
             )
             posted.append((view.parent, done.woken))
+            posted += yield from tell_forks(
+                shared.log,
+                shared.work,
+                view.parent,
+                self._holder.pid,
+                reason=body.reason,
+                told=told,
+                born_ms=view.created_ms,
+            )
         return Ended(events=events, by=Exited, posted=tuple(posted))
 
-    def _dropping(self, view: View, drafts: Sequence[Draft]) -> Transaction[list[Draft]]:
+    def _dropping(self, drafts: Sequence[Draft]) -> Transaction[list[Draft]]:
         """What a fork that was adopted, and perhaps has not read that yet, will not do any more."""
-        if not view.withheld and not view.syscalls.withheld:
+        view = yield from self._withholding()
+        if view is None:
             return []
-        head = yield from locked_head(self._holder.pid)
-        unread = yield from mailbox.unread_kinds(head)
+        unread = yield from mailbox.unread_kinds((yield from locked_head(self._holder.pid)))
         more = [Draft(body=adopted())] if SignalKind.ADOPT in unread else []
-        last = view.copy()
-        last.go_on([draft.body for draft in (*drafts, *more)])
-        note = dropped(last)
+        view.go_on([draft.body for draft in (*drafts, *more)])
+        note = dropped(view)
         return [*more, Draft(body=note)] if note is not None else more
+
+    def _released(self) -> Transaction[frozenset[str]]:
+        """The ids of the calls that a fork is to make, now that it is adopted."""
+        view = yield from self._withholding()
+        return frozenset() if view is None else frozenset(call_id for call_id, _ in to_release(view))
+
+    def _withholding(self) -> Transaction[View | None]:
+        """As it is now, to be changed freely; None for what withholds nothing, and never will."""
+        head, view = (yield from locked_head(self._holder.pid)), self._copied()
+        if not view.withheld and not view.syscalls.withheld:
+            return None
+        return (yield from caught_up(head, view))
 
 
 def adopted() -> Note:

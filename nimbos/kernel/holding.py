@@ -67,7 +67,7 @@ class Holding:
         self._shared = shared
         self._folding = threading.Lock()
         self._owed = frozenset(call_id for call_id, _ in to_release(view))
-        self._endings = Endings(shared, holder, self.appending)
+        self._endings = Endings(shared, holder, self.appending, self._copied)
 
     def ring(self) -> None:
         self.mail.set()
@@ -171,10 +171,9 @@ class Holding:
         if self.alone is not None:
             await self.alone()
         body = ProcState(to=state, reason=reason, due_ms=due_ms, about=tuple(about))
-        view = self._copied()
         await self._settle(
             await self._shared.database.run(
-                lambda: self._endings.parking(body, [*drafts, Draft(body=body)], tell, view=view), durable=True
+                lambda: self._endings.parking(body, [*drafts, Draft(body=body)], tell), durable=True
             )
         )
 
@@ -200,7 +199,7 @@ class Holding:
         body = ProcExited(reason=reason, result=result, error=error)
 
         def begin() -> Transaction[Ended]:
-            if driven and (yield from self._endings.goes_on(self.view, reason, self._owed)):
+            if driven and (yield from self._endings.goes_on(reason, self._owed)):
                 return (yield from self._endings.yielding([]))
             return (yield from self._endings.exiting(self.view, body, told, drafts))
 

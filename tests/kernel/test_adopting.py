@@ -15,6 +15,8 @@ from nimbos.errors import Conflict, NotFound
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
+from nimbos.kernel.log import Draft
+from nimbos.kernel.mailbox import Mail
 from tests.kernel.gating import Gated, gated, tool
 from tests.kernel.running import ACCOUNT
 
@@ -82,6 +84,25 @@ async def test_what_an_adopted_fork_that_is_killed_will_not_do_is_in_its_log(
         assert (adopted.about, dropped.about) == ("adopted", "dropped")
         assert dropped.text.endswith("had withheld: mail.")
         assert at.done(made) == [] and not (await at.place.head(made)).withheld
+
+
+async def test_what_will_not_be_done_is_told_although_the_log_is_ahead_of_what_was_folded(
+    database: Database, database_settings: Settings
+) -> None:
+    """As behind a write that was cut off, and went through."""
+
+    async def then(at: Gated, holding: Holding) -> None:
+        said = Draft(body=Note(about="said", text="nobody has folded this"))
+        await at.place.database.run(lambda: holding.appending(said))
+        for kind in (SignalKind.ADOPT, SignalKind.KILL):
+            mail = Mail(signal=kind, source="user:test", external_id=kind.value)
+            await at.place.database.run(lambda mail=mail: at.place.kernel.posting(holding.pid, mail))  # type: ignore[misc]
+        await holding.take_mail()
+
+    async with forked(database, database_settings, then) as (at, made):
+        head = await at.place.over(made)
+        assert (head.reason, head.epoch) == (Reason.KILLED, 1), "the first run did it"
+        assert [note.about for note in await notes(at, made)] == ["said", "adopted", "dropped"]
 
 
 async def test_what_an_adopted_fork_without_a_program_will_not_do_is_in_its_log(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from nimbos.blobs import hash_of
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Allowance, Reason, SignalKind, State
+from nimbos.kernel import Allowance, Reason, SignalKind, State, asks_of
 from nimbos.kernel.drivers.paging import head_of
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.segments import canonical
@@ -22,8 +23,8 @@ from tests.kernel.running import ACCOUNT, OTHER
 
 async def test_sleep_parks_and_the_timer_wakes_it(database: Database, database_settings: Settings) -> None:
     async with gated(database, database_settings) as at:
-        pid, calls = await at.run(call(Verb.SLEEP, seconds=0.05))
-        assert calls.outcomes["c1"].value == {"slept_s": 0.05}
+        pid, calls = await at.run(call(Verb.SLEEP, seconds=0.7))  # longer than it takes to park
+        assert calls.outcomes["c1"].value == {"slept_s": 0.7}
         kinds = await at.place.kinds(pid)
         assert kinds.count("proc.state") == 4  # running, waiting, ready, running
         assert "signal.received" in kinds
@@ -305,3 +306,51 @@ def lines(count: int) -> str:
         assert await place.result(pid) == "The last one is 999."
         head, page = [message["content"] for message in await place.shown(pid) if message["role"] == "tool"]
         assert whole.startswith(head.partition("\n\n[bytes")[0]) and whole.endswith(page)
+
+
+async def test_a_fork_hears_how_children_end_that_its_past_began(
+    database: Database, database_settings: Settings
+) -> None:
+    async with gated(database, database_settings) as at:
+        go = asyncio.Event()
+
+        async def child(holding: Holding) -> None:
+            await go.wait()
+            await holding.exit(Reason.OK, result=await holding.put("grown"))
+
+        async def heard(pid: str) -> Any:
+            done = [body for kind, body in await at.log(pid) if kind == "call.done" and body.call_id == "all"]
+            told = await at.place.kernel.segments.get(ACCOUNT.id, done[-1].result)
+            return list(told["exited"].values()), told["running"]
+
+        at.place.bodies["child"] = child
+        at.program(call(Verb.SPAWN, id="one", input=1, name="child"), call(Verb.WAIT, id="all"))
+        pid = await at.spawn()
+        waits = await at.place.until(pid, State.WAITING, reason="child")
+        (made,) = await at.place.kernel.fork(ACCOUNT, pid)
+        (of_it,) = await at.place.kernel.fork(ACCOUNT, made)
+        for one in (made, of_it):
+            await at.place.until(one, State.WAITING, reason="child")
+        go.set()
+        assert (await at.place.over(pid)).reason is Reason.OK
+        (late,) = await at.place.kernel.fork(ACCOUNT, pid, at=waits.seq)
+        for one in (made, of_it, late):
+            assert (await at.place.over(one)).reason is Reason.OK
+            assert await heard(one) == ([{"reason": "ok", "result": "grown"}], [])
+
+
+@on_sqlite
+async def test_who_looks_while_a_process_goes_on_is_not_asked_what_it_does_not_ask(
+    database: Database, database_settings: Settings
+) -> None:
+    syscall = call(Verb.ASK, question="Paris or Oslo?")
+    async with gated(database, database_settings) as at:
+        at.program(syscall)
+        pid = await at.spawn()
+        asking = await at.asking(pid, Reason.INPUT)
+        kernel = at.place.kernel
+        assert [one.question for one in await asks_of(kernel.log, kernel.segments, asking)] == ["Paris or Oslo?"]
+    async with gated(database, database_settings, server="meter-two", start=False) as at:
+        await at.answer(pid, "Oslo")
+        assert (await at.place.head(pid)).state is State.READY
+        assert await asks_of(at.place.kernel.log, at.place.kernel.segments, asking) == []

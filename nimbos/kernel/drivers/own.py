@@ -12,10 +12,12 @@ from nimbos.kernel.drivers.paging import page_of, read_page
 from nimbos.kernel.drivers.spawning import Spawning
 from nimbos.kernel.drivers.waiting import Look, look, out_of_budget
 from nimbos.kernel.events import CallIntent
+from nimbos.kernel.processes import head_of
 from nimbos.kernel.syscall import Wait
 from nimbos.kernel.words import Reason, State, Verb
 
 if TYPE_CHECKING:
+    from nimbos.kernel.fold import View
     from nimbos.kernel.holding import Holding, Shared
     from nimbos.kernel.programs import Programs
 
@@ -30,9 +32,15 @@ class Own:
         """Raises: NotFound for a segment that is gone; StorageUnavailable."""
         view, segments, call_id = holding.view, self._shared.segments, intent.call_id
         if intent.verb in WAITING:
-            asking = await self._asking(holding, intent, arguments) if intent.verb is Verb.WAIT else frozenset[str]()
-            now_ms = holding.now_ms()
-            at = Look(call_id=call_id, verb=intent.verb, arguments=arguments, now_ms=now_ms, asking=asking)
+            waits = intent.verb is Verb.WAIT
+            at = Look(
+                call_id=call_id,
+                verb=intent.verb,
+                arguments=arguments,
+                now_ms=holding.now_ms(),
+                asking=await self._asking(holding, intent, arguments) if waits else frozenset(),
+                gone=await self._gone(view) if waits else {},
+            )
             return await look(view, segments, at)
         if intent.verb is Verb.SPAWN:
             return await self._spawning.spawn(holding, call_id, arguments)
@@ -56,3 +64,16 @@ class Own:
         return frozenset(
             row["id"] for row in rows if (row["state"], row["reason"]) == (State.ASKING.value, Reason.BUDGET.value)
         )
+
+    async def _gone(self, view: View) -> dict[str, Any]:
+        """How children ended that were begun before this process was forked, and were over before it could be told.
+
+        Raises: NotFound for a segment that is gone; StorageUnavailable.
+        """
+        found = {}
+        for pid in [pid for pid, child in view.children.items() if child.foreign and child.exited is None]:
+            for head in map(head_of, await self._shared.database.read(heads.one(pid))):
+                if head.state is State.DONE:
+                    result = await self._shared.segments.get(view.account, head.result) if head.result else None
+                    found[pid] = {"reason": head.reason, "result": head.error or result}
+        return found

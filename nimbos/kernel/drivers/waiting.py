@@ -5,7 +5,7 @@ view, made again after every wake and every crash, so nothing that came meanwhil
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nimbos.kernel.drivers.answers import Answered
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """A call that waits. `arguments`: as `timed` left them. `asking`: children that are out of budget now, where that
-    ends a wait, too."""
+    ends a wait, too. `gone`: how children ended of which this process, a fork, was not told."""
 
     call_id: str
     verb: Verb
     arguments: Mapping[str, Any]
     now_ms: int
     asking: frozenset[str] = frozenset()
+    gone: Mapping[str, Any] = field(default_factory=dict)
 
 
 def timed(verb: Verb, arguments: Any, now_ms: int) -> Any:
@@ -89,7 +90,7 @@ async def _waited(view: View, segments: Segments, at: Look) -> Answered | Wait:
         return Answered(
             value=f"These are no children of this process: {', '.join(strangers)[:500]}.", error="not_found"
         )
-    over = {pid: view.children[pid] for pid in wanted if view.children[pid].exited is not None}
+    over = dict.fromkeys(pid for pid in wanted if pid in at.gone or view.children[pid].exited is not None)
     due_ms = at.arguments.get("due_ms")
     late = due_ms is not None and at.now_ms >= due_ms
     enough = bool(over) if at.arguments.get("mode") == "any" else len(over) == len(set(wanted))
@@ -98,7 +99,7 @@ async def _waited(view: View, segments: Segments, at: Look) -> Answered | Wait:
     if not (enough or late or asking or not wanted):
         about = tuple(pid for pid in wanted if pid not in over)
         return Wait(state=State.WAITING, reason=Reason.CHILD, due_ms=due_ms, about=(at.call_id, *about))
-    exits = {pid: await _exit(view, segments, child) for pid, child in over.items()}
+    exits = {pid: at.gone.get(pid) or await _exit(view, segments, view.children[pid]) for pid in over}
     rung = [signal.seq for signal in signals_about(view, SignalKind.TIMER, at.call_id)]
     told = [signal.seq for pid in over for signal in signals_about(view, SignalKind.CHILD_EXIT, pid)]
     value: dict[str, Any] = {"exited": exits, "running": [pid for pid in wanted if pid not in over]}

@@ -59,6 +59,6 @@ class Mail:
         return None
 
     def fork(self) -> None:
-        """A fork has a mailbox of its own; the children of its past tell their parent, not it."""
+        """A fork has a mailbox of its own; the children of its past remain their parent's."""
         self.heard = set()
         self.children = {pid: replace(child, foreign=True) for pid, child in self.children.items()}

@@ -79,7 +79,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """`foreign`: it is a child of the process that this one was forked from, which alone hears of its exit."""
+    """`foreign`: it is a child of the process that this one was forked from; both are told of its exit."""
 
     call_id: str
     exited: Reason | None = None
