@@ -19,7 +19,7 @@ from nimbos.db import Transaction
 from nimbos.errors import BudgetExhausted, Conflict, Overloaded
 from nimbos.kernel import events
 from nimbos.kernel.log import Draft, Log
-from nimbos.kernel.mailbox import Mail, post
+from nimbos.kernel.mailbox import Mail, is_full, post
 from nimbos.kernel.processes import locked_head
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.ledger import Allowance, allowances
@@ -145,13 +145,17 @@ class GivenBefore(Exception):
 
 
 def tell(log: Log, work: Work, reached: Sequence[str], *, source: str, external_id: str) -> Transaction[Told]:
-    """The first of them, and of the others those that ask for budget. Raises: GivenBefore."""
+    """The first of them, and of the others those that ask for budget, or run and may be about to.
+
+    Raises: GivenBefore.
+    """
     mail = Mail(signal=SignalKind.TOP_UP, source=source, external_id=external_id)
     told = []
     for pid in reached:
         head = yield from locked_head(pid)
-        if pid != reached[0] and (head.state, head.reason) != (State.ASKING, Reason.BUDGET):
-            continue
+        asks = (head.state, head.reason) == (State.ASKING, Reason.BUDGET)
+        if pid != reached[0] and not asks and (head.state is not State.RUNNING or is_full(head)):
+            continue  # who has mail does not park
         posted = yield from post(log, work, pid, mail)
         if not posted.new and pid == reached[0]:
             raise GivenBefore

@@ -68,7 +68,7 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
         raise Conflict(f"The process {pid} is over ({head.reason.value}).", param="pid")
     if mail.signal is SignalKind.ANSWER:
         mail = yield from _answering(head, mail)
-    if head.mail - head.taken >= UNREAD_MAX and mail.signal not in _ALWAYS:
+    if is_full(head) and mail.signal not in _ALWAYS:
         raise Overloaded(
             limit="signals in the mailbox",
             value=UNREAD_MAX,
@@ -81,6 +81,10 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
         return Posted(new=True)
     yield from wake(log, work, head, actor=mail.source)
     return Posted(new=True, woken=True)
+
+
+def is_full(head: Head) -> bool:
+    return head.mail - head.taken >= UNREAD_MAX
 
 
 def wake(log: Log, work: Work, head: Head, *, actor: str) -> Transaction[None]:

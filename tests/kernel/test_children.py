@@ -9,7 +9,7 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database, Transaction
-from nimbos.errors import Conflict, InvalidRequest, Overloaded
+from nimbos.errors import BudgetExhausted, Conflict, InvalidRequest, Overloaded
 from nimbos.kernel import Reason, SignalKind, State, budgets, heads
 from nimbos.kernel.children import Birth, create
 from nimbos.kernel.holding import Holding
@@ -147,6 +147,35 @@ async def test_a_parents_exit_cancels_the_whole_family_but_not_who_is_detached(
         assert (await place.head(named["free"])).state is State.WAITING
         await place.send(named["free"], SignalKind.KILL)
         await place.over(named["free"])
+
+
+async def test_more_for_a_parent_reaches_a_child_that_is_about_to_ask_for_it(
+    database: Database, database_settings: Settings
+) -> None:
+    """The child was refused before, and parks behind: nothing would wake it."""
+    refused: list[BudgetExhausted] = []
+
+    async with running(
+        database, database_settings, {"plain": parent_of("child", then=lambda at: bool(exits(at)))}
+    ) as place:
+
+        async def child(holding: Holding) -> None:
+            await holding.take_mail()
+            if refused:
+                await holding.exit(Reason.OK)
+            assert holding.view.parent is not None
+            try:
+                await database.run(lambda: budgets.reserve_call(holding.pid, "c1", deadline_ms=1_000))
+            except BudgetExhausted as error:
+                refused.append(error)
+                more = budgets.Allowance(calls=5)
+                await place.kernel.top_up(ACCOUNT, holding.view.parent, more, source="user:test", external_id="more")
+                await budgets.exhausted(holding, error)
+
+        place.bodies["child"] = child
+        pid = await place.spawn(budget=budgets.Allowance(calls=0))
+        assert (await place.over(pid)).reason is Reason.OK
+        assert len(refused) == 1
 
 
 @pytest.mark.parametrize("kind", [SignalKind.KILL, SignalKind.CANCEL])
