@@ -48,6 +48,7 @@ DOORS = {
         "allowed_classes",
         "allowed_model",
         "allowed_route",
+        "project_weights",
     },
     "adk": {
         "BadTool",
@@ -218,7 +219,7 @@ DOORS = {
         "Status",
         "Store",
     },
-    "work": {"LEASE_S", "Claim", "ClaimLost", "Crew", "Work", "shares_of"},
+    "work": {"LEASE_S", "Claim", "ClaimLost", "Crew", "Work", "shares_of", "until_written"},
 }
 
 # Who reaches past a door, and to what: commands that look inside, and the scripted source, which is not an engine.
@@ -301,6 +302,7 @@ LOOP_TOPS = {
     "engine/loop.py:_sample",
     "api/errors.py:__call__",
     "api/sse.py:_pump",
+    "kernel/timers.py:_wake",
     "work/crew.py:_do",
 }
 PLAIN_EXCEPTIONS = {"adk/loading.py:_module", "engine/grammar.py:_lark_from_gbnf"}

@@ -18,7 +18,7 @@ from sqlalchemy import BigInteger, ColumnClause, Integer, bindparam, func, liter
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.processes import processes
-from nimbos.errors import NimbosError, StorageUnavailable
+from nimbos.errors import StorageUnavailable
 from nimbos.kernel.bells import Bells
 from nimbos.kernel.log import Log
 from nimbos.kernel.mailbox import Mail, Posted, post
@@ -124,8 +124,8 @@ class Timers:
             posted = await self._database.run(begin, durable=True)
         except StorageUnavailable:
             raise
-        except NimbosError as error:  # one that cannot be woken holds up no other
-            _log.error("kernel.timer_refused", process=pid, code=error.code)
+        except Exception as error:  # one that cannot be woken, as a newer version's, holds up no other
+            _log.error("kernel.timer_refused", process=pid, error=type(error).__name__)
             return False
         if posted.new:
             self._bells.posted(pid, woken=posted.woken)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+from sqlalchemy import bindparam, update
+
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Statement, Transaction
+from nimbos.db.tables.processes import processes
 from nimbos.kernel import Reason, SignalKind, State
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.timers import SteadyClock
 from tests.kernel.running import Body, Place, running
 
 HOUR_MS = 3_600_000
+_REWRITE = Statement(update(processes).where(processes.c.id == bindparam("of")).values(spawner="nobody knows"))
 START_MS = 1_800_000_000_000
 
 
@@ -53,6 +57,26 @@ async def test_a_timer_wakes_a_process_when_its_moment_has_come(
         assert (await place.over(pid)).epoch == 2
         kinds = await place.kinds(pid)
         assert kinds.count("signal.received") == 1
+
+
+async def test_a_process_that_cannot_be_woken_holds_up_no_other(
+    database: Database, database_settings: Settings
+) -> None:
+    """Its head was written by another version, and cannot be read here."""
+    hands = Hands()
+    bodies = {"strange": sleeper(HOUR_MS - 1_000), "plain": sleeper(HOUR_MS)}
+    async with running(database, database_settings, bodies, clock=hands.clock()) as place:
+        strange, plain = await place.spawn("strange"), await place.spawn()
+        for pid in (strange, plain):
+            await place.until(pid, State.WAITING)
+        await database.run(lambda: _rewritten(strange))
+        hands.pass_ms(HOUR_MS)
+        ring(place)
+        assert (await place.over(plain)).reason is Reason.OK
+
+
+def _rewritten(pid: str) -> Transaction[None]:
+    yield _REWRITE(of=pid)
 
 
 async def test_timers_are_not_rung_early_and_in_their_order(database: Database, database_settings: Settings) -> None:
