@@ -1,6 +1,7 @@
 """Ollama's routes about models: which there are, what one is, which are loaded, and fetching and removing them.
 
-Fetching and removing need the scope `admin`. What Ollama makes of a Modelfile has no counterpart here and is refused.
+Fetching and removing need the scope `admin`, of an owner or an admin. What Ollama makes of a Modelfile has no
+counterpart here and is refused.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nimbos.accounts import allowed_model
+from nimbos.accounts import Identity, allowed_model
+from nimbos.accounts.roles import runs_everything
 from nimbos.api import body as bodies
 from nimbos.api import ollama_wire as told
-from nimbos.api.access import account_of
+from nimbos.api.access import account_of, identity_of
 from nimbos.api.exchange import event_stream, json_reply
 from nimbos.api.lenient import Ignored, read_known
 from nimbos.api.ollama_pulling import Pulling
@@ -74,7 +76,7 @@ class Models:
 
     async def show(self, request: Request) -> Response:
         ignored = Ignored()
-        listed = await self._find((await self._named(request, ignored)).wanted)
+        listed = await self._find((await self._named(request, ignored)).wanted, await self._visible(request))
         check_model(account_of(request), listed.id)
         if listed.model is None:
             template = (await self._service.card(listed.id)).chat_template
@@ -86,7 +88,7 @@ class Models:
     async def pull(self, request: Request) -> Response:
         ignored = Ignored()
         named = await self._named(request, ignored)
-        _require_admin(account_of(request), "Fetching a model")
+        _require_admin(identity_of(request), "Fetching a model")
         name = named.wanted
         if self._hub.catalog.get(name) is None and not name.startswith(_PULLED):
             raise ModelNotFound(name, have=tuple(model.name for model in self._hub.catalog.models))
@@ -105,8 +107,8 @@ class Models:
     async def delete(self, request: Request) -> Response:
         ignored = Ignored()
         named = await self._named(request, ignored)
-        _require_admin(account_of(request), "Removing a model")
-        listed = await self._find(named.wanted)
+        _require_admin(identity_of(request), "Removing a model")
+        listed = await self._find(named.wanted, await self._visible(request))
         if listed.model is None or self._service.engine_pid(listed.id) is not None:
             why = "is loaded" if listed.model is not None else "is a script of its operator's"
             raise Conflict(f"The model {listed.id!r} {why} and cannot be removed now.")
@@ -129,8 +131,8 @@ class Models:
         content = await bodies.read(request, limit_bytes=server.max_body_bytes, stall_s=server.stall_write_s)
         return read_known(bodies.table_of(content), Named, ignored)
 
-    async def _find(self, name: str) -> Listed:
-        """By id, alias, catalog name or source.
+    async def _find(self, name: str, visible: list[Listed]) -> Listed:
+        """By id, alias, catalog name or source. Who finds none is told of those that are `visible`.
 
         Raises: ModelNotFound, ModelUnusable.
         """
@@ -142,7 +144,7 @@ class Models:
         try:
             found = await asyncio.to_thread(self._hub.find, name, allow_path=False)
         except ModelNotFound as error:
-            raise ModelNotFound(name, have=tuple(listed.id for listed in models)) from error
+            raise ModelNotFound(name, have=tuple(listed.id for listed in visible)) from error
         return next(
             (listed for listed in models if listed.id == found.id),
             Listed(id=found.id, created=0, owner="nimbos", model=found),
@@ -155,10 +157,12 @@ def check_model(account: Account, model: str) -> None:
         raise Forbidden(f"This key may not ask the model {model!r}.", param="model")
 
 
-def _require_admin(account: Account, what: str) -> None:
-    if ADMIN not in account.scopes:
+def _require_admin(identity: Identity, what: str) -> None:
+    """Of an owner or an admin: who only reads, or became a member, has its key's scope and not the right."""
+    if not runs_everything(identity.role):
         raise Forbidden(
-            f"{what} needs a key with the scope {ADMIN!r}. On this machine, `nimbos pull` and `nimbos rm` do it."
+            f"{what} needs a key with the scope {ADMIN!r}, of an owner or an admin. On this machine, `nimbos pull` and "
+            "`nimbos rm` do it."
         )
 
 

@@ -450,6 +450,18 @@ def test_wrong_insides_are_refused(live: Live, route: str, fields: dict[str, Any
     assert len(refusal(live.http.post(route, content=json.dumps(body)), 400)) < 1_000
 
 
+@pytest.mark.parametrize("role", ["reader", "member"])
+def test_a_key_that_administers_fetches_and_removes_no_more_than_its_owner_may(live: Live, role: str) -> None:
+    person = {"email": f"{role}-of-models@example.org", "role": role, "project": "proj_default"}
+    user_id = live.post("/v1/organization/users", person).json()["id"]
+    body = {"name": f"models of a {role}", "user_id": user_id, "scopes": ["admin"]}
+    secret = live.post("/v1/organization/projects/proj_default/api_keys", body).json()["value"]
+    with httpx2.Client(base_url=live.url, headers={"authorization": f"Bearer {secret}"}) as http:
+        for method, path in (("POST", "/api/pull"), ("DELETE", "/api/delete")):
+            refused = http.request(method, path, json={"model": "demo"})
+            assert (refused.status_code, "admin" in refused.json()["error"]) == (403, True)
+
+
 @pytest.mark.parametrize("route", ["/api/show", "/api/pull", "/api/chat"])
 @pytest.mark.parametrize("name", ["x" * 50_000, "\x00", "https://[", "hf:../../x", "a\nb"])
 def test_a_name_that_cannot_be_is_told_shortly(live: Live, route: str, name: str) -> None:
