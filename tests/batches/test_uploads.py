@@ -13,7 +13,8 @@ from sqlalchemy import text
 
 from nimbos.batches import Batches, Part, Upload, uploads
 from nimbos.blobs import open_blobs
-from nimbos.config import BatchSettings, Settings
+from nimbos.blobs.content import PIECE_BYTES
+from nimbos.config import BatchSettings, Settings, StorageSettings
 from nimbos.db import Database, Statement, Transaction
 from nimbos.errors import Conflict, NotFound, PayloadTooLarge, StorageUnavailable
 from nimbos.types import Account
@@ -23,6 +24,7 @@ ALICE, BOB = Account(id="proj_alice", name="Alice"), Account(id="proj_bob", name
 LAPSE = Statement(text("UPDATE uploads SET expires_ms = 1"))
 TOTAL = Statement(text("SELECT size_bytes, files FROM file_totals WHERE project = 'proj_alice'"))
 LEFT = Statement(text("SELECT count(*) AS n FROM uploads"))
+BLOBS = Statement(text("SELECT count(*) AS n FROM blobs"))
 PARTS_LEFT = Statement(text("SELECT count(*) AS n FROM upload_parts"))
 CONTENT = bytes(range(256)) * 300
 
@@ -255,6 +257,17 @@ async def test_of_two_that_complete_an_upload_one_makes_the_file(
     assert (await batches.uploads.complete(ALICE, upload.id, [part.id])) == first[1]
     assert await total(database) == (3, 1)
     assert len(contents_in(tmp_path)) == 1
+
+
+async def test_parts_that_are_kept_in_the_database_become_a_file_there(database: Database, tmp_path: Path) -> None:
+    settings = Settings(home=str(tmp_path), storage=StorageSettings(blobs="database"))
+    batches = Batches(database, open_blobs(settings, database), BatchSettings(), server_id="srv_test")
+    contents = [bytes([number]) * (3 * PIECE_BYTES // 2) for number in range(3)]
+    upload = await made(batches, sum(map(len, contents)))
+    parts = [await add(batches, upload, content) for content in contents]
+    _, file = await batches.uploads.complete(ALICE, upload.id, [part.id for part in parts])
+    assert b"".join([piece async for piece in batches.files.read(file)]) == b"".join(contents)
+    assert [row["n"] for row in await database.read(BLOBS())] == [1]
 
 
 async def test_a_part_whose_content_is_gone_makes_no_file(database: Database, tmp_path: Path) -> None:
