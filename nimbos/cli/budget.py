@@ -76,7 +76,7 @@ def show(
 def set_budget(
     owner: Annotated[str, typer.Argument(help=OWNER)],
     tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens.")] = None,
-    money: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money, like 12.50.")] = None,
+    money: Annotated[str | None, typer.Option("--money", metavar="MONEY", help="So much money, like 12.50.")] = None,
     per: Annotated[Per, typer.Option(help="How often it is renewed; total: never.")] = Per.TOTAL,
     alert: Annotated[
         list[str] | None, typer.Option(help="Tell when so much is used; several times for several.")
@@ -89,7 +89,7 @@ def set_budget(
 def raise_budget(
     owner: Annotated[str, typer.Argument(help=OWNER)],
     tokens: Annotated[int | None, typer.Option(min=0, help="So many tokens more.")] = None,
-    money: Annotated[str | None, typer.Option(metavar="MONEY", help="So much money more.")] = None,
+    money: Annotated[str | None, typer.Option("--money", metavar="MONEY", help="So much money more.")] = None,
     per: Annotated[Per, typer.Option(help="Which budget: " + _PERIOD)] = Per.TOTAL,
 ) -> None:
     """Add to a budget that is there."""
