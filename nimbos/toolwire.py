@@ -17,6 +17,7 @@ FRAME_BYTES_MAX = 32 * 1024 * 1024
 ROOM_BYTES = 64 * 1024  # in a frame, beside the value it carries
 MESSAGE_CHARACTERS = 2_000  # of an error's text
 TOOLS_MAX = 128
+CALLS_MAX = 64  # that a worker is given at a time: each may hold a thread, and its deadline counts from then
 
 EffectName = Literal["opaque", "idempotent", "checkable", "pure"]
 

@@ -26,6 +26,7 @@ from nimbos.adk.schema import BadTool
 from nimbos.adk.tools import Happened
 from nimbos.adk.values import Written, write
 from nimbos.toolwire import (
+    CALLS_MAX,
     LENGTH,
     AskQuiet,
     Call,
@@ -46,7 +47,6 @@ from nimbos.toolwire import (
     to_worker,
 )
 
-_THREADS = 8
 _QUIET_TURNS = 64  # of the loop: what one answered step sets off is asked for within them
 
 
@@ -82,7 +82,7 @@ class Worker:
         self._folder = Path(wanted.folder)
         self._result_bytes = wanted.limits.result_bytes
         self._program = program
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tool")
+        self._threads = ThreadPoolExecutor(CALLS_MAX, thread_name_prefix="tool")
         self._tasks: set[asyncio.Task[None]] = set()
         self._steps: dict[int, asyncio.Future[StepDone]] = {}
         self._asked = 0

@@ -98,7 +98,7 @@ async def test_in_a_function_a_tool_that_crashes_fails_its_own_step_alone(
 
 
 async def test_who_is_alone_has_nobody_beside_it() -> None:
-    turns, log = Turns(), list[str]()
+    turns, log = Turns(9), list[str]()
 
     async def one(name: str, *, alone: bool, leave: asyncio.Event) -> None:
         async with turns.take(alone=alone):
@@ -120,3 +120,18 @@ async def test_who_is_alone_has_nobody_beside_it() -> None:
         assert inside <= set("abd") or len(inside) == 1, log
     assert sorted(log) == sorted(f"{sign}{name}" for name in "abcdf" for sign in "+-")
     assert log.index("+d") > log.index("-f"), "who waits to be alone is not overtaken"
+
+
+async def test_no_more_have_a_turn_at_once_than_may() -> None:
+    turns, now, most = Turns(3), [0], [0]
+
+    async def one() -> None:
+        async with turns.take(alone=False):
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+            await asyncio.sleep(0)
+            now[0] -= 1
+
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*(one() for _ in range(20)))
+    assert (now, most) == ([0], [3])

@@ -50,6 +50,12 @@ def hang() -> None:
     while True:
         time.sleep(60)
 
+@tool(effect="pure", deadline_s=2)
+def half_a_second(number: int) -> int:
+    """Takes a while."""
+    time.sleep(0.5)
+    return number
+
 @tool(effect="pure")
 def fails() -> None:
     """Raises."""
@@ -325,6 +331,14 @@ async def test_a_function_that_cannot_go_on_ends_and_says_why(
             return
         head = await place.over(pid)
         assert head.reason is Reason.FAILED and says in head.error
+
+
+async def test_calls_that_are_made_at_once_do_not_wait_for_each_other_within_their_deadlines(
+    sqlite: tuple[Database, Settings],
+) -> None:
+    body = 'return await gather(*(call("half_a_second", number=number) for number in range(64)))'
+    async with minds(*sqlite, SCRIPT) as place:
+        assert await place.result(await start(place, body)) == list(range(64))
 
 
 async def test_a_tool_that_hangs_takes_the_function_with_it_which_begins_anew(

@@ -1,4 +1,4 @@
-"""Who runs beside whom in one worker: calls together, unless one is to have it alone.
+"""Who runs beside whom in one worker: so many calls together, unless one is to have it alone.
 
 One that ended the process, or may have, is made again with nothing beside it: so it takes nobody else along, and if it
 ends it again everybody knows who did.
@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Used from one event loop."""
+    """Used from one event loop. `most`: together."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._together = 0
         self._alone = False
         self._waiting = 0  # for being alone: nobody begins before them
@@ -34,7 +35,7 @@ class Turns:
             self._tell()
 
     async def _enter(self) -> None:
-        while self._alone or self._waiting:
+        while self._alone or self._waiting or self._together >= self._most:
             await self._news.wait()
         self._together += 1
 

@@ -24,6 +24,7 @@ from nimbos.kernel.tools.results import WORKER_CODES, NotJson, ToolResult, Verif
 from nimbos.kernel.tools.specs import ToolSpec, read_specs
 from nimbos.kernel.tools.turns import Turns
 from nimbos.toolwire import (
+    CALLS_MAX,
     MESSAGE_CHARACTERS,
     Call,
     CallDone,
@@ -66,7 +67,7 @@ class ToolWorker:
         self._entry = entry
         self._limits = limits or WorkerLimits()
         self._starting = asyncio.Lock()
-        self._turns = Turns()
+        self._turns = Turns(CALLS_MAX)
         self._live: Live | None = None
         self._output: Path | None = None
 
