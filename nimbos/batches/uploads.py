@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import structlog
 from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, func, select, update
 
 from nimbos.batches.contents import Contents, Received
@@ -22,13 +23,15 @@ from nimbos.batches.words import File
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Row, Statement, Transaction, insert
 from nimbos.db.tables.batches import upload_parts, uploads
-from nimbos.errors import Conflict, InvalidRequest, NimbosError, NotFound, PayloadTooLarge
+from nimbos.errors import Conflict, InvalidRequest, NimbosError, NotFound, PayloadTooLarge, StorageUnavailable
 from nimbos.types import Account, new_id
 
 LIFE_S = 3_600
 PART_BYTES_MAX = 64 * 1024 * 1024
 PARTS_MAX = 10_000
 _SWEPT_AT_ONCE = 100
+
+_log = structlog.get_logger(__name__)
 
 
 class UploadState(StrEnum):
@@ -153,10 +156,12 @@ class Uploads:
         try:
             if md5 is not None and md5.strip().lower() != digest.hexdigest():
                 raise InvalidRequest("The parts together have another MD5 than `md5` says.", param="md5")
-            return await self._finish(account, upload, received)
+            file, dropped = await self._finish(account, upload, received)
         except NimbosError as error:
             await self._files.forget(received, after=error)
             raise
+        await self._remove(dropped)
+        return replace(upload, state=UploadState.COMPLETED, file=file.id), file
 
     async def cancel(self, project: str, upload_id: str) -> Upload:
         """Its parts are dropped. Cancelling twice is no error. Raises: NotFound; Conflict when it is completed."""
@@ -205,7 +210,7 @@ class Uploads:
                     digest.update(piece)
                     yield piece
 
-    async def _finish(self, account: Account, upload: Upload, received: Received) -> tuple[Upload, File]:
+    async def _finish(self, account: Account, upload: Upload, received: Received) -> tuple[File, list[Part]]:
         file = made(
             account, received, filename=upload.filename, purpose=upload.purpose, expires_s=upload.file_expires_s
         )
@@ -217,9 +222,7 @@ class Uploads:
             yield _END(id=upload.id, state=UploadState.COMPLETED.value, file=file.id)
             return dropped
 
-        parts = await self._database.run(begin, durable=True)
-        await self._remove(parts)
-        return replace(upload, state=UploadState.COMPLETED, file=file.id), file
+        return file, await self._database.run(begin, durable=True)
 
     def _dropped(self, upload: Upload) -> Transaction[list[Part]]:
         """All its parts, which have no rows any more; their contents are to be removed when that is durable."""
@@ -231,8 +234,12 @@ class Uploads:
         return parts
 
     async def _remove(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            await self._contents.remove(part.blob)
+        """What has no rows any more. Where the storage does not let it, the sweep of orphans does it later."""
+        try:
+            for part in parts:
+                await self._contents.remove(part.blob)
+        except StorageUnavailable as error:
+            _log.warning("uploads.parts_left", parts=len(parts), reason=error.reason)
 
 
 def _chosen(upload: Upload, parts: Sequence[Part], part_ids: Sequence[str]) -> list[Part]:

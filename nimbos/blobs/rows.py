@@ -99,7 +99,9 @@ class DatabaseBlobs:
             count = min(piece_bytes, stop - position, PIECE_BYTES - inside)
             found = await self._database.read(_PART(of=upload, at=number, first=inside + 1, count=count))
             if not found:
-                break  # removed while it was read, or damaged
+                if not await self.has(hash):  # removed while it was read
+                    raise not_found(hash)
+                break
             piece: bytes = found[0]["part"]
             digest.update(piece)
             position += len(piece)

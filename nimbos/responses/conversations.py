@@ -117,7 +117,7 @@ class Conversations:
             left = [one for one in had if one.id != item_id]
             if len(left) == len(had):
                 raise _no_item(conversation_id, item_id)
-            moved = yield from nodes.append(account, None, left)
+            moved = yield from nodes.append(account, None, left, bounded=False)
             yield _MOVE(id=conversation_id, head=moved)
             yield from nodes.doubt(head)
             return _only(rows, conversation_id)

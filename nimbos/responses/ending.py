@@ -101,7 +101,7 @@ class Ending:
         """Raises: Swept, before anything is written."""
         kept = self._kept
         yield from nodes.lock(kept.input_node)
-        node = yield from nodes.append(kept.account, kept.input_node, placed, answered=True)
+        node = yield from nodes.append(kept.account, kept.input_node, placed, bounded=False)
         if not (yield from finished(kept.id, final.status, final.body, node, len(placed))):
             yield from nodes.doubt(node)
             return

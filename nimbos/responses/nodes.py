@@ -36,10 +36,10 @@ class Placed:
 
 
 def append(
-    account: str, parent: str | None, added: Sequence[Placed], *, answered: bool = False
+    account: str, parent: str | None, added: Sequence[Placed], *, bounded: bool = True
 ) -> Transaction[str | None]:
-    """A new node behind `parent`, which the caller has locked; with nothing to add it is the parent itself. What a
-    model has `answered` is kept beyond the bounds, too: it is paid for, and the next turn is refused before it begins.
+    """A new node behind `parent`, which the caller has locked; with nothing to add it is the parent itself. Not
+    `bounded` is what a model has answered, as it is paid for, and what is left when something is taken away.
 
     Raises: InvalidRequest when the path would hold too much; Swept.
     """
@@ -50,7 +50,7 @@ def append(
         rows = yield _NODE(id=parent)
         items_total += rows[0]["items_total"]
         bytes_total += rows[0]["bytes_total"]
-    if not answered and (items_total > ITEMS_MAX or bytes_total > BYTES_MAX):
+    if bounded and (items_total > ITEMS_MAX or bytes_total > BYTES_MAX):
         raise InvalidRequest(
             f"A conversation may have {ITEMS_MAX} items and {BYTES_MAX} bytes; this one would have {items_total} and "
             f"{bytes_total}. Start another one."

@@ -164,7 +164,7 @@ class Store:
             if not (yield from nodes.lock(past)):
                 past, before = None, [*answered.past.placed, *asked]
             input_node = yield from nodes.append(account, past, before)
-            output_node = yield from nodes.append(account, input_node, output, answered=True)
+            output_node = yield from nodes.append(account, input_node, output, bounded=False)
             if answered.store:
                 yield from self._add_row(answered, input_node, output_node, len(output), echo)
             else:
@@ -269,7 +269,7 @@ def say(
         head = after
     else:
         yield from nodes.lock(head)
-        head = yield from nodes.append(account, head, said, answered=True)
+        head = yield from nodes.append(account, head, said, bounded=False)
     yield _MOVE(id=conversation, head=head)
 
 

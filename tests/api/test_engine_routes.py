@@ -255,16 +255,18 @@ def test_a_full_inbox_is_a_429_that_says_when_to_come_again(tmp_path: Path) -> N
         engine = live.runtime.service._sources.engines()[CHAT]
         assert isinstance(engine, Engine) and engine.pid is not None
         os.kill(engine.pid, signal.SIGSTOP)  # what comes now waits
-        first = pool.submit(live.post, "/v1/chat/completions", body)
-        while not engine._unanswered:
-            os.sched_yield()
-        response = live.post("/v1/chat/completions", {**body, "stream": True})
-        assert error_of(response, 429)["type"] == "rate_limit_error"
-        assert int(response.headers["retry-after"]) >= 1
-        assert response.headers["x-should-retry"] == "true"
-        with pytest.raises(openai.RateLimitError):
-            live.client.chat.completions.create(model=CHAT, messages=user("hi"))
-        os.kill(engine.pid, signal.SIGCONT)
+        try:
+            first = pool.submit(live.post, "/v1/chat/completions", body)
+            while not engine._unanswered:
+                os.sched_yield()
+            response = live.post("/v1/chat/completions", {**body, "stream": True})
+            assert error_of(response, 429)["type"] == "rate_limit_error"
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.headers["x-should-retry"] == "true"
+            with pytest.raises(openai.RateLimitError):
+                live.client.chat.completions.create(model=CHAT, messages=user("hi"))
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
         assert first.result().status_code == 200
 
 

@@ -252,6 +252,21 @@ def test_a_budget_that_is_spent_is_asked_for_and_topped_up(mine: Processes, plai
     assert done["usage"]["tokens"] <= 1_012
 
 
+def test_the_budget_of_a_process_stays_as_long_as_that_lives(mine: Processes, plain: str) -> None:
+    pid = mine.spawn(plain, "Count slowly.", budget={"tokens": 12})
+    mine.until(pid, "asking")
+    budget = {"owner_kind": "process", "meter": "tokens", "limit": 12}
+    of_nobody, of_it = (
+        mine.post("organization/budgets", {**budget, "owner_id": owner}).json()["id"]
+        for owner in ("proc_mistyped", pid)
+    )
+    assert mine.delete(f"organization/budgets/{of_nobody}").status_code == 200
+    assert pid in error_of(mine.delete(f"organization/budgets/{of_it}"), 409)["message"]
+    mine.signal(pid, "kill")
+    mine.over(pid)
+    assert mine.delete(f"organization/budgets/{of_it}").status_code == 200
+
+
 def test_a_call_that_needs_approval_is_shown_and_refused(mine: Processes) -> None:
     careful = {**WEATHER, "nimbos.toml": 'name = "careful"\n\n[tools]\nconfirm = ["weather"]\n'}
     program = mine.put(careful)

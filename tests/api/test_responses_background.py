@@ -228,6 +228,17 @@ def test_an_answer_that_fills_its_context_is_kept_and_the_next_turn_refused(
     assert len(live.sources["demo"].asks) == asked
 
 
+def test_items_of_a_conversation_that_grew_beyond_the_bound_can_be_taken_away(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [{"type": "message", "role": "user", "content": word} for word in ("one", "two", "three", "four")]
+    conversation = live.client.conversations.create(items=said)  # type: ignore[arg-type]
+    monkeypatch.setattr(nodes, "ITEMS_MAX", 2)
+    first, *_ = live.client.conversations.items.list(conversation.id)
+    live.client.conversations.items.delete(first.id, conversation_id=conversation.id)
+    assert len(list(live.client.conversations.items.list(conversation.id))) == 3
+
+
 @pytest.mark.long  # the dead server's lease has to run out
 def test_one_whose_server_was_killed_is_finished_by_the_next(tmp_path: Path) -> None:
     arguments = ("--model", f"scripted:{write_script(tmp_path, 'demo', SLOW)}")

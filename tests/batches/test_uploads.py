@@ -284,3 +284,45 @@ async def test_a_part_whose_content_is_gone_makes_no_file(database: Database, tm
     with pytest.raises(StorageUnavailable, match="damaged"):
         await batches.uploads.complete(ALICE, upload.id, [damaged.id])
     assert contents_in(tmp_path) == [path]
+
+
+async def test_a_part_that_cannot_be_removed_does_not_take_the_file_along(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = batches_on(database, tmp_path)
+    upload = await made(batches, 3)
+    part = await add(batches, upload, b"abc")
+    broken = iter([StorageUnavailable("here", reason="the disk had an error.")])
+    removed = batches.uploads._contents.remove
+
+    async def remove(blob: str) -> None:
+        for error in broken:
+            raise error
+        await removed(blob)
+
+    monkeypatch.setattr(batches.uploads._contents, "remove", remove)
+    _, file = await batches.uploads.complete(ALICE, upload.id, [part.id])
+    assert b"".join([piece async for piece in batches.files.read(file)]) == b"abc"
+    assert not list(broken)
+
+
+async def test_an_upload_that_another_completes_meanwhile_is_a_conflict_wherever_its_parts_are(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for blobs in ("", "database"):
+        settings = Settings(home=str(tmp_path), storage=StorageSettings(blobs=blobs))
+        batches = Batches(database, open_blobs(settings, database), BatchSettings(), server_id="srv_test")
+        upload = await made(batches, 2 * PIECE_BYTES)
+        parts = [await add(batches, upload, bytes([number]) * PIECE_BYTES) for number in (1, 2)]
+        part_ids, contents = [part.id for part in parts], batches.uploads._contents
+        reading, first = contents.read, iter([0])
+
+        async def read(content: str, blob: str) -> AsyncIterator[bytes]:
+            async for piece in reading(content, blob):  # noqa: B023
+                yield piece
+                for _ in first:  # noqa: B023
+                    await batches.uploads.complete(ALICE, upload.id, part_ids)  # noqa: B023
+
+        monkeypatch.setattr(contents, "read", read)
+        with pytest.raises(Conflict):
+            await batches.uploads.complete(ALICE, upload.id, part_ids)

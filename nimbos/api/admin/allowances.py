@@ -7,13 +7,15 @@ from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from sqlalchemy import Text, bindparam, literal_column, select
 
 from nimbos.accounts import Action
 from nimbos.accounts.words import Changed
 from nimbos.api.admin.desk import AdminRoute, Call, Page, get, post, remove
 from nimbos.api.admin.owners import OwnerBody, OwnerKind, find_owner, project_of
 from nimbos.api.admin.projects import Deleted
-from nimbos.db import Transaction
+from nimbos.db import Statement, Transaction
+from nimbos.db.tables.processes import processes
 from nimbos.errors import Conflict, InvalidRequest
 from nimbos.ledger import (
     Alert,
@@ -28,6 +30,12 @@ from nimbos.ledger import (
     remove_budget,
     set_budget,
     set_limit,
+)
+
+_LIVES = Statement(
+    select(processes.c.id).where(
+        processes.c.id == bindparam("id", type_=Text), processes.c.state != literal_column("'done'")
+    )
 )
 
 BUDGETS = "/v1/organization/budgets"
@@ -213,8 +221,8 @@ async def set_one_budget(call: Call) -> BudgetBody:
 async def remove_one_budget(call: Call) -> Deleted:
     def change() -> Transaction[Changed[Budget]]:
         before = yield from find_budget(call.path["budget_id"])
-        if (before.owner_kind, before.period) == ("process", "total"):
-            raise Conflict(f"{before.owner} counts in the budget {before.id} to its end; set its limit to null.")
+        if (before.owner_kind, before.period) == ("process", "total") and (yield _LIVES(id=before.owner_id)):
+            raise Conflict(f"{before.owner} counts in the budget {before.id} to its end; `nimbos budget raise` it.")
         project = yield from project_of(before.owner_kind, before.owner_id)
         yield from remove_budget(before.id)
         return Changed(value=before, action="budget.deleted", target=before.id, project=project, before=before)
