@@ -153,7 +153,9 @@ class Answer:
             self._mask = np.empty(len(self._vocab), dtype=np.bool_)
         self._matcher.mask_into(self._mask)
         if self._goes_on:
-            self._mask[list(self._eog)] = False  # something else is allowed, or `Matcher.stopped` would have ended it
+            self._mask[list(self._barred_ends)] = (
+                False  # something else is allowed, or `Matcher.stopped` would have ended it
+            )
         return self._mask
 
     def banned(self) -> tuple[int, ...]:
@@ -163,7 +165,7 @@ class Answer:
             return ()  # `constraint` has taken care of it
         banned: tuple[int, ...] = ()
         if self._goes_on and self.phase is not Phase.INSIDE:
-            banned = self._eog
+            banned = self._barred_ends
         if self._farewell is not None and self.phase is not Phase.BEFORE:
             marks = (self._farewell.open_mark, self._farewell.close_mark if self.phase is Phase.AFTER else None)
             banned += tuple(mark for mark in marks if mark is not None)
@@ -226,6 +228,13 @@ class Answer:
     @property
     def _goes_on(self) -> bool:
         return self._ask.ignore_eos or self.output_tokens < self._ask.min_tokens
+
+    @property
+    def _barred_ends(self) -> tuple[int, ...]:
+        """While it goes on: ends that its asker does not want as such, which one of `stop_ids` is."""
+        if self.output_tokens < self._ask.min_tokens:
+            return self._eog
+        return tuple(token for token in self._eog if token not in self._ask.stop_ids)
 
     def _note(self, token: int, logprob: ChosenLogprob | None) -> None:
         if self._ask.sampling.logprobs is None:

@@ -44,12 +44,14 @@ _FLAG_BYTES = 2  # of each slot: a string that is empty, or one letter long
 _FILE_BYTES = _FLAGS_AT + _FLAG_BYTES * _SLOTS
 _YIELD_S = 0.0001
 _AWAY_S = 0.01  # between two steps: sampling, sending, planning
+_ARRIVING_S = 0.3  # from an ask to its first step, which others were stopped for: cells may have to be written out
 _PASSED_OVER_MAX = 10  # after so many times of patience with the lease free, others lose their turn
 _PATIENCE_S = 0.02  # a waiting slot whose process does not take its turn for so long may be dead: look
 
 
 class _Row(NamedTuple):
-    """`since_s`: when its last step ended; while it computes and may be stopped, when that began."""
+    """`since_s`: when its last step ended; while it computes and may be stopped, when that began; where others were
+    stopped for what comes, until when it may take."""
 
     slot: int
     pid: int
@@ -101,14 +103,16 @@ class Lease:
 
     def interrupt_others(self) -> None:
         """An interactive ask came to this engine: a step of a lower class that another one computes is stopped, if this
-        engine is next then. For any thread; the engine's own announces itself afterwards, in a moment."""
+        engine is next then. For any thread; the engine's own announces itself afterwards, within `_ARRIVING_S`."""
         now, mine = time.monotonic(), max(self._virtual, self._clock())
         for row in self._rows():
             ask_class = _YIELDING.get(row.state)
             if ask_class is None or row.slot == self._slot:
                 continue
             if mine < row.virtual + (now - row.since_s) * 1e3 / WEIGHT[ask_class]:
-                _SINCE.pack_into(self._table, _SLOT.size * self._slot + _SINCE_AT, now)  # keeps this engine's place
+                _SINCE.pack_into(
+                    self._table, _SLOT.size * self._slot + _SINCE_AT, now + _ARRIVING_S
+                )  # its place is kept
                 self._table[self._flag_at(row.slot)] = ord("x")
 
     def _offer(self, ask_class: AskClass, now_s: float) -> bool:
@@ -150,7 +154,8 @@ class Lease:
     def _somebody_before(self) -> bool:
         now, mine = time.monotonic(), (self._virtual, self._slot)
         return any(
-            (row.state == _WAITING or now - _AWAY_S < row.since_s <= now) and (row.virtual, row.slot) < mine
+            (row.state == _WAITING or now - _AWAY_S < row.since_s <= now + _ARRIVING_S)
+            and (row.virtual, row.slot) < mine
             for row in self._rows()
             if row.slot != self._slot
         )

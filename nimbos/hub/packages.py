@@ -185,7 +185,9 @@ async def child(*command: str, **options: Any) -> AsyncIterator[asyncio.subproce
     try:
         yield await asyncio.shield(starting)
     finally:
-        await _stop(await starting)
+        await asyncio.wait({starting})
+        if starting.exception() is None:
+            await _stop(starting.result())
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

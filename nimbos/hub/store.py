@@ -154,10 +154,11 @@ class Store:
 
     def at_path(self, path: Path) -> LocalModel:
         """A file that nobody pulled. Its hash is computed once."""
+        stamp = _stamp_of(path)  # from before anything of it is read
         facts, problem = self._examine(path)
         if problem is not None:
             return _unhashed(path, facts, problem)
-        stamp, remembered = _stamp_of(path), self._remembered(path)
+        remembered = self._remembered(path)
         sha256 = remembered.sha256 if remembered else ""
         if not sha256:
             parts = [path.with_name(name) for name in split_names(path.name)]

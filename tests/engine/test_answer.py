@@ -233,6 +233,15 @@ def test_a_token_that_stops_counts_and_has_no_text() -> None:
     assert (target.finish, target.stopped_by, target.output_tokens) == (FinishReason.STOP, None, 7)
 
 
+def test_an_end_that_is_asked_for_ends_also_where_ends_are_ignored() -> None:
+    target = answer(ask(stop_ids=(IM_END,), min_tokens=2, ignore_eos=True))
+    assert IM_END in target.banned()
+    take(target, spell("hi"))
+    assert set(target.banned()) == VOCAB.eog - {IM_END}
+    take(target, (IM_END,))
+    assert target.finish is FinishReason.STOP
+
+
 def test_a_token_that_stops_does_not_stop_thinking() -> None:
     target = answer(ask(thinking=thinking(), stop_ids=(ord("!"),)))
     take(target, spell("hm! "))

@@ -69,12 +69,17 @@ def test_nobody_stops_itself_or_whom_it_would_not_come_before(pair: Pair) -> Non
     assert not pair.interrupts(AskClass.BATCH)
 
 
-def test_who_stopped_another_is_next(pair: Pair) -> None:
+def test_who_stopped_another_is_next(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own thread that computes announces itself a moment later; until then its place is kept."""
+    monkeypatch.setattr("nimbos.engine.lease._ARRIVING_S", 60.0)
     with pair.holder.hold(AskClass.BATCH, interruptible=True):
         pair.other.interrupt_others()
     pair.holder._announce()
     assert pair.holder._somebody_before()
+    with pair.other.hold(AskClass.INTERACTIVE):
+        pass
+    monkeypatch.setattr("nimbos.engine.lease._AWAY_S", 0.0)
+    assert not pair.holder._somebody_before()
 
 
 @contextlib.contextmanager
