@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from nimbos.errors import EngineFailed, ModelNotFound, NimbosError, Overloaded
+from nimbos.hub.reading import in_thread
 from nimbos.types import ModelCard, TokenSource
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class Sources:
     async def _find(self, name: str) -> LocalModel:
         """Clients name installed models; a path is for the operator alone, who names it at start."""
         if name in self._named:
-            return await asyncio.to_thread(self._as_it_is_now, self._named[name])
+            return await in_thread(self._as_it_is_now, self._named[name])
         try:
             return await asyncio.to_thread(self._shelf.find, name, allow_path=False)
         except ModelNotFound as error:

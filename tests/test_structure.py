@@ -231,12 +231,13 @@ PAST_DOORS = {
     ("cli", "accounts"): {"words"},
     ("cli", "api"): {"access", "admin", "ollama_key"},
     ("cli", "engine"): {"calibrate", "confine", "engine", "library", "llama", "memo", "model", "scripted"},
-    ("cli", "hub"): {"catalog", "memory", "progress"},
+    ("cli", "hub"): {"catalog", "memory", "progress", "reading"},
     ("kernel", "ledger"): {"allowances"},
     ("models", "engine"): {"scripted"},
     ("runtime", "engine"): {"scripted"},
     ("server", "api"): {"access", "protocol"},
     ("sources", "engine"): {"scripted"},
+    ("sources", "hub"): {"reading"},
 }
 
 # What may be called while a module is imported: it builds a value, and reads, starts or registers nothing.

@@ -15,7 +15,8 @@ def run_interruptible(work: Coroutine[Any, Any, T], runner: asyncio.Runner | Non
     setting a result.
 
     The first Ctrl-C (or SIGTERM) cancels the work, which may still put its things in order; a second one does not
-    wait for that. Work that takes signals over for itself is not cancelled by them from then on.
+    wait for that. Work that takes signals over for itself is not cancelled by them from then on. Python waits for
+    threads before it exits: what reads long in one does so by `nimbos.hub.reading`.
 
     Raises: KeyboardInterrupt; SystemExit with 143 after SIGTERM.
     """

@@ -26,6 +26,7 @@ from nimbos.config import ServerSettings, Settings
 from nimbos.engine.scripted import ScriptedSource
 from nimbos.errors import ConfigError, ModelNotFound
 from nimbos.hub import Hub, LocalModel
+from nimbos.hub.reading import in_thread
 from nimbos.keys import OwnerKey, owner_key
 from nimbos.models import open_models
 from nimbos.presence import traced
@@ -152,7 +153,7 @@ async def _default(hub: Hub) -> str:
 
 async def _get(hub: Hub, name: str) -> LocalModel:
     try:
-        return await asyncio.to_thread(hub.find, name)
+        return await in_thread(hub.find, name)
     except ModelNotFound:
         try:
             with Watching() as progress:

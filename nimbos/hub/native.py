@@ -25,10 +25,11 @@ from nimbos.config import Settings
 from nimbos.errors import DownloadFailed, InvalidRequest, NimbosError
 from nimbos.hub.archive import extract
 from nimbos.hub.build import BUILD_NAME, build_library
-from nimbos.hub.disk import require_space, sha256_of, sync_folder
+from nimbos.hub.disk import require_space, sync_folder
 from nimbos.hub.lock import FileLock, scratch_folder
 from nimbos.hub.packages import Expected, fetch_npm_package
 from nimbos.hub.progress import Progress, Silent
+from nimbos.hub.reading import sha256_of
 
 NPM_VERSION = "3.22.1"
 NPM_NAME = f"node-llama-cpp-{NPM_VERSION}"

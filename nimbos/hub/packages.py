@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from nimbos.errors import DownloadFailed
-from nimbos.hub.disk import BLOCK_BYTES, Fetched, drop_part, part_of, require_space, settle, sha256_of
+from nimbos.hub.disk import BLOCK_BYTES, Fetched, drop_part, part_of, require_space, settle
 from nimbos.hub.progress import Progress
+from nimbos.hub.reading import in_thread, sha256_of
 from nimbos.hub.source import safe_file_name
 
 _WATCH_S = 0.25
@@ -222,7 +223,7 @@ def last_words(output: bytes) -> str:
 
 async def require_hash(file: Path, expected: Expected) -> str:
     """The file's sha256. Raises: DownloadFailed when it is not the expected one."""
-    have = await asyncio.to_thread(sha256_of, file)
+    have = await in_thread(sha256_of, file)
     if expected.sha256 and have != expected.sha256:
         raise DownloadFailed(
             f"{file.name} has the sha256 {have} and should have {expected.sha256}. Its source was tampered with, or a "

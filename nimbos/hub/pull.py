@@ -13,13 +13,14 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from nimbos.errors import DownloadFailed, InvalidRequest, ModelUnusable
 from nimbos.hub.catalog import Pinned
-from nimbos.hub.disk import Fetched, part_bytes, require_space, sha256_of
+from nimbos.hub.disk import Fetched, part_bytes, require_space
 from nimbos.hub.download import Patience, fetch, with_hash
 from nimbos.hub.facts import read_gguf, split_names
 from nimbos.hub.hubs import HubSite
 from nimbos.hub.lock import scratch_folder
 from nimbos.hub.packages import Expected, extract_from_wheel, fetch_wheel
 from nimbos.hub.progress import Progress
+from nimbos.hub.reading import in_thread, sha256_of
 from nimbos.hub.remote import Remote, RemoteFile, SourceMissing, SourceUnreachable, Token
 from nimbos.hub.source import HubFile, LocalFile, PackageFile, Source, WebFile, safe_file_name
 from nimbos.hub.store import Manifest, ManifestFile, Store, now
@@ -80,9 +81,7 @@ class Puller:
         targets = [folder / safe_file_name(name) for name, _ in located]
         if len(set(targets)) != len(targets):
             raise DownloadFailed(f"{source}: its files cannot be told apart by name.")
-        whole = [
-            await asyncio.to_thread(_whole, target, file) for target, (_, file) in zip(targets, located, strict=True)
-        ]
+        whole = [await in_thread(_whole, target, file) for target, (_, file) in zip(targets, located, strict=True)]
         need = sum(
             (file.size_bytes or 0) - part_bytes(target)
             for target, (_, file), done in zip(targets, located, whole, strict=True)
@@ -136,7 +135,7 @@ class Puller:
     async def _register(self, order: Order, source: LocalFile) -> None:
         """A file of this machine is used where it lies."""
         parts = (await asyncio.to_thread(read_gguf, source.path)).parts
-        files = [await asyncio.to_thread(_measure, part) for part in parts]
+        files = [await in_thread(_measure, part) for part in parts]
         self.store.write(_manifest(order, LocalFile(path=parts[0]), files, folder=str(parts[0].parent)))
 
 

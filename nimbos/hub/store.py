@@ -20,9 +20,10 @@ from typing import Literal
 import msgspec
 
 from nimbos.errors import ModelUnusable
-from nimbos.hub.disk import sha256_of, sync_folder
+from nimbos.hub.disk import sync_folder
 from nimbos.hub.facts import ModelFacts, read_gguf, split_names, unsupported
 from nimbos.hub.lock import FileLock
+from nimbos.hub.reading import sha256_of
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import httpx2
 import pytest
@@ -22,6 +26,8 @@ from tests.live import PATIENCE_S, write_script
 
 NAME = "owner/repo/big-Q4_0.gguf"
 MIB = 2**20
+TIB = 2**40
+T = TypeVar("T")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -49,10 +55,27 @@ def started(home: Path, *arguments: str, **more: str) -> Iterator[subprocess.Pop
             process.kill()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Another process cannot set our events."""
-    while not condition():
-        os.sched_yield()
+def until(up: subprocess.Popen[str], condition: Callable[[], T | None]) -> T:
+    """What is true of it then. Another process cannot set our events: it is asked, for as long as `up` lives."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline_s
+        try:
+            up.wait(timeout=0.01)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"It ended with {up.returncode}: {up.communicate()[1]}")
+    return found
+
+
+def to_reader(pipe: Path) -> IO[Any] | None:
+    """The pipe's other end, when somebody reads it."""
+    try:
+        return open(pipe, "wb", opener=lambda path, _: os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -61,8 +84,8 @@ def test_while_it_pulls_what_came_is_kept(home: Path, site: FakeHub, number: sig
     site.fail(NAME, stall(3 * MIB))
     hub = Hub(Settings(home=str(home)), environment={})
     with started(home, "--model", source, HF_ENDPOINT=site.url, HF_TOKEN="") as up:
-        assert site.stalled.wait(PATIENCE_S)
-        until(lambda: hub.partial_bytes(source) >= 2 * MIB)
+        until(up, site.stalled.is_set)
+        until(up, lambda: hub.partial_bytes(source) >= 2 * MIB)
         up.send_signal(number)
         printed, told = up.communicate(timeout=PATIENCE_S)
     assert (up.returncode, printed) == (CODES[number], "")
@@ -75,12 +98,27 @@ def test_while_it_pulls_what_came_is_kept(home: Path, site: FakeHub, number: sig
 
 
 @pytest.mark.parametrize("number", CODES)
+def test_while_it_hashes_a_large_file_it_ends_at_once(home: Path, number: signal.Signals, tmp_path: Path) -> None:
+    """All of it takes a quarter of an hour. What the file says of itself is remembered right before."""
+    model = tiny_gguf.write("qwen2", tmp_path)
+    os.truncate(model, TIB)
+    facts = Settings(home=str(home)).cache_dir / "gguf"
+    with started(home, "--model", str(model)) as up:
+        until(up, lambda: [*facts.glob("*.json")])
+        up.send_signal(number)
+        assert up.communicate(timeout=PATIENCE_S) == ("", "")
+    assert up.returncode == CODES[number]
+    (remembered,) = facts.glob("*.json")
+    assert json.loads(remembered.read_text())["sha256"] == ""
+
+
+@pytest.mark.parametrize("number", CODES)
 def test_while_its_parts_are_put_together_it_leaves_nothing(home: Path, number: signal.Signals, tmp_path: Path) -> None:
-    """The keys come out of a pipe: who opens it for writing waits until they are read, in the middle of the start."""
+    """The keys come out of a pipe, which is opened in the middle of the start and then waits for us."""
     os.mkfifo(home / "keys.toml")
     script = write_script(tmp_path, "play", {"default": {"text": "Hello."}})
     with started(home, "--model", f"scripted:{script}") as up:
-        with (home / "keys.toml").open("w"):
+        with until(up, partial(to_reader, home / "keys.toml")):
             up.send_signal(number)
         assert up.communicate(timeout=PATIENCE_S) == ("", "")
     assert up.returncode == CODES[number]
@@ -98,8 +136,8 @@ def test_while_the_first_engine_starts_it_ends_like_a_server(
     (home / "config.toml").write_text(f'[engine]\nthreads = 1\ncells = 4096\nlibrary = "{library}"\n')
     model = tiny_gguf.write("qwen2", tmp_path)
     trace = home / "run" / "server.json"
-    with started(home, "--model", str(model)) as up, library.open("wb"):
-        until(trace.exists)
+    with started(home, "--model", str(model)) as up, until(up, partial(to_reader, library)):
+        until(up, trace.exists)
         url = json.loads(trace.read_text())["url"]
         assert httpx2.get(f"{url}/health").status_code == 503
         up.send_signal(number)

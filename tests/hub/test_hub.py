@@ -17,9 +17,9 @@ from nimbos.cli.progress import Lines
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, ModelNotFound, ModelUnusable, Overloaded
 from nimbos.hub import Hub
-from nimbos.hub.disk import sha256_of
 from nimbos.hub.facts import ModelFacts, read_gguf
 from nimbos.hub.memory import memory_need
+from nimbos.hub.reading import sha256_of
 from nimbos.hub.store import Manifest, ManifestFile
 from tests import tiny_gguf
 from tests.hub.gguf_bytes import STRING, Made, pair, text
