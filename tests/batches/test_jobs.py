@@ -172,6 +172,7 @@ async def test_a_limit_on_requests_is_met_about_once_a_line_not_once_a_place(sho
 
 async def test_a_limit_on_concurrent_asks_is_kept_to_without_a_pause(shop: Shop) -> None:
     busy, most = 0, 0
+    full = asyncio.Event()
 
     async def limited(account: Account, body: bytes, *, origin: Origin, journal: Any = None) -> Reply:
         nonlocal busy, most
@@ -179,6 +180,9 @@ async def test_a_limit_on_concurrent_asks_is_kept_to_without_a_pause(shop: Shop)
             raise Overloaded(limit=CONCURRENT, value=2, used=2, retry_after_s=0.1)
         busy += 1
         most = max(most, busy)
+        if busy == 2:
+            full.set()
+        await full.wait()  # the first until there is a second
         await asyncio.sleep(0)
         busy -= 1
         return Reply(200, body, "ask")

@@ -19,6 +19,7 @@ from nimbos.kernel.chain import decoded
 from nimbos.kernel.gate import Gate, Outcome, Syscall
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
+from nimbos.kernel.timers import SteadyClock
 from nimbos.kernel.tools import ToolWorkers, Workspaces
 from nimbos.kernel.words import Verb
 from tests.kernel.running import ACCOUNT, PATIENCE_S, Place, running
@@ -214,9 +215,14 @@ def call(verb: Verb, *, id: str = "c1", **arguments: Any) -> Syscall:
 
 @asynccontextmanager
 async def gated(
-    database: Database, settings: Settings, *, server: str = "meter-one", start: bool = True
+    database: Database,
+    settings: Settings,
+    *,
+    server: str = "meter-one",
+    start: bool = True,
+    clock: SteadyClock | None = None,
 ) -> AsyncIterator[Gated]:
-    async with running(database, settings, server=server, start=False) as place:
+    async with running(database, settings, server=server, start=False, clock=clock) as place:
         kernel = place.kernel
         await kernel.programs.put(msgspec.structs.replace(ACCOUNT, scopes=frozenset({"programs:code"})), FILES)
         workspaces = Workspaces(Path(settings.home) / "workspaces")

@@ -14,7 +14,7 @@ from tests.kernel.minds import Minds, minds
 from tests.kernel.running import PATIENCE_S
 from tests.kernel.test_together import answering, number_of, results
 
-# `crash` ends its process. The others return, unless `crash` begins beside them: then they wait until it has.
+# `crash` ends its process. The others wait for it the first time, and whenever it begins beside them; else they return.
 TOOLS = b'''
 import os, time
 from pathlib import Path
@@ -25,7 +25,7 @@ def _crashes() -> int:
 
 def _beside(before: int) -> None:
     late = time.monotonic() + 0.3
-    while _crashes() > before or time.monotonic() < late:
+    while not before or _crashes() > before or time.monotonic() < late:
         time.sleep(0.01)
 
 @tool(effect="pure")

@@ -19,12 +19,19 @@ from nimbos.kernel.words import Verb
 from tests.kernel.gating import call, gated, on_sqlite, tool
 from tests.kernel.minds import calling, minds
 from tests.kernel.running import ACCOUNT, OTHER
+from tests.kernel.test_timers import Hands, ring
 
 
 async def test_sleep_parks_and_the_timer_wakes_it(database: Database, database_settings: Settings) -> None:
-    async with gated(database, database_settings) as at:
-        pid, calls = await at.run(call(Verb.SLEEP, seconds=0.7))  # longer than it takes to park
-        assert calls.outcomes["c1"].value == {"slept_s": 0.7}
+    hands = Hands()
+    async with gated(database, database_settings, clock=hands.clock()) as at:
+        calls = at.program(call(Verb.SLEEP, seconds=3600))
+        pid = await at.spawn()
+        await at.place.until(pid, State.WAITING, reason="timer")
+        hands.pass_ms(3_600_000)
+        ring(at.place)
+        await at.place.over(pid)
+        assert calls.outcomes["c1"].value == {"slept_s": 3600.0}
         kinds = await at.place.kinds(pid)
         assert kinds.count("proc.state") == 4  # running, waiting, ready, running
         assert "signal.received" in kinds

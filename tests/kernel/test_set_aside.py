@@ -12,7 +12,7 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.errors import NotReady
+from nimbos.errors import NotReady, StorageUnavailable
 from nimbos.kernel import Event, Reason, SignalKind, State, runner
 from nimbos.kernel.chain import decoded
 from nimbos.kernel.events import CallDone, Note
@@ -132,7 +132,7 @@ async def test_storage_that_is_away_again_and_again_is_no_death(
     monkeypatch.setattr(runner, "DEATHS_MAX", 1)
     monkeypatch.setattr(crews, "RETRY_S", 0.0)
     monkeypatch.setattr(crews, "AWAY_S", 0.01)
-    begun, fails = asyncio.Event(), asyncio.Event()
+    begun, fails, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
     ends = False
 
     async def body(holding: Holding) -> None:
@@ -140,11 +140,15 @@ async def test_storage_that_is_away_again_and_again_is_no_death(
         await fails.wait()
         if ends:
             await holding.exit(Reason.OK)
-        await holding.append(SAID)
+        try:
+            await holding.append(SAID)
+        except StorageUnavailable:
+            failed.set()
+            raise
 
     async with (
         impatient(tmp_path) as database,
-        running(database, Settings(home=str(tmp_path)), {"plain": body}, lease_s=0.3) as place,
+        running(database, Settings(home=str(tmp_path)), {"plain": body}, lease_s=1.5) as place,
     ):
         pid = await place.spawn()
         for _ in range(runner.DEATHS_MAX + 1):
@@ -153,6 +157,8 @@ async def test_storage_that_is_away_again_and_again_is_no_death(
                 begun.clear()
                 with away(tmp_path):
                     fails.set()
+                    await failed.wait()
+                    failed.clear()
                     await until_lapsed(database)
                     fails.clear()
         async with asyncio.timeout(PATIENCE_S):

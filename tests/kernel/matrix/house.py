@@ -84,9 +84,7 @@ class House:
             )
         deadline = time.monotonic() + PATIENCE_S
         while not running.exists():
-            assert self.process.poll() is None, (
-                f"{self.process.returncode}: {(self.folder / 'log').read_text()[-2000:]}"
-            )
+            assert self.process.poll() is None, f"{self.process.returncode}: {self._last_words()}"
             assert time.monotonic() < deadline
             time.sleep(POLL_S)
         if self.http is not None:
@@ -96,6 +94,12 @@ class House:
             headers={"authorization": f"Bearer {OWNER_SECRET}"},
             timeout=PATIENCE_S,
         )
+
+    def _last_words(self) -> str:
+        """Of the server; of a crash also its beginning, which says what crashed."""
+        log = (self.folder / "log").read_text()
+        crash = log.rfind("Fatal Python error")
+        return log[crash : crash + 6000] if crash >= 0 else log[-2000:]
 
     def _back_to_the_copy(self) -> None:
         """The disk as it was when the power went: what was not synced is lost, and memory with it."""
