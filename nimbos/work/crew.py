@@ -4,12 +4,15 @@
 cancelled (shutdown, claim lost) or that fails leaves the claim to the crew, which releases it when the storage lets it.
 
 Leases run out while nobody reaches the storage, and say nothing then of who died. So whoever could not reach it claims
-nothing when it is back until every server that lives has had the time to renew what it holds.
+nothing when it is back until every server that lives has had the time to renew what it holds. Storage that stands still
+refuses nothing and answers late: what counts is since when an answer is waited for, and a claim that got its rows too
+late is undone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -40,6 +43,10 @@ async def until_written(write: Callable[[], Awaitable[object]], *, closing: Call
             await asyncio.sleep(AWAY_S)
 
 
+class _StoodStill(Exception):
+    """A claim's rows came so long after they were asked for that the leases of servers that live may have run out."""
+
+
 class Crew:
     def __init__(
         self,
@@ -65,7 +72,8 @@ class Crew:
         self._running: dict[Held, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._away_since: float | None = None  # as this server noticed it
+        self._between_s = work.lease_s / _RENEWALS_PER_LEASE
+        self._asked_since: float | None = None  # the first call to the storage since it answered last
         self._claims_from = 0.0
         self._tops: list[asyncio.Task[None]] = []
 
@@ -112,28 +120,52 @@ class Crew:
 
     async def _claims(self, n: int) -> list[Claim]:
         try:
-            if self._away_since is not None:
+            if self._asked_since is not None and self._stood_still(self._asked_since):
                 await self._renewed()
-            if asyncio.get_running_loop().time() < self._claims_from:
+            if time.monotonic() < self._claims_from:
                 return []
-            return await self._database.run(lambda: self._claim(n))
+            return await self._claimed(n)
         except StorageUnavailable as error:
-            self._away()
             _log.warning("work.not_claimed", reason=error.reason)
             return []
 
-    def _away(self) -> None:
-        if self._away_since is None:
-            self._away_since = asyncio.get_running_loop().time()
+    async def _claimed(self, n: int) -> list[Claim]:
+        """Nothing where the storage stood still before it was told. Raises: StorageUnavailable."""
+        since = self._ask()
+
+        def begin() -> Transaction[list[Claim]]:
+            claims = yield from self._claim(n)
+            if self._stood_still(since):
+                raise _StoodStill
+            return claims
+
+        try:
+            claims = await self._database.run(begin)
+        except _StoodStill:
+            self._asked_since = since
+            _log.warning("work.not_claimed", reason="it stood still.")
+            return []
+        self._asked_since = since if self._stood_still(since) else None  # the commit may be what was late
+        return claims
 
     async def _renewed(self) -> frozenset[Held]:
         """What this crew holds. Raises: StorageUnavailable."""
+        since = self._ask()
         held = await self._database.run(lambda: self._work.renew(self._owner))
-        now, between_s = asyncio.get_running_loop().time(), self._work.lease_s / _RENEWALS_PER_LEASE
-        if self._away_since is not None and now - self._away_since >= between_s:  # a renewal of some lease was missed
-            self._claims_from = now + between_s + self._poll_s
-        self._away_since = None
+        if self._stood_still(since):
+            self._claims_from = time.monotonic() + self._between_s + self._poll_s
+        self._asked_since = None
         return held
+
+    def _ask(self) -> float:
+        """Since when the storage owes an answer, with the call that begins now."""
+        if self._asked_since is None:
+            self._asked_since = time.monotonic()
+        return self._asked_since
+
+    def _stood_still(self, since: float) -> bool:
+        """For so long that a renewal of some lease was missed. From any thread."""
+        return time.monotonic() - since >= self._between_s
 
     async def _do(self, claim: Claim) -> None:
         retry_s: float | None = 0.0
@@ -173,14 +205,13 @@ class Crew:
         that nothing runs for: a run that forgot to end its claim must not hold it for ever."""
         strays: frozenset[Held] = frozenset()
         while True:
-            await asyncio.sleep(self._work.lease_s / _RENEWALS_PER_LEASE)
+            await asyncio.sleep(self._between_s)
             before = set(self._running)
             if not before and not strays:
                 continue
             try:
                 held = await self._renewed()
             except StorageUnavailable as error:
-                self._away()
                 _log.warning("work.not_renewed", reason=error.reason)
                 continue
             for lost in before - held:

@@ -7,17 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.work import work as work_table
 from nimbos.work import Claim, Crew, Work
 from nimbos.work import crew as crews
-from tests.away import away, impatient
+from tests.away import Door, away, impatient
 
 PATIENCE_S = 60
 LEASE_S = 0.9
 _ROWS = Statement(select(work_table.c.free_at_ms, work_table.c.lapses, work_table.c.owner))
+_LAPSE = Statement(update(work_table).values(free_at_ms=0))
 
 
 async def until_lapsed(database: Database) -> None:
@@ -134,3 +135,118 @@ async def test_a_crew_closes_although_the_storage_is_away(tmp_path: Path) -> Non
                 await crew.close()
         (row,) = await database.read(_ROWS())
         assert row["owner"] == "crew", "nobody could write that it was handed back"
+
+
+# --- storage that stands still: it refuses nothing, and answers late
+
+
+class Clock:
+    """A crew's time, which passes as the test says; stands in for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(crews, "time", clock)
+    return clock
+
+
+class Still:
+    """A crew behind a door, while another server that lives holds "held"; of its renewals nothing is heard either."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self.database, self.clock = database, clock
+        self.door = Door(database)
+        self.work, self.others = Work(database, lease_s=LEASE_S), Work(database, lease_s=3600)
+        self.begun, self.ends = asyncio.Event(), asyncio.Event()
+        self.ran: list[str] = []
+        self.crew = crew_of(self.door, self.work, self._run)
+
+    async def __aenter__(self) -> Still:
+        await self.database.run(lambda: self.others.add("lines", "held"))
+        assert await self.database.run(lambda: self.others.claim("lines", "another server", 1))
+        self.crew.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.door.open_wide()
+        await self.crew.close()
+
+    async def last(self) -> None:
+        """Until all leases have run out."""
+
+        def lapse() -> Transaction[None]:
+            yield _LAPSE()
+
+        await self.database.run(lapse)
+        self.clock.now += LEASE_S
+
+    async def one_passes(self) -> None:
+        await (await self.door.standing.get()).done()
+
+    async def check_and_go_on(self) -> None:
+        """The other one's work is still its own, and the crew leaves it the time to renew what it holds."""
+        rows = await self.database.read(_ROWS())
+        assert [(row["owner"], row["lapses"]) for row in rows] == [("another server", 0)]
+        back = self.clock.now
+        while self.door.standing.empty():
+            self.clock.now += 0.01
+            await asyncio.sleep(0.01)  # the crew looks about as often
+        assert self.clock.now - back >= LEASE_S / 3
+        assert await self.database.run(lambda: self.others.renew("another server")) == {("lines", "held", 1)}
+        await self.database.run(lambda: self.others.add("lines", "new"))
+        self.ran, self.begun = [], asyncio.Event()
+        self.ends.set()
+        self.door.open_wide()
+        await self.begun.wait()
+        assert self.ran == ["new"]
+
+    async def _run(self, claim: Claim) -> None:
+        self.ran.append(claim.ref)
+        self.begun.set()
+        await self.ends.wait()
+        await self.database.run(lambda: self.work.finish(claim))
+
+
+async def test_a_claim_that_stood_still_on_its_way_takes_nothing_from_who_lives(
+    database: Database, clock: Clock
+) -> None:
+    async with Still(database, clock) as still, asyncio.timeout(PATIENCE_S):
+        asked = await still.door.standing.get()
+        await still.last()
+        await asked.done()
+        await still.one_passes()
+        await still.check_and_go_on()
+
+
+async def test_whoever_heard_late_that_there_is_nothing_claims_nothing_at_once(
+    database: Database, clock: Clock
+) -> None:
+    async with Still(database, clock) as still, asyncio.timeout(PATIENCE_S):
+        answered = await still.door.standing.get()
+        await answered.done(told=False)
+        await still.last()
+        await answered.done()
+        await still.one_passes()
+        await still.check_and_go_on()
+
+
+async def test_a_crew_whose_renewal_stands_still_claims_nothing_when_a_place_gets_free(
+    database: Database, clock: Clock
+) -> None:
+    async with Still(database, clock) as still, asyncio.timeout(PATIENCE_S):
+        await still.database.run(lambda: still.work.add("lines", "own"))
+        await still.one_passes()
+        await still.begun.wait()
+        renewal = await still.door.standing.get()
+        await still.last()
+        still.ends.set()  # and the way is open again
+        await still.one_passes()
+        await renewal.done()
+        await still.check_and_go_on()
