@@ -47,6 +47,7 @@ from nimbos.toolwire import (
     to_worker,
 )
 
+_STACK_BYTES = 4 * 1024 * 1024  # of a thread: the usual 8 for each call would be a quarter of a worker's memory
 _QUIET_TURNS = 64  # of the loop: what one answered step sets off is asked for within them
 
 
@@ -82,7 +83,7 @@ class Worker:
         self._folder = Path(wanted.folder)
         self._result_bytes = wanted.limits.result_bytes
         self._program = program
-        self._threads = ThreadPoolExecutor(CALLS_MAX, thread_name_prefix="tool")
+        self._threads = _pool()
         self._tasks: set[asyncio.Task[None]] = set()
         self._steps: dict[int, asyncio.Future[StepDone]] = {}
         self._asked = 0
@@ -163,8 +164,7 @@ class Worker:
             async with scope:
                 if not plain:
                     return await function(**arguments)
-                run = asyncio.get_running_loop().run_in_executor
-                value = await run(self._threads, _plainly, function, arguments)
+                value = await self._in_thread(function, arguments)
                 if isinstance(value, _Raised):
                     raise value.error
                 return await value if inspect.isawaitable(value) else value
@@ -172,6 +172,17 @@ class Worker:
             if scope.expired():
                 return Written(b"null", "deadline", f"It took longer than {deadline_ms / 1000:g} s.")
             return Written(b"null", "raised", told(error, self._folder))
+
+    def _in_thread(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> asyncio.Future[Any]:
+        """Raises: RuntimeError, MemoryError: there is no thread for it, and none will run it."""
+        taken = threading.Lock()
+        try:
+            return asyncio.get_running_loop().run_in_executor(self._threads, _plainly, function, arguments, taken)
+        except (RuntimeError, MemoryError):  # it is queued all the same, for the threads that there are
+            if not taken.acquire(blocking=False):
+                confinement.end()  # one of them runs it, and nobody would hear of it
+            self._threads = _pool()  # the old one counts a thread too many as idle; its threads end with their calls
+            raise
 
     # --- the durable function
 
@@ -201,8 +212,14 @@ class Worker:
         return done.value
 
 
-def _plainly(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """In a thread: an exception as a value, as a future cannot carry each of them."""
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(CALLS_MAX, thread_name_prefix="tool")
+
+
+def _plainly(function: Callable[..., Any], arguments: Mapping[str, Any], taken: threading.Lock) -> Any:
+    """In a thread: an exception as a value, as a future cannot carry each of them. What was `taken` is not run."""
+    if not taken.acquire(blocking=False):
+        return None
     try:
         return function(**arguments)
     except BaseException as error:  # whatever a tool raises is its result
@@ -228,6 +245,7 @@ def main() -> None:
     if not isinstance(wanted, Load):
         return
     limited = confinement.limit(wanted.limits)
+    threading.stack_size(_STACK_BYTES)  # before the program is loaded, which may want another
     try:
         program = load(wanted)
         pipe.send(Loaded(tools=program.wires(), limited=limited))

@@ -391,6 +391,54 @@ async def test_memory_has_a_limit(bench: Bench) -> None:
     assert (result.error, result.message.partition(" ")[0]) == ("raised", "MemoryError")
 
 
+NO_THREADS = """
+import resource, threading, time
+from pathlib import Path
+from nimbos.adk import tool
+
+threading.stack_size(256 * 1024 * 1024)  # so that the room for a stack and that for all else are not near each other
+
+@tool(effect="pure")
+async def room_for_threads(there_is: bool) -> None:
+    'From now on.'
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (hard if there_is else int(used.split()[1]) * 1024 + (128 << 20), hard))
+
+@tool(effect="pure")
+def hold() -> None:
+    'Until told to go.'
+    Path("held").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+@tool(effect="opaque")
+def mail(to: str) -> None:
+    'Sends.'
+    with open("sent", "a") as file:
+        file.write(to)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of private memory is Linux's")
+async def test_a_call_that_has_no_thread_is_told_as_not_made_and_is_not_made_later(bench: Bench) -> None:
+    worker = bench.worker(NO_THREADS, limits=WorkerLimits(memory_bytes=4 * 1024**3))
+    await worker.describe()
+    place = bench.folder / "program0.work"
+    async with asyncio.timeout(PATIENCE_S):
+        holding = asyncio.create_task(worker.call("hold", {}, deadline_s=PATIENCE_S))
+        while not (place / "held").exists():
+            await asyncio.sleep(0.01)  # another process makes it, and rings no bell
+        assert (await worker.call("room_for_threads", {"there_is": False}, deadline_s=PATIENCE_S)).error == ""
+        refused = await worker.call("mail", {"to": "Ada"}, deadline_s=PATIENCE_S)
+        assert (refused.error, refused.perhaps) == ("raised", False) and "thread" in refused.message
+        assert (await worker.call("room_for_threads", {"there_is": True}, deadline_s=PATIENCE_S)).error == ""
+        (place / "go").touch()
+        assert (await holding).error == ""
+        assert (await worker.call("mail", {"to": "Bob"}, deadline_s=PATIENCE_S)).error == ""
+    assert (place / "sent").read_text() == "Bob"
+
+
 async def test_processor_time_has_a_limit(bench: Bench) -> None:
     worker = bench.worker(limits=WorkerLimits(processor_s=1))
     result = await worker.call("hang_in_c", {}, deadline_s=PATIENCE_S)
