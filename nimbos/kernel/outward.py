@@ -121,7 +121,7 @@ class Outward:
                 answered = await run_tool(self._workers, holding, job)
             if isinstance(answered, Lost):
                 tries.count(answered)
-                after = await self._after_loss(holding, call, arguments, answered, also, tries, before)
+                after = await self._after_loss(holding, call, arguments, answered, also, tries, _since_ms(before))
                 if after is None:
                     continue
                 if not isinstance(after, Answered):
@@ -143,17 +143,17 @@ class Outward:
         return None
 
     async def _after_loss(
-        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, tries: _Tries, before: float
+        self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, tries: _Tries, tried_ms: int
     ) -> Answered | Outcome | Wait | None:
         """The driver, here and now, cannot say whether it happened. None: it was started once more."""
         effect = call.intent.effect
         if effect is Effect.CHECKABLE:
-            return await self._verify(holding, call, arguments, also, why=why, tries=tries, before=before)
+            return await self._verify(holding, call, arguments, also, why=why, tries=tries, tried_ms=tried_ms)
         if effect is Effect.PURE and (why.error == "deadline" or tries.over):
             return Answered(value=why.why, error=why.error)
         if effect is Effect.OPAQUE or tries.over:
             return await self._lose(holding, call)
-        return await self._again(holding, call, tried_ms=_since_ms(before))
+        return await self._again(holding, call, tried_ms=tried_ms)
 
     async def _verify(
         self,
@@ -164,21 +164,23 @@ class Outward:
         *,
         why: Lost | None = None,
         tries: _Tries | None = None,
-        before: float | None = None,
+        tried_ms: int | None = None,
     ) -> Outcome | Wait:
-        """`why`: how it was lost just now, in a try that began at `before`; None: by a server that is gone."""
+        """`why`: how it was lost just now, in a try of `tried_ms`; None: by a server that is gone."""
         intent, tries = call.intent, tries or _Tries()
+        spent_ms = _at_most_ms(holding, call) if tried_ms is None else tried_ms  # nobody pays for waiting for a turn
         async with self._workers.of(holding).turn(alone=True):  # what another call cuts off, nobody would know
+            before = time.monotonic()
             verified = await verify_tool(self._workers, holding, _job(holding, call, arguments))
+            spent_ms += _since_ms(before)
         if isinstance(verified, Lost):
             return await self._lose(holding, call)
         if isinstance(verified, Nothing):
             if why is None or not tries.over:
-                tried_ms = _at_most_ms(holding, call) if before is None else _since_ms(before)
-                held = await self._again(holding, call, tried_ms=tried_ms)
+                held = await self._again(holding, call, tried_ms=spent_ms)
                 return held or await self._run(holding, intent.call_id, arguments, also, tries)
             verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
-        used_ms = None if before is None else _since_ms(before)
+        used_ms = None if tried_ms is None else spent_ms
         ending = Ending(reserved_ms=calling.reserved_ms(holding, intent), used_ms=used_ms)
         return await calling.finish(holding, self._segments, intent.call_id, verified, ending, also=also)
 

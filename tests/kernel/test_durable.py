@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent, indent
+from time import monotonic
 from typing import Any
 
 import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import Reason, SignalKind, State, runner
+from nimbos.kernel import Reason, SignalKind, State, outward, runner
 from nimbos.kernel import durable as durables
-from nimbos.kernel.events import CallDone, CallIntent, ModelIntent, Note, ProcState
+from nimbos.kernel.events import BudgetSettled, CallDone, CallIntent, ModelIntent, Note, ProcState
+from nimbos.kernel.tools.turns import Turns
 from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance
 from tests.kernel.minds import ACCOUNT, Minds, minds
@@ -339,6 +342,56 @@ async def test_calls_that_are_made_at_once_do_not_wait_for_each_other_within_the
     body = 'return await gather(*(call("half_a_second", number=number) for number in range(64)))'
     async with minds(*sqlite, SCRIPT) as place:
         assert await place.result(await start(place, body)) == list(range(64))
+
+
+CHECKED = """
+from pathlib import Path
+from nimbos.adk import tool
+
+def _booked(room: str, key: str) -> bool:
+    return room == "booked"
+
+@tool(effect="checkable", verify=_booked, deadline_s=0.1)
+async def book(room: str, key: str) -> str:
+    'Hangs, but for the second time.'
+    import asyncio
+    if not Path(room).exists():
+        Path(room).touch()
+        await asyncio.sleep(60)
+    return room
+"""
+
+
+class Clock:
+    """Of whoever measures what a call takes. `away_s`: what it is ahead by."""
+
+    away_s = 0.0
+
+    def monotonic(self) -> float:
+        return monotonic() + self.away_s
+
+
+@pytest.mark.parametrize("room", ["booked", "free"])
+async def test_a_call_does_not_pay_for_the_time_it_waits_to_be_alone(
+    sqlite: tuple[Database, Settings], monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    clock, take, turns = Clock(), Turns.take, list[float]()
+
+    @asynccontextmanager
+    async def late(self: Turns, *, alone: bool) -> AsyncIterator[None]:
+        async with take(self, alone=alone):
+            clock.away_s += 1_000
+            turns.append(clock.away_s)
+            yield
+
+    monkeypatch.setattr(outward, "time", clock)
+    monkeypatch.setattr(Turns, "take", late)
+    async with minds(*sqlite, SCRIPT) as place:
+        files = {**function("return await call('book', room=input)"), "tools.py": CHECKED.encode()}
+        pid = await place.run(await place.program('entry = "main.py:main"\n', files), room)
+        await place.over(pid)
+        paid = [body.used["seconds_ms"] for body in await place.bodies_of(pid) if isinstance(body, BudgetSettled)]
+        assert len(turns) >= 2 and paid and sum(paid) < 1_000_000
 
 
 async def test_a_tool_that_hangs_takes_the_function_with_it_which_begins_anew(
