@@ -21,6 +21,7 @@ from nimbos.kernel.events import Note
 from nimbos.kernel.gate import Gate
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
+from nimbos.kernel.outward import TRIES_MAX
 from nimbos.kernel.releasing import MARK, is_released
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.steps import Asked, BadStep, Occurrences, record_of, said_of
@@ -32,7 +33,8 @@ from nimbos.kernel.words import Reason
 from nimbos.toolwire import Quiet, RunDone, Step, shortened
 
 STEPS_MAX = 10_000  # of one process
-DEATHS_MAX = 3  # of the worker, without a new record
+DEATHS_MAX = 3  # of the worker, without a new record of a step that it did not end
+SUSPECTED_MAX = DEATHS_MAX * TRIES_MAX  # likewise, with calls under way that may have ended it
 _NOTES_MAX = 20
 
 
@@ -69,19 +71,28 @@ class _Run:
             await self._durable.gate.release(holding)
             self._underway.take_up(lambda call: is_released(call.intent.call_id))
             given = await self._durable.segments.get(holding.view.account, holding.view.input)
-            deaths = 0
-            while deaths < DEATHS_MAX:
-                recorded = len(holding.view.steps)
+            deaths = suspected = 0
+            while deaths < DEATHS_MAX and suspected < SUSPECTED_MAX:
+                survived = self._survived()
                 died = await self._from_the_top(given)
-                by_itself = not (died.known or died.suspects)  # else a call may have ended it, and counts its tries
-                deaths = deaths + 1 if len(holding.view.steps) == recorded and by_itself else 0
+                if died.known or self._survived() != survived:
+                    deaths = suspected = 0
+                elif died.suspects:  # one of them may have ended it, and counts its tries
+                    suspected += 1
+                else:
+                    deaths += 1
             await self._leave_nothing_unknown()
-            await holding.exit(Reason.FAILED, error=f"Its process died {deaths} times at the same place: {died}.")
+            times = deaths + suspected
+            await holding.exit(Reason.FAILED, error=f"Its process died {times} times at the same place: {died}.")
         except BrokenProgram as error:
             await self._leave_nothing_unknown()
             await holding.exit(Reason.FAILED, error=error.message)
         finally:
             await self._underway.put_away()
+
+    def _survived(self) -> int:
+        """How many records there are, but of those whose call is held to have ended the process."""
+        return sum(recorded.error != "died" for recorded in self._holding.view.steps.values())
 
     async def _from_the_top(self, given: Any) -> WorkerDied:
         """Returns when the worker is gone. Raises: Parked, Exited …"""

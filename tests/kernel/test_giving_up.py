@@ -22,6 +22,46 @@ if not Path("done.txt").exists():
 """
 
 
+LINGERS = b"""
+import os, time
+from pathlib import Path
+from nimbos.adk import tool
+
+@tool(effect="pure")
+def linger(until_starts: int) -> None:
+    'Until the function has begun so often and does not run here.'
+    Path(f"begun.{os.getpid()}").touch()
+    while Path("starts").stat().st_size < until_starts or Path(f"runs.{os.getpid()}").exists():
+        time.sleep(0.01)
+"""
+ENDS_ITSELF = b"""
+import asyncio, os
+from pathlib import Path
+from nimbos.adk import call
+
+async def main(until_starts):
+    Path(f"runs.{os.getpid()}").touch()
+    with open("starts", "a") as file:
+        file.write("x")
+    lingering = [asyncio.ensure_future(call("linger", until_starts=until_starts)) for _ in range(3)]
+    while not Path(f"begun.{os.getpid()}").exists() and not all(one.done() for one in lingering):
+        await asyncio.sleep(0.01)
+    os._exit(3)
+"""
+
+
+async def test_a_function_that_ends_its_process_is_not_begun_again_for_each_call_that_is_under_way(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durables, "SUSPECTED_MAX", 5)
+    async with minds(database, database_settings, SCRIPT) as place:
+        files = {"main.py": ENDS_ITSELF, "tools.py": LINGERS}
+        pid = await place.run(await place.program('entry = "main.py:main"\n', files), 5)
+        head = await place.over(pid)
+        assert head.reason is Reason.FAILED and "died 5 times" in head.error, head.error
+        assert (place.kernel.workspaces.path(pid) / "starts").read_text() == "xxxxx"
+
+
 @on_sqlite
 @pytest.mark.parametrize(
     ("later", "also", "says"),
