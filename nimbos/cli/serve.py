@@ -71,7 +71,6 @@ async def _up(
     chosen = await choose(hub, models)
     runtime = await _assemble(settings, owner, hub, chosen)
     try:
-        await asyncio.to_thread(import_module, "nimbos.api.app")
         listeners = await _listeners(runtime, bound, without_key)
         announce = partial(_announce, url, owner, chosen.first, certificate=settings.server.tls_cert, ollama=ollama)
         _collect_less()
@@ -94,14 +93,16 @@ def _bind_ollama(settings: ServerSettings) -> AbstractContextManager[socket.sock
 
 
 async def _assemble(settings: Settings, owner: OwnerKey, hub: Hub, chosen: Chosen) -> Runtime:
-    """The first model's process starts while the rest of the server is being imported.
+    """The first model's process starts while the rest of the server is being imported; the kernel, which starts
+    processes as well, only when that is done: a library that starts threads while another thread forks may crash.
 
     Raises: ConfigError, StorageUnavailable.
     """
     named = {model.id: model for model in chosen.local}
     models = open_models(settings, hub=hub, scripted=chosen.scripted, named=named, first=chosen.first)
     try:
-        await asyncio.to_thread(import_module, "nimbos.runtime")
+        for module in ("nimbos.runtime", "nimbos.api.app"):
+            await asyncio.to_thread(import_module, module)
     except BaseException:
         await models.close()
         raise
