@@ -82,7 +82,7 @@ async def test_an_answer_goes_on_in_the_engine_and_is_paid_once(tmp_path: Path) 
             first, second = [body for body in bodies if isinstance(body, ModelIntent)]
             assert second.continues == first.ask_id
             ids = [id for body in bodies if isinstance(body, ModelPartial) for id in body.ids]
-            assert 0 < len(ids) <= 1_500  # all of them where the engine was faster than the signal
+            assert 0 < len(ids) < 1_500
             undisturbed, billed = await place.billed(whole), await place.billed(cut)
             assert (billed.input, billed.output) == (undisturbed.input, 1_500)
     finally:
