@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import msgspec
 
 from nimbos.config import Settings
 from nimbos.db import Database
+from nimbos.engine.lease import Lease
 from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel.answering import PARTIAL_TOKENS
 from nimbos.kernel.arguments import Checker
 from nimbos.kernel.events import ModelIntent, ModelPartial
 from nimbos.kernel.holding import Holding
@@ -64,6 +69,22 @@ async def test_the_calls_of_a_model_that_knows_nothing_parse_and_fit(tmp_path: P
         await database.close()
 
 
+class Steps(Lease):
+    """Holds the cores, and lets the engine beside it compute step by step."""
+
+    def take(self) -> None:
+        self._wait()
+
+    def let_one(self) -> None:
+        """Waits until the engine wants a step, and stands right behind it in the order of turns."""
+        while not (waiting := [row for row in self._rows() if row.state == 1 and row.slot != self._slot]):
+            os.sched_yield()
+        self._virtual = waiting[0].virtual + 1e-6
+        self._announce()
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._wait()
+
+
 async def test_an_answer_goes_on_in_the_engine_and_is_paid_once(tmp_path: Path) -> None:
     settings = Settings(home=str(tmp_path))
     database = await Database.open(settings)
@@ -72,10 +93,14 @@ async def test_an_answer_goes_on_in_the_engine_and_is_paid_once(tmp_path: Path) 
             program = await place.program(LONG)
             whole = await place.run(program, model="tiny-qwen2-1")
             said = await place.result(whole)
-            cut = await place.run(program, model="tiny-qwen2-1")
-            await place.until_partial(cut)
-            await place.send(cut, SignalKind.PAUSE)
-            await place.until(cut, State.PAUSED)
+            with Steps(next(tmp_path.rglob("run/lease"))) as steps:
+                steps.take()
+                cut = await place.run(program, model="tiny-qwen2-1")
+                for _ in range(2 * PARTIAL_TOKENS):
+                    await asyncio.to_thread(steps.let_one)
+                await place.until_partial(cut)
+                await place.send(cut, SignalKind.PAUSE)
+                await place.until(cut, State.PAUSED)
             await place.send(cut, SignalKind.RESUME)
             assert await place.result(cut) == said
             bodies = await place.bodies_of(cut)
