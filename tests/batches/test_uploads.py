@@ -306,23 +306,23 @@ async def test_a_part_that_cannot_be_removed_does_not_take_the_file_along(
     assert not list(broken)
 
 
+@pytest.mark.parametrize("place", ["", "database"])
 async def test_an_upload_that_another_completes_meanwhile_is_a_conflict_wherever_its_parts_are(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    for blobs in ("", "database"):
-        settings = Settings(home=str(tmp_path), storage=StorageSettings(blobs=blobs))
-        batches = Batches(database, open_blobs(settings, database), BatchSettings(), server_id="srv_test")
-        upload = await made(batches, 2 * PIECE_BYTES)
-        parts = [await add(batches, upload, bytes([number]) * PIECE_BYTES) for number in (1, 2)]
-        part_ids, contents = [part.id for part in parts], batches.uploads._contents
-        reading, first = contents.read, iter([0])
+    settings = Settings(home=str(tmp_path), storage=StorageSettings(blobs=place))
+    batches = Batches(database, open_blobs(settings, database), BatchSettings(), server_id="srv_test")
+    upload = await made(batches, 2 * PIECE_BYTES)
+    parts = [await add(batches, upload, bytes([number]) * PIECE_BYTES) for number in (1, 2)]
+    part_ids, contents = [part.id for part in parts], batches.uploads._contents
+    reading, first = contents.read, iter([0])
 
-        async def read(content: str, blob: str) -> AsyncIterator[bytes]:
-            async for piece in reading(content, blob):  # noqa: B023
-                yield piece
-                for _ in first:  # noqa: B023
-                    await batches.uploads.complete(ALICE, upload.id, part_ids)  # noqa: B023
+    async def read(content: str, blob: str) -> AsyncIterator[bytes]:
+        async for piece in reading(content, blob):
+            yield piece
+            for _ in first:
+                await batches.uploads.complete(ALICE, upload.id, part_ids)
 
-        monkeypatch.setattr(contents, "read", read)
-        with pytest.raises(Conflict):
-            await batches.uploads.complete(ALICE, upload.id, part_ids)
+    monkeypatch.setattr(contents, "read", read)
+    with pytest.raises(Conflict):
+        await batches.uploads.complete(ALICE, upload.id, part_ids)

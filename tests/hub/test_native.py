@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,17 +136,10 @@ async def test_a_failing_npm_is_told_in_its_words(npm: Path, settings: Settings,
 
 
 async def test_cancelling_ends_the_client_and_all_its_children(npm: Path, settings: Settings, tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    os.mkfifo(pids)
-    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}\nwait\n")
+    pids = _endless(tmp_path)
     installing = asyncio.create_task(library(settings, npm).install())
     started = [int(pid) for pid in (await asyncio.to_thread(pids.read_text)).split()]
-    installing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await installing
-    async with asyncio.timeout(60):
-        while any(_alive(pid) for pid in started):
-            await asyncio.to_thread(os.sched_yield)
+    await _end(installing, started)
     assert os.listdir(settings.engines_dir / ".scratch") == [".lock"]
 
 
@@ -153,15 +147,26 @@ async def test_cancelling_while_the_client_starts_ends_its_children_too(
     npm: Path, settings: Settings, tmp_path: Path
 ) -> None:
     """The loop stands still from the fork until the client has a child, so that it is cancelled before it is known."""
-    pids = tmp_path / "pids"
-    os.mkfifo(pids)
-    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}\nwait\n")
+    pids = _endless(tmp_path)
     before = _children()
     installing = asyncio.create_task(library(settings, npm).install())
     while not (set(_children()) - set(before)):
         assert not installing.done()
         await asyncio.sleep(0)
     started = [int(pid) for pid in pids.read_text().split()]
+    await _end(installing, started)
+
+
+def _endless(tmp_path: Path) -> Path:
+    """A client with a child that both go on for long. Returns: where it tells their ids."""
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! > {pids}\nwait\n")
+    return pids
+
+
+async def _end(installing: asyncio.Task[Any], started: list[int]) -> None:
+    """Cancels it, and waits until the processes that it started are gone."""
     installing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await installing
