@@ -17,7 +17,7 @@ from nimbos.cli.progress import Lines
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, ModelNotFound, ModelUnusable, Overloaded
 from nimbos.hub import Hub
-from nimbos.hub.facts import ModelFacts, read_gguf
+from nimbos.hub.facts import Gguf, ModelFacts, read_gguf
 from nimbos.hub.memory import memory_need
 from nimbos.hub.reading import sha256_of
 from nimbos.hub.store import Manifest, ManifestFile
@@ -210,6 +210,24 @@ def test_what_was_read_is_remembered_until_the_file_changes(
     file.write_bytes(TINY + bytes(32))
     hub.find(str(file))
     assert len(reads) == 2
+
+
+def test_what_is_replaced_while_its_metadata_is_read_is_not_remembered_with_the_facts_of_the_other(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_gguf.write("qwen2", tmp_path)
+    (tmp_path / "other").mkdir()
+    other = tiny_gguf.write("gemma3", tmp_path / "other")
+
+    def replaced_meanwhile(path: Path) -> Gguf:
+        found = read_gguf(path)
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr("nimbos.hub.store.read_gguf", replaced_meanwhile)
+    hub.find(str(path))
+    monkeypatch.undo()
+    assert hub.find(str(path)).facts.architecture == "gemma3"
 
 
 def test_what_changes_while_it_is_hashed_is_not_remembered(
