@@ -158,6 +158,7 @@ def _administration() -> dict[str, Query]:
         "GET /v1/organization/admin_api_keys": (*page, _order()),
         f"GET {project}/rate_limits": (*page, _text("before")),
         f"GET {project}/spend_alerts": alerts,
+        "GET /v1/organization/budgets": (_text("process_id"),),
         "GET /v1/organization/spend_alerts": alerts,
         "GET /v1/organization/audit_logs": (
             *page,

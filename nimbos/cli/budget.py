@@ -109,7 +109,8 @@ def remove(
     kind, name = owner_of(owner)
     meter = "cost_micros" if money else "tokens"
     with connect(config.load()) as server:
-        for budget in server.get("/v1/organization/budgets")["data"]:
+        query = {"process_id": name} if kind == "process" else None
+        for budget in server.get("/v1/organization/budgets", query)["data"]:
             of = budget["owner"]
             if (of["kind"], budget["meter"], budget["period"]) == (kind, meter, per.value) and (
                 kind == "organisation" or name in (of["id"], of["name"])

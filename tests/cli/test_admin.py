@@ -196,6 +196,12 @@ def test_budgets_are_set_raised_shown_and_removed(home: Path) -> None:
     assert json.loads(called(home, "budget", "show", "--json").stdout) == []
 
 
+def test_the_budget_of_a_process_that_is_not_there_can_be_removed(home: Path) -> None:
+    assert called(home, "budget", "set", "process:proc_mistyped", "--tokens", "5").returncode == 0
+    for code in (0, 1):  # then there is none
+        assert called(home, "budget", "remove", "process:proc_mistyped").returncode == code
+
+
 def test_limits_are_set_shown_and_taken_away(home: Path) -> None:
     made_key(home, "laptop")
     assert (

@@ -176,10 +176,11 @@ def allow(kind: OwnerKind, owner_id: str, name: str, allowance: Allowance) -> Tr
 
 
 async def list_budgets(call: Call) -> Page:
-    """From the root. All of them: whoever sets budgets sets few."""
+    """From the root. All of them: whoever sets budgets sets few. Those of a process are told alone (`process_id`)."""
+    process = call.query.text("process_id")
 
     def read() -> Transaction[list[BudgetBody]]:
-        found = yield from all_budgets()
+        found = yield from (all_budgets() if process is None else budgets_of("process", process))
         told = {}
         for budget in found:
             told[budget.id] = yield from alerts_of(budget.id)
