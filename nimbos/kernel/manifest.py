@@ -123,6 +123,8 @@ def read_manifest(content: bytes) -> Manifest:
         raise _broken_syntax(str(error), text) from error
     except RecursionError as error:
         raise BrokenProgram(FILE_NAME, why="it is nested too deeply") from error
+    except ValueError as error:  # more digits than Python reads
+        raise BrokenProgram(FILE_NAME, why="it has a number that is too long") from error
     return manifest_of(table, text)
 
 

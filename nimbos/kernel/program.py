@@ -79,6 +79,9 @@ def canonical(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files whose bytes are the program's identity: `nimbos.toml` is written anew, in its one form, so comments
     and the order of keys make no other program. Raises: BrokenProgram, PayloadTooLarge."""
     check_files(files)
+    for path in files:
+        if path.startswith(PARTS) and path.split("/")[2:3] == [PARTS.rstrip("/")]:
+            raise BrokenProgram(path, why="a part of a program has no parts of its own; put them beside it")
     folders = {path.rpartition("/")[0] for path in files if path.rpartition("/")[2] == manifests.FILE_NAME}
     written = {_in(place, manifests.FILE_NAME) for place in folders if place == "" or _is_part(place)}
     return {path: toml_of(_manifest(path, files[path])) if path in written else files[path] for path in files}

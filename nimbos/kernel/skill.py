@@ -16,6 +16,8 @@ from nimbos.kernel.manifest import NAME_CHARACTERS, NAME_PATTERN
 FILE_NAME = "SKILL.md"
 FRONT_BYTES_MAX = 16 * 1024
 _DESCRIPTION_CHARACTERS = 1_024
+# What the parser raises besides, for numbers and dates that cannot be, and for words with a tag that does not fit them.
+_UNREADABLE = (RecursionError, ValueError, OverflowError, LookupError, AttributeError)
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -47,9 +49,14 @@ def read_skill(text: str) -> Skill:
     return Skill(
         name=name,
         description=description,
-        version=str(version) if isinstance(version, str | int | float) else "",
+        version=_version(version),
         body=without_front(text),
     )
+
+
+def _version(said: object) -> str:
+    """A number may have more digits than Python writes."""
+    return str(said) if isinstance(said, str | float) or (isinstance(said, int) and abs(said) < 1 << 63) else ""
 
 
 def without_front(text: str) -> str:
@@ -67,7 +74,7 @@ def _fields(front: str) -> dict[object, object]:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 2 if mark is not None else None  # the dashes are line 1
         raise BrokenProgram(FILE_NAME, line=line, why="what is between the dashes is not YAML") from error
-    except (RecursionError, ValueError) as error:  # ValueError: a date or a number that cannot be
+    except _UNREADABLE as error:
         raise BrokenProgram(FILE_NAME, why="what is between the dashes cannot be read") from error
     if not isinstance(fields, dict):
         raise BrokenProgram(FILE_NAME, line=2, why="what is between the dashes must be keys and values")

@@ -128,6 +128,7 @@ def test_a_missing_name_and_too_much_text_are_told_without_one() -> None:
         "name = 'x'\n[model]\ntemperature = nan",
         "name = 'x'\n[budget]\ncost = inf",
         "name = 'x'\n[model]\nseed = 99999999999999999999999",
+        "name = 'x'\n[model]\nseed = " + "9" * 5_000,
         "name = 'x'\ndescription = 1979-05-27",
     ],
 )

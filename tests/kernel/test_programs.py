@@ -64,6 +64,12 @@ def test_a_plain_skill_runs_as_it_is() -> None:
     assert program.documents == ("references/how.md",)
 
 
+@pytest.mark.parametrize("version", [b"0x" + b"f" * 5_000, b"-0x" + b"f" * 5_000, b"2026-11-22", b"a b"])
+def test_a_version_of_a_skill_that_is_none_is_left_out(version: bytes) -> None:
+    text = b"---\nname: x\ndescription: d\nmetadata:\n  version: " + version + b"\n---\nBe plain.\n"
+    assert of({"SKILL.md": text}).version == "0"
+
+
 def test_a_skill_with_a_manifest_keeps_its_instructions() -> None:
     program = of({**SKILL, "nimbos.toml": b'name = "notes"\n[budget]\ntokens = 5\n'})
     assert (program.name, program.manifest.budget.tokens) == ("notes", 5)
@@ -83,6 +89,10 @@ def test_a_skill_with_a_manifest_keeps_its_instructions() -> None:
         (b"---\nname: x\ndescription: d\nx: " + b"[" * 5_000 + b"\n---\n", "between the dashes"),
         (b"---\nname: x\ndescription: d\nx: " + b"y" * 20_000 + b"\n---\n", "bytes"),
         (b"---\nname: \xff\n---\n", "line 2"),
+        (b"---\nname: x\ndescription: d\nx: " + b"1:" * 300 + b"1.5\n---\n", "cannot be read"),
+        (b"---\nname: x\ndescription: d\nx: !!int ''\n---\n", "cannot be read"),
+        (b"---\nname: x\ndescription: d\nx: !!bool maybe\n---\n", "cannot be read"),
+        (b"---\nname: x\ndescription: d\nx: !!timestamp soon\n---\n", "cannot be read"),
     ],
 )
 def test_what_is_wrong_with_a_skill_is_told(text: bytes, says: str) -> None:
@@ -109,6 +119,7 @@ def test_what_is_wrong_with_a_skill_is_told(text: bytes, says: str) -> None:
         ({**PLAIN, "agents/note.md": b""}, "a folder for each part"),
         ({**PLAIN, "agents/pro/x.md": b""}, "agents/pro"),
         ({**PLAIN, "agents/pro/nimbos.toml": b'name = "x"\nbad = 1'}, "agents/pro/nimbos.toml, line 2"),
+        ({**PLAIN, "agents/pro/nimbos.toml": b'name = "x"', "agents/pro/agents/con/x.md": b""}, "no parts of its own"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_told(files: dict[str, bytes], says: str) -> None:
