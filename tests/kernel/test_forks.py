@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -329,6 +330,33 @@ class TestCopies:
         assert (copy / "up").is_symlink()
         assert not (copy / "pipe").exists()
         assert sorted(path.name for path in tmp_path.iterdir() if path.name != "p.forks") == ["f", "lock", "p"]
+
+    @pytest.mark.parametrize("kind", ["file", "folder"])
+    def test_what_a_program_removes_meanwhile_is_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        """A fork of a process that runs copies a folder in which that is at work."""
+        source, copy = tmp_path / "p", copies._copy_entry
+        for name in ("one", "two"):
+            (source / name).mkdir(parents=True)
+            (source / name / "a").write_text("a")
+            (source / f"{name}.txt").write_text("t")
+
+        def meanwhile(entry: os.DirEntry[str], made: Path, left: list[tuple[Path, Path]]) -> None:
+            copy(entry, made, left)
+            if kind == "folder":
+                shutil.rmtree(source / "one", ignore_errors=True)
+            elif entry.name in ("one.txt", "two.txt"):
+                (source / {"one.txt": "two.txt", "two.txt": "one.txt"}[entry.name]).unlink(missing_ok=True)
+
+        monkeypatch.setattr(copies, "_copy_entry", meanwhile)
+        copies.owe(tmp_path, "p", ["f"])
+        copies.settle(tmp_path, "p")
+        found = {path.relative_to(tmp_path / "f").as_posix() for path in (tmp_path / "f").rglob("*")}
+        if kind == "folder":
+            assert found - {"one"} == {"two", "two/a", "one.txt", "two.txt"}
+        else:
+            assert len(found & {"one.txt", "two.txt"}) == 1 and {"one/a", "two/a"} < found
 
     def test_a_copy_that_a_death_cut_off_is_made_again(self, tmp_path: Path) -> None:
         (tmp_path / "p").mkdir()

@@ -13,6 +13,7 @@ Blocks; call it in a thread.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EACCES})
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file until one of them is written to
 
 
@@ -71,16 +73,32 @@ def copy_tree(source: Path, target: Path) -> None:
     left = [(source, target)]  # no recursion: how deep folders nest is the program's choice
     while left:
         folder, copy = left.pop()
-        with os.scandir(folder) as entries:
+        with _unless_gone(), os.scandir(folder) as entries:
             for entry in entries:
-                made = copy / entry.name
-                if entry.is_symlink():
-                    made.symlink_to(Path(entry.path).readlink())
-                elif entry.is_dir(follow_symlinks=False):
-                    made.mkdir(mode=0o700)
-                    left.append((Path(entry.path), made))
-                elif entry.is_file(follow_symlinks=False):
-                    _copy_file(entry.path, made)
+                with _unless_gone():
+                    _copy_entry(entry, copy / entry.name, left)
+
+
+def _copy_entry(entry: os.DirEntry[str], made: Path, left: list[tuple[Path, Path]]) -> None:
+    """What is in a folder stands in `left` then."""
+    if entry.is_symlink():
+        made.symlink_to(Path(entry.path).readlink())
+    elif entry.is_dir(follow_symlinks=False):
+        made.mkdir(mode=0o700)
+        left.append((Path(entry.path), made))
+    elif entry.is_file(follow_symlinks=False):
+        _copy_file(entry.path, made)
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A program may be at work in what is copied: what it removes or replaces meanwhile is left out, and what it does
+    not let itself read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
 
 
 def _copy_file(source: str, target: Path) -> None:
