@@ -34,7 +34,7 @@ from nimbos.toolwire import Quiet, RunDone, Step, shortened
 
 STEPS_MAX = 10_000  # of one process
 DEATHS_MAX = 3  # of the worker, without a new record of a step that it did not end
-SUSPECTED_MAX = DEATHS_MAX * TRIES_MAX  # likewise, with calls under way that may have ended it
+SUSPECTED_MAX = DEATHS_MAX * TRIES_MAX  # likewise, with new calls under way each time
 _NOTES_MAX = 20
 
 
@@ -77,10 +77,12 @@ class _Run:
                 died = await self._from_the_top(given)
                 if died.known or self._survived() != survived:
                     deaths = suspected = 0
-                elif died.suspects:  # one of them may have ended it, and counts its tries
+                elif died.suspects > 1:
                     suspected += 1
                 else:
                     deaths += 1
+                if died.suspects > 1:  # where the function does not run, a call that ends its process is known
+                    await self._underway.until_none_runs()
             await self._leave_nothing_unknown()
             times = deaths + suspected
             await holding.exit(Reason.FAILED, error=f"Its process died {times} times at the same place: {died}.")

@@ -11,6 +11,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Reason, State, runner
 from nimbos.kernel import durable as durables
+from nimbos.kernel.events import CallDone
 from tests.kernel.gating import on_sqlite
 from tests.kernel.minds import minds
 from tests.kernel.running import PATIENCE_S
@@ -22,44 +23,52 @@ if not Path("done.txt").exists():
 """
 
 
+# `linger` returns where the function does not run. The function ends its process as soon as one of its calls is begun.
 LINGERS = b"""
 import os, time
 from pathlib import Path
 from nimbos.adk import tool
 
 @tool(effect="pure")
-def linger(until_starts: int) -> None:
-    'Until the function has begun so often and does not run here.'
-    Path(f"begun.{os.getpid()}").touch()
-    while Path("starts").stat().st_size < until_starts or Path(f"runs.{os.getpid()}").exists():
+def linger(number: int) -> int:
+    'For as long as the function runs here.'
+    runs, begun = Path(f"runs.{os.getpid()}"), Path(f"begun.{os.getpid()}")
+    while runs.exists():
+        begun.touch()
         time.sleep(0.01)
+    return number
 """
 ENDS_ITSELF = b"""
 import asyncio, os
 from pathlib import Path
 from nimbos.adk import call
 
-async def main(until_starts):
+async def main(others):
     Path(f"runs.{os.getpid()}").touch()
     with open("starts", "a") as file:
         file.write("x")
-    lingering = [asyncio.ensure_future(call("linger", until_starts=until_starts)) for _ in range(3)]
+    first = Path("starts").stat().st_size * 10 if others else 0
+    lingering = [asyncio.ensure_future(call("linger", number=first + number)) for number in range(3)]
     while not Path(f"begun.{os.getpid()}").exists() and not all(one.done() for one in lingering):
         await asyncio.sleep(0.01)
     os._exit(3)
 """
 
 
-async def test_a_function_that_ends_its_process_is_not_begun_again_for_each_call_that_is_under_way(
-    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("others", "times"), [(False, 4), (True, 2)], ids=["the same calls", "others each time"])
+async def test_a_function_that_ends_its_process_is_given_up_and_its_calls_are_not_charged_for_it(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch, others: bool, times: int
 ) -> None:
-    monkeypatch.setattr(durables, "SUSPECTED_MAX", 5)
+    monkeypatch.setattr(durables, "SUSPECTED_MAX", 2)
     async with minds(database, database_settings, SCRIPT) as place:
         files = {"main.py": ENDS_ITSELF, "tools.py": LINGERS}
-        pid = await place.run(await place.program('entry = "main.py:main"\n', files), 5)
+        pid = await place.run(await place.program('entry = "main.py:main"\n', files), others)
         head = await place.over(pid)
-        assert head.reason is Reason.FAILED and "died 5 times" in head.error, head.error
-        assert (place.kernel.workspaces.path(pid) / "starts").read_text() == "xxxxx"
+        assert head.reason is Reason.FAILED and f"died {times} times" in head.error, head.error
+        assert (place.kernel.workspaces.path(pid) / "starts").read_text() == "x" * times
+        made = [body for body in await place.bodies_of(pid) if isinstance(body, CallDone)]
+        assert [body.error for body in made] == [""] * (3 * times if others else 3)
+        assert head.used["calls"] == len(made)
 
 
 @on_sqlite

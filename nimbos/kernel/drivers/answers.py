@@ -34,7 +34,7 @@ class Answered:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
     """The driver was given the call, and it cannot be told whether it happened. `error`: a code; `why`: a sentence.
-    `suspects`: how many calls there are of which one cut it off, itself among them; 0: another did."""
+    `suspects`: how many there are of which one cut it off, itself among them; 0: another did."""
 
     error: str
     why: str

@@ -38,7 +38,7 @@ STEP_NAME_CHARACTERS = 200
 class WorkerDied(Exception):
     """The process is gone; whatever it was doing has no outcome. The message is for people. `deadline`: it was killed
     because a tool ran over its own. `known`: whose doing it was is known, and no other call's. `suspects`: else, how
-    many calls were under way; none: it was nobody's but the process's own."""
+    many may have ended it: the calls under way, and its function while that runs."""
 
     def __init__(self, why: str, *, deadline: bool = False, known: bool = False) -> None:
         super().__init__(why)
@@ -117,7 +117,8 @@ class Live:
         """At once; what waited for it is told how it ended when that is known."""
         if self.died is None:
             self.died = died
-            died.suspects = 0 if died.known else len(self._expected)
+            runs = self.function is not None and not self._returned
+            died.suspects = 0 if died.known else len(self._expected) + runs
             self._process.kill()
             self._ending = asyncio.create_task(self._tell(died), name=f"end of worker {self.pid}")
 

@@ -14,8 +14,8 @@ WORKER_CODES = frozenset({"unknown_tool", "bad_arguments", "raised", "deadline",
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
     """`error`: a code, "" where it went well; `value` is then None, and `message` a sentence for the model.
-    `perhaps`: the tool may have done what it does, nobody knows: it was cut off. `suspects`: by one of so many calls,
-    of which it is one; 0: by another. `size_bytes`: of the value as JSON. `printed`: by the program while it was under
+    `perhaps`: the tool may have done what it does, nobody knows: it was cut off. `suspects`: by one of so many, itself
+    among them; 0: by another. `size_bytes`: of the value as JSON. `printed`: by the program while it was under
     way, the last of it."""
 
     value: Any = None
