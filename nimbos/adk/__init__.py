@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nimbos.adk.mapping import each
 from nimbos.adk.program import Program, read_program
 from nimbos.adk.schema import BadTool, Field
 from nimbos.adk.steps import (
@@ -13,7 +14,6 @@ from nimbos.adk.steps import (
     ask,
     call,
     child,
-    each,
     gather,
     receive,
     send,

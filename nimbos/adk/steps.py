@@ -262,15 +262,6 @@ async def gather(*steps: Awaitable[Any]) -> list[Any]:
     return list(await asyncio.gather(*steps))
 
 
-async def each(
-    program: str | ChildFunction, inputs: Sequence[Any], *, budget: Budget | None = None, model: str = ""
-) -> list[Any]:
-    """The results of a child for each input, in their order: the map of map-reduce, and with the same input n times the
-    n of best-of-n (`max(await each(draft, [topic] * 5), key=score)`). Raises: StepFailed for the first that failed."""
-    children = await gather(*(spawn(program, item, budget=budget, model=model) for item in inputs))
-    return [ended.value() for ended in await wait(*children)]
-
-
 def _ended(pid: str, exit: Mapping[str, Any]) -> Ended:
     """What came of a child that did not end well is why, as words."""
     result = exit.get("result")

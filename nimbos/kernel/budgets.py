@@ -27,6 +27,7 @@ from nimbos.work import ClaimLost, Work
 
 if TYPE_CHECKING:
     from nimbos.kernel.holding import Holding
+    from nimbos.kernel.manifest import Budget
     from nimbos.kernel.view import View
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "exhausted",
     "give",
     "make",
+    "own",
     "reserve_call",
     "settle_call",
     "spent",
@@ -59,12 +61,20 @@ class Reserved:
     drafts: tuple[Draft, ...] = ()
 
 
-def make(pid: str, allowance: Allowance | None, parent: str | None, *, name: str = "") -> Transaction[None]:
+def make(
+    pid: str, allowance: Allowance | None, parent: str | None, *, name: str = "", given: bool = True
+) -> Transaction[None]:
     """Of a new process. `parent`: whose budget it draws on: its parent's, or that of the process it was forked from.
+    `given` False: nobody said so but its own program.
 
     Raises: InvalidRequest, also when the parent has less left than it would give.
     """
-    yield from allowances.make(pid, allowance or _EVERY, name=name, parent=parent)
+    yield from allowances.make(pid, allowance or _EVERY, name=name, parent=parent, given=given)
+
+
+def own(budget: Budget) -> Allowance:
+    """What a program says of itself."""
+    return Allowance(tokens=budget.tokens, cost_micros=budget.cost_micros, seconds=budget.seconds, calls=budget.calls)
 
 
 def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[Reserved]:

@@ -175,7 +175,8 @@ async def outcome_of(
     try:
         result = await segments.prepare(holding.view.account, value)
     except (InvalidRequest, PayloadTooLarge) as problem:
-        value, error, shown = problem.message, "not_json", None
+        value, shown = problem.message, None
+        error = "too_large" if isinstance(problem, PayloadTooLarge) else "not_json"
         result = await segments.prepare(holding.view.account, value)
     size_bytes = len(text_of(value).encode("utf-8", "replace"))
     head_bytes = holding.program.manifest.limits.result_bytes

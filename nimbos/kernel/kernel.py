@@ -145,7 +145,7 @@ class Kernel(Looking):
             key=key,
             actor=_user(account),
         )
-        allowance = budget or allowance_of(found.manifest.budget)
+        allowance = budget or budgets.own(found.manifest.budget)
 
         def begin() -> Transaction[str]:
             pid = yield from create(self.log, self.work, birth)
@@ -262,11 +262,6 @@ class Kernel(Looking):
                     self.bells.posted(row["id"], woken=False)
             except NimbosError as error:
                 _log.warning("kernel.mail_not_seen", code=error.code)
-
-
-def allowance_of(budget: Any) -> Allowance:
-    """What a manifest says."""
-    return Allowance(tokens=budget.tokens, cost_micros=budget.cost_micros, seconds=budget.seconds, calls=budget.calls)
 
 
 def _user(account: Account) -> str:

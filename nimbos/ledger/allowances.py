@@ -79,14 +79,17 @@ class CallHold:
         return {CALLS: 1, SECONDS: self.deadline_ms}
 
 
-def make(process: str, allowance: Allowance, *, name: str = "", parent: str | None = None) -> Transaction[None]:
-    """The rows of a new process. `parent`: the process it draws on.
+def make(
+    process: str, allowance: Allowance, *, name: str = "", parent: str | None = None, given: bool = True
+) -> Transaction[None]:
+    """The rows of a new process. `parent`: the process it draws on, which is asked for all of it; `given` False: it is
+    how much the new process wants at most.
 
-    Raises: InvalidRequest, also when it would get more than its parent has left.
+    Raises: InvalidRequest, also when it would be given more than its parent has left.
     """
     amounts = allowance.amounts()
     above = {budget.meter: budget for budget in (yield from _own(parent))} if parent is not None else {}
-    if parent is not None and amounts:
+    if parent is not None and amounts and given:
         _check_room((yield from _chain(parent)), amounts)
     depth = 1 + max((budget.depth for budget in above.values()), default=DEPTHS["process"] - 1)
     if depth > DEPTH_MAX:

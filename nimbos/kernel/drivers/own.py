@@ -26,7 +26,7 @@ class Own:
     def __init__(self, shared: Shared, programs: Programs) -> None:
         self._shared = shared
         self._programs = programs
-        self._spawning = Spawning(shared.log, shared.work, shared.segments, programs)
+        self._spawning = Spawning(shared.database, shared.log, shared.work, shared.segments, programs)
 
     async def perform(self, holding: Holding, intent: CallIntent, arguments: Any) -> Answered | Wait:
         """Raises: NotFound for a segment that is gone; StorageUnavailable."""

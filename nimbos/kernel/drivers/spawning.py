@@ -6,26 +6,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nimbos.db import Transaction
+from nimbos.db import Database, Transaction
 from nimbos.errors import BudgetExhausted, Conflict, InvalidRequest, NotFound, Overloaded
-from nimbos.kernel import budgets, children
+from nimbos.kernel import budgets, children, heads
 from nimbos.kernel.budgets import Allowance
 from nimbos.kernel.children import Birth
 from nimbos.kernel.drivers.answers import Answered, Undone, refused
 from nimbos.kernel.log import Log
+from nimbos.kernel.processes import head_of
 from nimbos.kernel.segments import Segments
 from nimbos.types import new_id
 from nimbos.work import ClaimLost, Work
 
 if TYPE_CHECKING:
     from nimbos.kernel.holding import Holding
-    from nimbos.kernel.programs import Programs
+    from nimbos.kernel.programs import Program, Programs
 
 _NAME_CHARACTERS = 200
 
 
 class Spawning:
-    def __init__(self, log: Log, work: Work, segments: Segments, programs: Programs) -> None:
+    def __init__(self, database: Database, log: Log, work: Work, segments: Segments, programs: Programs) -> None:
+        self._database = database
         self._log = log
         self._work = work
         self._segments = segments
@@ -34,14 +36,17 @@ class Spawning:
     async def spawn(self, holding: Holding, call_id: str, arguments: Mapping[str, Any]) -> Answered:
         """Raises: StorageUnavailable."""
         try:
-            birth = await self._birth(holding, call_id, arguments)
-            allowance = allowance_of(arguments.get("budget"))
+            program = await self._program(holding, str(arguments.get("program") or ""))
+            birth = await self._birth(holding, program, call_id, arguments)
+            given = allowance_of(arguments.get("budget"))
         except (NotFound, InvalidRequest) as error:
             return refused(error)
+        own = Allowance() if program.hash == holding.program.hash else budgets.own(program.manifest.budget)
+        allowance = given if given != Allowance() else own
 
         def fund() -> Transaction[None]:
             with _undoing():
-                yield from budgets.make(birth.pid, allowance, birth.parent, name=birth.name)
+                yield from budgets.make(birth.pid, allowance, birth.parent, name=birth.name, given=given != Allowance())
 
         def create() -> Transaction[None]:
             with _undoing():
@@ -49,18 +54,19 @@ class Spawning:
 
         return Answered(value={"pid": birth.pid}, child=birth.pid, before=fund, also=create)
 
-    async def _birth(self, holding: Holding, call_id: str, arguments: Mapping[str, Any]) -> Birth:
+    async def _program(self, holding: Holding, wanted: str) -> Program:
+        """Raises: NotFound, StorageUnavailable."""
+        if not wanted:
+            return holding.program
+        return await self._programs.load(await self._programs.find(holding.account.id, wanted, inside=holding.program))
+
+    async def _birth(self, holding: Holding, program: Program, call_id: str, arguments: Mapping[str, Any]) -> Birth:
         view, manifest = holding.view, holding.program.manifest
-        wanted = str(arguments.get("program") or "")
-        hash = holding.program.hash
-        if wanted:
-            hash = await self._programs.find(holding.account.id, wanted, inside=holding.program)
-        program = await self._programs.load(hash)
         given = await self._segments.put(view.account, arguments.get("input"))
         return Birth(
             pid=new_id("proc"),
             account=holding.account,
-            program=hash,
+            program=program.hash,
             name=str(arguments.get("name") or program.name)[:_NAME_CHARACTERS],
             input=given,
             model=str(arguments.get("model") or program.manifest.model.name or view.model),
@@ -69,9 +75,22 @@ class Spawning:
             detached=bool(arguments.get("detached", False)),
             key=f"{view.pid}/{call_id}",
             actor=f"process:{view.pid}",
-            depth_most=view.depth + manifest.limits.depth,
+            depth_most=await self._depth_most(holding),
             children_most=manifest.limits.children,
         )
+
+    async def _depth_most(self, holding: Holding) -> int:
+        """Each program above says how deep the tree below its process may be, and each of them holds.
+
+        Raises: NotFound for a program that is gone; StorageUnavailable.
+        """
+        view = holding.view
+        most, above = view.depth + holding.program.manifest.limits.depth, view.parent or view.forked_from
+        while above is not None:
+            (head,) = map(head_of, await self._database.read(heads.one(above)))
+            most = min(most, head.depth + (await self._programs.load(head.program)).manifest.limits.depth)
+            above = head.parent or head.forked_from
+        return most
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""Children of a durable function: how many and how deep they may be, and what they may spend."""
+
+from __future__ import annotations
+
+import pytest
+
+from nimbos.config import Settings
+from nimbos.db import Database
+from nimbos.kernel import segments
+from nimbos.ledger import Allowance
+from tests.kernel.minds import minds
+from tests.kernel.test_durable import SCRIPT, function, start
+
+
+async def test_each_has_no_more_children_at_a_time_than_its_program_may(
+    database: Database, database_settings: Settings
+) -> None:
+    also = """
+@child
+async def square(n):
+    return n * n
+"""
+    async with minds(database, database_settings, SCRIPT) as place:
+        body = "return await each(square, input)"
+        pid = await start(place, body, also=also, manifest="[limits]\nchildren = 2\n", input=[1, 2, 3, 1, 2])
+        assert await place.result(pid) == [1, 4, 9, 1, 4]
+        assert len((await place.view(pid)).children) == 5
+
+
+async def test_where_there_may_be_no_children_each_says_so(database: Database, database_settings: Settings) -> None:
+    body = """
+try:
+    await each(kid, [1])
+except StepFailed as failed:
+    return failed.code
+"""
+    also = "@child\nasync def kid(n): ..."
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body, also=also, manifest="[limits]\nchildren = 0\n")
+        assert await place.result(pid) == "overloaded"
+
+
+async def test_how_deep_a_tree_may_be_holds_for_those_below_as_well(
+    database: Database, database_settings: Settings
+) -> None:
+    also = """
+@child
+async def deeper(left):
+    try:
+        return await (await spawn(deeper, left - 1)).result() + 1
+    except StepFailed as failed:
+        return 1 if failed.code == "invalid_request" and "2 deep" in failed.message else failed.code
+"""
+    async with minds(database, database_settings, SCRIPT) as place:
+        body = "return await (await spawn(deeper, 9)).result()"
+        pid = await start(place, body, also=also, manifest="[limits]\ndepth = 2\n")
+        assert await place.result(pid) == 2
+
+
+async def test_a_part_has_the_budget_of_its_own_manifest_where_nobody_says_another(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+kids = [await spawn("kid"), await spawn("kid", budget={"calls": 3})]
+return [(await wait(kid, asking=True))[0].reason for kid in kids]
+"""
+    kid = function("await call('count')\nreturn await call('count', step='again')")
+    part = {"nimbos.toml": b'name = "kid"\nentry = "main.py:main"\n[budget]\ncalls = 1\ntokens = 1_000\n', **kid}
+    files = {**function(body), **{f"agents/kid/{path}": content for path, content in part.items()}}
+    async with minds(database, database_settings, SCRIPT) as place:
+        program = await place.program('entry = "main.py:main"\n', files)
+        pid = await place.run(program, None, budget=Allowance(tokens=500))  # the kid may want more than there is
+        assert await place.result(pid) == ["asking", "ok"]
+
+
+async def test_results_that_are_too_large_together_are_an_error_with_a_name_and_can_be_had_one_by_one(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_BYTES_MAX", 1_500)
+    body = """
+kids = [await spawn(talk, n) for n in range(2)]
+try:
+    await wait(*kids)
+except StepFailed as failed:
+    return [failed.code, *[len(await kid.result()) for kid in kids]]
+"""
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body, also="@child\nasync def talk(n):\n    return 'x' * 1_000\n")
+        assert await place.result(pid) == ["too_large", 1_000, 1_000]
