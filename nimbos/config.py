@@ -56,6 +56,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`memory_mib`: budget for all loaded models, 0 is 80 % of what the machine has free at start.
     `stall_write_s`: a client that takes no bytes for so long is cut off.
+    `responses_bytes`: all responses and conversations that a project keeps.
     `moderation_model`: a chat model that judges texts for `/v1/moderations`, "" for none.
     `unknown_fields`: what is done with fields that a dialect does not know, "" is what each does by itself.
     `ollama`: a second listener on loopback, at `ollama_port`, that speaks Ollama and asks for no key."""
@@ -69,6 +70,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     insecure: bool = False
     max_body_bytes: AtLeastOne = 16 * 1024 * 1024
     max_header_bytes: AtLeastOne = 32 * 1024
+    responses_bytes: AtLeastOne = 10 * 1024 * 1024 * 1024
     memory_mib: Count = 0
     keep_alive_s: Seconds = 15.0
     stall_write_s: Seconds = 60.0

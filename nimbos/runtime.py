@@ -111,7 +111,7 @@ async def _made(settings: Settings, closing: AsyncExitStack, owner: OwnerKey, mo
     closing.push_async_callback(service.close)
     closing.push_async_callback(models.give_up)
     blobs = open_blobs(settings, database)
-    responses = Store(database, blobs)
+    responses = Store(database, blobs, project_bytes=settings.server.responses_bytes)
     background = Background(responses, owner=server_id)
     closing.push_async_callback(background.close)
     batches = Batches(database, blobs, settings.batches, server_id=server_id)

@@ -100,6 +100,7 @@ DOORS = {
     "chat": {
         "DIAL_FIELDS",
         "LEVEL_TOKENS",
+        "MAX_PROMPT_CHARACTERS",
         "Chat",
         "ChatRequest",
         "ContentDelta",

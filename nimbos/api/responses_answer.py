@@ -6,21 +6,23 @@ Streamed, whole, in the background and in a batch it is the same `tell`. Read `r
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from nimbos.api import openai_wire as wire
 from nimbos.api import responses_request as requests
 from nimbos.api.dialogue import Asked, Question, answer, understand
 from nimbos.api.responses_events import Teller
-from nimbos.api.responses_fit import fit
+from nimbos.api.responses_fit import dropped_of, fit, writable
 from nimbos.api.responses_items import Item, check_context, read_items, restored
 from nimbos.api.responses_record import begun_of, items_of, pieces_of, split, status_of
-from nimbos.api.responses_wire import Event, Extension, Response
+from nimbos.api.responses_wire import Event, Extension, Response, Truncated
 from nimbos.batches import AnswerJournal, Reply
 from nimbos.errors import NimbosError, PromptTooLong, StorageUnavailable
-from nimbos.responses import Answered, Conversations, Past, Store
+from nimbos.responses import Answered, Conversations, Past, Piece, Store
 from nimbos.service import Service
 from nimbos.types import Account, Origin, Sampling
 
@@ -39,13 +41,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A request that was understood. `items`: the whole context, the past's and its own. `response`: as it begins."""
+    """A request that was understood. `own`: its items, and `items` the whole context, but for `dropped`.
+    `response`: as it begins."""
 
     account: Account
     body: requests.ResponsesBody
     past: Past
-    own: tuple[Item, ...]
-    items: tuple[Item, ...]
+    own: tuple[Piece, ...]
+    items: Sequence[Item]
+    dropped: list[str]
     sampling: Sampling
     asked: Asked
     question: Question
@@ -59,7 +63,7 @@ class Turn:
             account=self.account.id,
             status=status_of(response),
             past=self.past,
-            asked=pieces_of(self.own),
+            asked=self.own,
             output=pieces_of(response.output),
             echo=echo,
             body=body,
@@ -76,13 +80,16 @@ class Responder:
         self._conversations = conversations
 
     async def turn(self, call: Call, body: requests.ResponsesBody) -> Turn:
-        """Raises: InvalidRequest, UnsupportedField, NotFound, Conflict; what `understand` raises."""
+        """Raises: InvalidRequest, UnsupportedField, NotFound, Conflict; what `Store.check` and `understand` raise."""
         requests.check(body)
         past = await self.past(call.account, body)
-        own = await self.own_items(call.account, body)
-        items = (*items_of(past.pieces), *own)
+        asked = await self.own_items(call.account, body)
+        items = (*items_of(past.pieces), *asked)
         check_context(items)
-        return await self._understood(call, body, past, own=tuple(own), items=items)
+        own = pieces_of(asked)
+        if _keeps(body):
+            self._store.check(call.account.id, past, own)
+        return await self._understood(call, body, past, own=own, items=items)
 
     async def again(self, call: Call, body: requests.ResponsesBody, begun: Response, past: Past) -> Turn:
         """A response that was stored when it began; `past`: with its own items."""
@@ -94,13 +101,16 @@ class Responder:
         body: requests.ResponsesBody,
         past: Past,
         *,
-        own: tuple[Item, ...],
-        items: tuple[Item, ...],
+        own: tuple[Piece, ...],
+        items: Sequence[Item],
         begun: Response | None = None,
     ) -> Turn:
+        written = items
+        if body.truncation == "auto":
+            written = writable(items, [len(piece.content) for piece in (*past.pieces, *own)])
         sampling = requests.sampling_of(body)
         asked = requests.asked(
-            body, list(items), call.account, sampling, header_class=call.header_class, origin=call.origin
+            body, list(written), call.account, sampling, header_class=call.header_class, origin=call.origin
         )
         question = await understand(self._service, call.account, asked, journal=call.journal)
         return Turn(
@@ -108,7 +118,8 @@ class Responder:
             body=body,
             past=past,
             own=own,
-            items=items,
+            items=written,
+            dropped=dropped_of(items, written),
             sampling=sampling,
             asked=asked,
             question=question,
@@ -198,9 +209,16 @@ class Responder:
                 if turn.body.truncation != "auto":
                     raise
                 question, truncated = await fit(self._service, turn.asked, turn.question, turn.body, turn.items, error)
-                teller.response.x_nimbos = Extension(truncated=truncated)
                 happenings = answer(self._service, question)
                 happening = await anext(happenings)
+            else:
+                truncated = Truncated(
+                    dropped_items=[],
+                    prompt_tokens=question.admission.prompt_tokens,
+                    limit_tokens=question.card.context_tokens - 1,
+                )
+            if dropped := [*turn.dropped, *truncated.dropped_items]:
+                teller.response.x_nimbos = Extension(truncated=replace(truncated, dropped_items=dropped))
             for event in teller.begin():
                 yield event
             for event in teller.add(happening, question):
@@ -212,8 +230,12 @@ class Responder:
             await happenings.aclose()
 
     async def _keep(self, turn: Turn, response: Response) -> None:
-        if turn.body.store is not False or turn.body.conversation_id is not None:
+        if _keeps(turn.body):
             await self._store.keep(turn.answered(response))
+
+
+def _keeps(body: requests.ResponsesBody) -> bool:
+    return body.store is not False or body.conversation_id is not None
 
 
 def teller_of(response: Response, body: requests.ResponsesBody) -> Teller:

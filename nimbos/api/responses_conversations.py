@@ -89,9 +89,9 @@ class ConversationRoutes:
                 f"`items` has {len(body.items)} entries; there must be 1 to {_ITEMS_AT_ONCE}.", param="items"
             )
         items = await self._items(account, body.items)
-        had = (await self._conversations.past(account, _id(request))).pieces
-        check_context([*(restored(piece.id, piece.content) for piece in had), *items])
-        await self._conversations.add(account, _id(request), pieces_of(items))
+        past = await self._conversations.past(account, _id(request))
+        check_context([*(restored(piece.id, piece.content) for piece in past.pieces), *items])
+        await self._conversations.add(account, _id(request), past, pieces_of(items))
         return json_reply(listed(items, has_more=False))
 
     async def list_items(self, request: Request) -> Response:

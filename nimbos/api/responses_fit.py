@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import msgspec
 
@@ -15,9 +16,11 @@ from nimbos.api import responses_request as requests
 from nimbos.api.dialogue import Asked, Question, understand
 from nimbos.api.responses_items import Item
 from nimbos.api.responses_wire import Truncated
+from nimbos.chat import MAX_PROMPT_CHARACTERS
 from nimbos.errors import InvalidRequest, PromptTooLong
 from nimbos.service import Service
 
+_TEXT_BYTES = MAX_PROMPT_CHARACTERS * 3 // 4  # of items; what tools and the template write comes besides
 _ROOM_SHARE = 4  # of the window is kept for an answer that has no limit
 _INSTRUCTING = ("system", "developer")
 
@@ -50,9 +53,24 @@ async def fit(
     if found is None:
         raise error
     shorter, start = found
-    left = {item["id"] for item in kept(items, start)}
-    dropped = [item["id"] for item in items if item["id"] not in left]
+    dropped = dropped_of(items, kept(items, start))
     return shorter, Truncated(dropped_items=dropped, prompt_tokens=error.have, limit_tokens=error.limit)
+
+
+def dropped_of(items: Sequence[Item], left: Sequence[Item]) -> list[str]:
+    ids = {item["id"] for item in left}
+    return [item["id"] for item in items if item["id"] not in ids]
+
+
+def writable(items: Sequence[Item], sizes: Sequence[int]) -> Sequence[Item]:
+    """The items without the oldest turns of a context that no template can write, however large the model's window is.
+    `sizes`: their bytes."""
+    if sum(sizes) <= _TEXT_BYTES:
+        return items
+    left = list(accumulate(reversed(sizes)))[::-1]
+    stays = list(accumulate((size * _instructs(item) for item, size in zip(items, sizes, strict=True)), initial=0))
+    start = next((start for start in cuts(items) if stays[start] + left[start] <= _TEXT_BYTES), None)
+    return kept(items, start) if start is not None else items
 
 
 def cuts(items: Sequence[Item]) -> list[int]:

@@ -145,3 +145,5 @@ class Background:
                     pass
                 await self.journal.prune()
             await asyncio.sleep(_SWEEP_S)
+            with suppress(StorageUnavailable):
+                await self._store.room.sum_up()

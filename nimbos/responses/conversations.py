@@ -14,7 +14,7 @@ from sqlalchemy import Text, bindparam, delete, select, update
 
 from nimbos.db import Row, Statement, Transaction, insert
 from nimbos.db.tables.responses import conversations
-from nimbos.errors import NotFound
+from nimbos.errors import Conflict, NotFound
 from nimbos.responses import nodes
 from nimbos.responses.nodes import Placed
 from nimbos.responses.store import Past, Piece, Store, is_id
@@ -37,15 +37,18 @@ class Conversations:
         self._database = store.database
 
     async def create(self, account: str, *, metadata: dict[str, str], pieces: Sequence[Piece]) -> Conversation:
+        """Raises: InvalidRequest when it would hold too much, TooMuchKept when its project does."""
         made = new_id("conv")
         created_ms = time.time_ns() // 1_000_000
+        text = msgspec.json.encode(metadata).decode()
+        self._store.check(account, Past(), pieces)
+        self._store.room.add(account, len(text), rows=1)
 
         async def adding() -> Callable[[], Transaction[str | None]]:
             placed = await self._store.place(account, pieces)
 
             def add() -> Transaction[str | None]:
                 head = yield from nodes.append(account, None, placed)
-                text = msgspec.json.encode(metadata).decode()
                 yield _ADD(id=made, account=account, metadata=text, head=head, created_ms=created_ms)
                 return head
 
@@ -81,9 +84,13 @@ class Conversations:
     async def placed(self, account: str, conversation_id: str) -> list[Placed]:
         return await self._store.placed_at((await self.get(account, conversation_id)).head)
 
-    async def add(self, account: str, conversation_id: str, pieces: Sequence[Piece]) -> None:
-        """Raises: InvalidRequest when it would hold too much, or an item's id twice."""
-        await self.get(account, conversation_id)
+    async def add(self, account: str, conversation_id: str, past: Past, pieces: Sequence[Piece]) -> None:
+        """`past`: what was in it when the pieces were looked at; none of them may be there already.
+
+        Raises: InvalidRequest when it would hold too much, TooMuchKept when its project does; Conflict when one of the
+        pieces was added meanwhile.
+        """
+        self._store.check(account, past, pieces)
 
         async def appending() -> Callable[[], Transaction[None]]:
             placed = await self._store.place(account, pieces)
@@ -92,6 +99,8 @@ class Conversations:
                 rows = yield _LOCKED(id=_checked(conversation_id), account=account)
                 head = _only(rows, conversation_id)["head"]
                 yield from nodes.lock(head)
+                if head != past.head and len((yield from nodes.unsaid(head, placed))) < len(placed):
+                    raise Conflict(f"Somebody added one of these items to {conversation_id} just now.", param="items")
                 moved = yield from nodes.append(account, head, placed)
                 yield _MOVE(id=conversation_id, head=moved)
 

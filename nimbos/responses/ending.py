@@ -106,6 +106,9 @@ class Ending:
             yield from nodes.doubt(node)
             return
         yield from self._journal.writing(kept.id, self._live, final.events)
-        if kept.conversation is not None and kept.input_node is not None and final.status in SAID:
-            before, asked = yield from nodes.own(kept.input_node)
+        if kept.conversation is not None and final.status in SAID:
+            before: str | None = None
+            asked: list[Placed] = []  # what the conversation had before, where nothing was asked: `say` leaves it out
+            if kept.input_node is not None:
+                before, asked = yield from nodes.own(kept.input_node)
             yield from say(kept.account, kept.conversation, before, node, [*asked, *placed])

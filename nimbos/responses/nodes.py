@@ -24,6 +24,7 @@ from nimbos.types import new_id
 
 ITEMS_MAX = 10_000
 BYTES_MAX = 64 << 20
+_ITEMS_AT_ONCE = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +51,41 @@ def append(
         rows = yield _NODE(id=parent)
         items_total += rows[0]["items_total"]
         bytes_total += rows[0]["bytes_total"]
-    if bounded and (items_total > ITEMS_MAX or bytes_total > BYTES_MAX):
+    if bounded:
+        check_size(items_total, bytes_total)
+    yield from named(one.hash for one in added)
+    node = new_id("node")
+    yield _ADD_NODE(id=node, account=account, parent=parent, items_total=items_total, bytes_total=bytes_total)
+    yield from hold(account, node, added)
+    return node
+
+
+def check_size(items_total: int, bytes_total: int) -> None:
+    """Of a whole path. Raises: InvalidRequest."""
+    if items_total > ITEMS_MAX or bytes_total > BYTES_MAX:
         raise InvalidRequest(
             f"A conversation may have {ITEMS_MAX} items and {BYTES_MAX} bytes; this one would have {items_total} and "
             f"{bytes_total}. Start another one."
         )
-    yield from named(one.hash for one in added)
-    node = new_id("node")
-    yield _ADD_NODE(id=node, account=account, parent=parent, items_total=items_total, bytes_total=bytes_total)
-    listed = msgspec.json.encode([(one.id, one.hash, one.size_bytes) for one in added]).decode()
-    yield _ADD_ITEMS(node=node, account=account, items=listed)
-    return node
+
+
+def hold(account: str, owner: str, held: Sequence[Placed]) -> Transaction[None]:
+    """Items of a node, or what a response holds besides; the caller has named them."""
+    listed = msgspec.json.encode([(one.id, one.hash, one.size_bytes) for one in held]).decode()
+    yield _ADD_ITEMS(node=owner, account=account, items=listed)
+
+
+def let_go(owner: str) -> Transaction[int]:
+    """Of what `hold` was given; how many items."""
+    gone = yield _REMOVE_ITEMS(node=owner)
+    yield from freed(one["hash"] for one in gone)
+    return len(gone)
+
+
+def unsaid(node: str | None, added: Sequence[Placed]) -> Transaction[list[Placed]]:
+    """Those whose ids the path to the node does not have."""
+    said = {one.id for one in placed((yield _PATH(id=node)))} if node is not None else set()
+    return [one for one in added if one.id not in said]
 
 
 def lock(node: str | None) -> Transaction[bool]:
@@ -104,9 +129,13 @@ def doubt(*candidates: str | None) -> Transaction[None]:
 
 
 def sweep(*, most: int = 100) -> Transaction[int]:
-    """Takes away nodes that nothing needs; how many were looked at. What is behind them is looked at next."""
+    """Takes away nodes that nothing needs; how many were looked at. What is behind them is looked at next. Others wait
+    for the writer meanwhile, so large ones end a sweep early."""
     doubtful = yield _DOUBTFUL(most=most)
-    for row in doubtful:
+    gone = 0
+    for number, row in enumerate(doubtful):
+        if gone > _ITEMS_AT_ONCE:
+            return number
         node = row["node"]
         yield _CERTAIN(node=node)
         found = yield _LOCK(id=node)
@@ -116,8 +145,7 @@ def sweep(*, most: int = 100) -> Transaction[int]:
         for query in _NEEDS:
             needed = needed or bool((yield query(node=node)))
         if not needed:
-            gone = yield _REMOVE_ITEMS(node=node)
-            yield from freed(one["hash"] for one in gone)
+            gone += yield from let_go(node)
             yield _REMOVE_NODE(node=node)
             yield from doubt(found[0]["parent"])
     return len(doubtful)

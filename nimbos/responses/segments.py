@@ -149,8 +149,8 @@ def named(hashes: Iterable[str]) -> Transaction[None]:
 
 def freed(hashes: Iterable[str]) -> Transaction[None]:
     """To be looked at by the next sweep."""
-    for hash in sorted(set(hashes)):
-        yield _FREE(hash=hash)
+    if wanted := sorted(set(hashes)):
+        yield _FREE(hashes=msgspec.json.encode(wanted).decode())
 
 
 def _now_ms() -> int:
@@ -170,6 +170,14 @@ def _naming(dialect: Dialect) -> Executable:
     statement = sql(
         "UPDATE response_segments SET free = 0 WHERE removing_ms IS NULL "  # noqa: S608 two constants
         f"AND hash IN (SELECT item.value FROM {_each(dialect)} AS item) RETURNING hash"
+    )
+    return statement.bindparams(bindparam("hashes", type_=Text))
+
+
+def _freeing(dialect: Dialect) -> Executable:
+    statement = sql(
+        "UPDATE response_segments SET free = 1 "  # noqa: S608 a constant
+        f"WHERE hash IN (SELECT item.value FROM {_each(dialect)} AS item)"
     )
     return statement.bindparams(bindparam("hashes", type_=Text))
 
@@ -204,5 +212,5 @@ _MARK = Statement(
 )
 _TOUCH = Statement(_touching)
 _NAME = Statement(_naming)
-_FREE = Statement(update(segments).where(segments.c.hash == _HASH).values(free=1))
+_FREE = Statement(_freeing)
 _DROP = Statement(delete(segments).where(segments.c.hash == _HASH, segments.c.removing_ms.is_not(None)))

@@ -20,6 +20,7 @@ from nimbos.db.tables.responses import conversations, response_events, responses
 from nimbos.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
 from nimbos.responses import nodes
 from nimbos.responses.nodes import Placed
+from nimbos.responses.room import PROJECT_BYTES, ROW_BYTES, Room
 from nimbos.responses.segments import GRACE_MS, Segments, Swept, freed, named
 
 KEEP_S = 30 * 86_400
@@ -86,9 +87,18 @@ class Answered:
 
 
 class Store:
-    def __init__(self, database: Database, blobs: Blobs, *, keep_s: float = KEEP_S, grace_ms: int = GRACE_MS) -> None:
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        *,
+        keep_s: float = KEEP_S,
+        grace_ms: int = GRACE_MS,
+        project_bytes: int = PROJECT_BYTES,
+    ) -> None:
         self.database = database
         self.segments = Segments(database, blobs, grace_ms=grace_ms)
+        self.room = Room(database, project_bytes=project_bytes)
         self._keep_ms = int(keep_s * 1000)
 
     async def past_of(self, account: str, response_id: str) -> Past:
@@ -127,8 +137,19 @@ class Store:
         (content,) = await self.segments.load(account, [rows[0]["hash"]])
         return Piece(id=item_id, content=content)
 
+    def check(self, account: str, past: Past, asked: Sequence[Piece]) -> None:
+        """Whether a response can be kept, before it is computed and paid for: whatever it answers is kept then.
+
+        Raises: InvalidRequest when its context would hold too much, TooMuchKept when its project does.
+        """
+        size_bytes = sum(len(piece.content) for piece in asked)
+        past_bytes = sum(one.size_bytes for one in past.placed)
+        nodes.check_size(len(past.placed) + len(asked), past_bytes + size_bytes)
+        self.room.check(account, size_bytes)
+
     async def place(self, account: str, pieces: Sequence[Piece]) -> list[Placed]:
         """Keeps their bytes, for a transaction of `run` to name."""
+        self.room.add(account, sum(len(piece.content) for piece in pieces), rows=len(pieces))
         hashes = await self.segments.keep(account, [piece.content for piece in pieces])
         return [
             Placed(id=piece.id, hash=hash, size_bytes=len(piece.content))
@@ -150,11 +171,12 @@ class Store:
         raise StorageUnavailable("blobs", reason="what is to be kept is removed again and again. Try again.")
 
     async def writing(self, answered: Answered) -> Callable[[], Transaction[None]]:
-        """The transaction that keeps it, for `run`. A past that was deleted meanwhile is written anew."""
+        """The transaction that keeps it, for `run`, also beyond a bound that `check` was not asked about. A past that
+        was deleted meanwhile is written anew."""
         account = answered.account
         asked = await self.place(account, answered.asked)
         output = await self.place(account, answered.output)
-        (echo,) = await self.segments.keep(account, [answered.echo])
+        (echo,) = await self.place(account, [Piece(id="", content=answered.echo)])
         head = answered.past.head
         if head is not None and not await self.database.read(nodes.there(head)):
             await self.place(account, answered.past.pieces)
@@ -163,7 +185,7 @@ class Store:
             past, before = head, asked
             if not (yield from nodes.lock(past)):
                 past, before = None, [*answered.past.placed, *asked]
-            input_node = yield from nodes.append(account, past, before)
+            input_node = yield from nodes.append(account, past, before, bounded=False)
             output_node = yield from nodes.append(account, input_node, output, bounded=False)
             if answered.store:
                 yield from self._add_row(answered, input_node, output_node, len(output), echo)
@@ -225,10 +247,14 @@ class Store:
         return looked_at + await self.segments.sweep(most=most)
 
     def _add_row(
-        self, answered: Answered, input_node: str | None, output_node: str | None, output_items: int, echo: str
+        self, answered: Answered, input_node: str | None, output_node: str | None, output_items: int, echo: Placed
     ) -> Transaction[None]:
+        """A large echo has a row of its own among the items, where its bytes are counted; nothing finds it by its id,
+        which is empty."""
         now_ms = time.time_ns() // 1_000_000
-        yield from named([echo])
+        yield from named([echo.hash])
+        if echo.size_bytes > ROW_BYTES:
+            yield from nodes.hold(answered.account, answered.id, [echo])
         yield _ADD(
             id=answered.id,
             account=answered.account,
@@ -238,7 +264,7 @@ class Store:
             input_node=input_node,
             output_node=output_node,
             output_items=output_items,
-            echo=echo,
+            echo=echo.hash,
             body=answered.body.decode(),
             created_ms=now_ms,
             expires_ms=now_ms + self._keep_ms,
@@ -259,8 +285,8 @@ def is_id(given: str) -> bool:
 def say(
     account: str, conversation: str, expected: str | None, after: str | None, said: Sequence[Placed]
 ) -> Transaction[None]:
-    """The conversation goes on to `after`; if others spoke meanwhile, the same items come behind theirs. A conversation
-    that was deleted meanwhile stays deleted."""
+    """The conversation goes on to `after`; if others spoke meanwhile, the same items come behind theirs, but for those
+    that it has by now, as no id may be there twice. A conversation that was deleted meanwhile stays deleted."""
     rows = yield _HEAD(id=conversation, account=account)
     if not rows:
         return
@@ -269,7 +295,8 @@ def say(
         head = after
     else:
         yield from nodes.lock(head)
-        head = yield from nodes.append(account, head, said, bounded=False)
+        new = yield from nodes.unsaid(head, said)
+        head = yield from nodes.append(account, head, new, bounded=False)
     yield _MOVE(id=conversation, head=head)
 
 
@@ -297,6 +324,7 @@ def cancelled(account: str, response_id: str) -> Transaction[bool]:
 def _forget(row: Row) -> Transaction[None]:
     """What a removed row pointed to."""
     yield _REMOVE_EVENTS(id=row["id"])
+    yield from nodes.let_go(row["id"])
     yield from nodes.doubt(row["input_node"], row["output_node"])
     yield from freed([row["echo"]])
 

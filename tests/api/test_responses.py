@@ -10,7 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from nimbos.api.responses_request import REFUSED, ResponsesBody
+from nimbos.api import responses_fit
+from nimbos.api.responses_request import REFUSED
 from nimbos.config import EngineSettings
 from tests import tiny_gguf
 from tests.api.responses_events import events_of, texts, whole
@@ -359,13 +360,6 @@ def test_hints_are_taken(live: Live) -> None:
     )
 
 
-def test_every_field_of_the_official_request_is_known() -> None:
-    from openai.types.responses.response_create_params import ResponseCreateParamsBase
-
-    official = set(ResponseCreateParamsBase.__annotations__) | {"stream"}
-    assert official <= {*ResponsesBody.__struct_fields__, *REFUSED}
-
-
 def test_a_prompt_that_is_too_long_is_refused_with_both_counts(live: Live) -> None:
     for fields in ({}, {"stream": True}, {"truncation": "disabled"}):
         error = error_of(ask(live, input="word " * 40_000, **fields), 400)
@@ -389,6 +383,24 @@ def test_truncation_drops_the_oldest_and_says_which(live: Live) -> None:
     assert "truncated" not in whole(ask(live, truncation="auto"))["x_nimbos"]
     error = error_of(ask(live, input="word " * 40_000, truncation="auto"), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(("text_bytes", "prompt_tokens"), [(200_000, 36_007), (100_000, 18_005)])
+def test_a_context_that_no_template_can_write_is_shortened_first(
+    live: Live, monkeypatch: pytest.MonkeyPatch, text_bytes: int, prompt_tokens: int
+) -> None:
+    monkeypatch.setattr(responses_fit, "_TEXT_BYTES", text_bytes)
+    long = [{"role": "user", "content": f"{number} " + "word " * 9_000} for number in range(5)]
+    given = [{"role": "developer", "content": "Stay."}, *long, {"role": "user", "content": "count"}]
+    live.sources["demo"].asks.clear()
+    response = whole(ask(live, input=given, truncation="auto"))
+    listed = live.http.get(f"/v1/responses/{response['id']}/input_items?order=asc").json()["data"]
+    truncated = response["x_nimbos"]["truncated"]
+    assert truncated["dropped_items"] == [item["id"] for item in listed[1:4]]
+    assert (truncated["prompt_tokens"], truncated["limit_tokens"]) == (prompt_tokens, 32_767)
+    (sent,) = live.sources["demo"].asks
+    prompt = "".join(part.text for part in sent.parts)  # type: ignore[union-attr]
+    assert ("Stay." in prompt, "2 word" in prompt, "3 word" in prompt) == (True, False, True)
 
 
 def test_input_tokens_are_what_the_answer_counts(tiny: Live) -> None:

@@ -152,6 +152,16 @@ def test_chains_and_conversations_go_on_behind_it(live: Live) -> None:
 
 
 def test_many_at_once_each_end_once(live: Live) -> None:
+def test_a_conversation_that_is_answered_without_an_input_has_each_item_once(live: Live) -> None:
+    conversation = live.client.conversations.create()
+    for word in ("count", "json"):
+        live.client.conversations.items.create(conversation.id, items=[{"role": "user", "content": word}])
+        response = live.client.responses.create(model="demo", conversation=conversation.id, background=True)
+        ended(live, response.id)
+    said = [item.content[0].text for item in live.client.conversations.items.list(conversation.id, order="asc")]  # type: ignore[union-attr,index]
+    assert said == ["count", "one, two, three, four", "json", '{"answer": 42}']
+
+
     begun = [begin(live) for _ in range(40)]
     assert {ended(live, response.id).output_text for response in begun} == {"one, two, three, four"}
 

@@ -11,8 +11,10 @@ from nimbos.api import responses_request as requests
 from nimbos.api.responses_compact import CompactBody
 from nimbos.api.responses_conversations import CreateBody
 from nimbos.api.responses_wire import Extension, Truncated
+from nimbos.config import ServerSettings
 from nimbos.responses.journal import KEPT_S
 from nimbos.responses.nodes import BYTES_MAX, ITEMS_MAX
+from nimbos.responses.room import PROJECT_BYTES, ROW_BYTES
 from nimbos.responses.store import KEEP_S
 from tests.test_docs import missing, page, section
 
@@ -65,3 +67,5 @@ def test_numbers_are_those_of_the_code() -> None:
     assert KEEP_S == 30 * 86_400 and "30 days" in text
     assert KEPT_S == 86_400 and "read again for a day" in text
     assert (ITEMS_MAX, BYTES_MAX) == (items.ITEMS_MAX, 64 << 20) and "10,000 items and 64 MiB" in text
+    assert PROJECT_BYTES == ServerSettings().responses_bytes == 10 << 30 and "may take 10 GiB" in text
+    assert ROW_BYTES == 1 << 10 and "counts 1 KiB besides" in text

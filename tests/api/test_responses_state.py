@@ -11,7 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from nimbos.config import EngineSettings
+from nimbos.config import EngineSettings, ServerSettings
+from nimbos.responses import nodes
 from tests import tiny_gguf
 from tests.api.responses_events import events_of, texts, whole
 from tests.conftest import DEMO
@@ -246,6 +247,60 @@ def test_a_conversation_goes_on_from_what_was_compacted(live: Live) -> None:
     chained = live.client.responses.compact(model="demo", previous_response_id=response.id)
     assert chained.object == "response.compaction"
     assert error_of(live.post("/v1/responses/compact", {"model": "demo"}), 400)["param"] == "input"
+
+
+def test_what_instructs_the_model_stays_word_for_word_however_often_it_is_compacted(live: Live) -> None:
+    given: Any = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "count"}]
+    for more in ("Be brief.", "Be glad."):
+        compacted = live.client.responses.compact(model="demo", input=given)
+        given = [*(item.to_dict() for item in compacted.output), {"role": "developer", "content": more}]
+        given.append({"role": "user", "content": "json"})
+    live.sources["demo"].asks.clear()
+    live.client.responses.create(model="demo", input=given)
+    (sent,) = live.sources["demo"].asks
+    prompt = "".join(part.text for part in sent.parts)  # type: ignore[union-attr]
+    assert {prompt.count(text) for text in ("Be kind.", "Be brief.", "Be glad.", "Hello there, friend!")} == {1}
+
+
+def test_what_cannot_be_kept_is_refused_before_it_is_computed(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = live.client.conversations.create()
+    monkeypatch.setattr(nodes, "BYTES_MAX", 200)
+    asks = live.sources["demo"].asks
+    asks.clear()
+    large = "count " * 100
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"stream": True},
+        {"background": True},
+        {"store": False, "conversation": conversation.id},
+    )
+    for way in ways:
+        reply = live.post("/v1/responses", {"model": "demo", "input": large, **way})
+        assert "200 bytes" in error_of(reply, 400)["message"]
+    assert asks == []
+    assert say(live, large, store=False).output_text == "one, two, three, four"
+    kept = say(live, "count")  # whose answer goes beyond
+    assert live.client.responses.retrieve(kept.id).output_text == "one, two, three, four"
+    with pytest.raises(openai.BadRequestError, match="Start another one"):
+        say(live, "more", previous_response_id=kept.id)
+    assert len(asks) == 2
+
+
+def test_a_project_that_keeps_too_much_is_told_what_to_do(tmp_path: Path) -> None:
+    with serving(tmp_path / "home", {"demo": DEMO}, server=ServerSettings(responses_bytes=3_000)) as live:
+        assert say(live, "count").output_text
+        asks = live.sources["demo"].asks
+        asks.clear()
+        for path, body in (
+            ("/v1/responses", {"model": "demo", "input": "count"}),
+            ("/v1/responses", {"model": "demo", "input": "count", "background": True}),
+            ("/v1/conversations", {}),
+        ):
+            error = error_of(live.post(path, body), 413)
+            assert error["code"] == "payload_too_large"
+            assert "Delete some of them" in error["message"]
+        assert asks == []
+        assert say(live, "count", store=False).output_text
 
 
 def test_state_outlives_the_server(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from sqlalchemy import func, select
 from nimbos.blobs.folder import FolderBlobs
 from nimbos.db import Database, Statement
 from nimbos.db.tables.responses import response_items, response_nodes, response_segments, responses
-from nimbos.errors import Conflict, InvalidRequest, NotFound
-from nimbos.responses import Answered, Background, Conversations, Past, Piece, Status, Store
+from nimbos.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
+from nimbos.responses import Answered, Background, Conversations, Past, Piece, Status, Store, nodes, room
+from nimbos.responses.room import ROW_BYTES
 from nimbos.types import new_id
 
 ME, OTHER = "proj_me", "proj_other"
@@ -237,9 +238,84 @@ async def test_a_response_that_is_not_stored_leaves_nothing_but_what_its_convers
 async def test_a_context_cannot_grow_without_bound(store: Store) -> None:
     many = tuple(piece("x") for _ in range(9_999))
     one = replace(answered(Past(), "a", "b"), asked=many)
+    store.check(ME, one.past, one.asked)
     await store.keep(one)
     with pytest.raises(InvalidRequest, match="10000 items"):
-        await turn(store, one.id, "c", "d")
+        store.check(ME, await store.past_of(ME, one.id), [piece("c")])
+
+
+async def test_no_item_is_twice_in_a_conversation_that_two_speak_in_at_once(store: Store) -> None:
+    conversations = Conversations(store)
+    made = await conversations.create(ME, metadata={}, pieces=[piece("start")])
+    past = await conversations.past(ME, made.id)
+    same = piece("asked")
+    for said in ("one", "two"):
+        await store.keep(replace(answered(past, "", said, conversation=made.id), asked=(same,)))
+    with pytest.raises(Conflict):
+        await conversations.add(ME, made.id, past, [piece("more"), same])
+    await conversations.add(ME, made.id, past, [piece("more")])
+    assert words(await conversations.past(ME, made.id)) == ["start", "asked", "one", "two", "more"]
+
+
+def bound(store: Store, kept_bytes: int) -> None:
+    """The project may keep as much more as is left, and not one byte beyond."""
+    left = LIMIT_BYTES - kept_bytes
+    store.check(ME, Past(), [piece("z" * left)])
+    with pytest.raises(PayloadTooLarge, match=r"Delete some of them.*`store: false`"):
+        store.check(ME, Past(), [piece("z" * (left + 1))])
+
+
+LIMIT_BYTES = 40_000
+
+
+async def test_what_a_project_keeps_is_bounded_and_free_again_when_it_is_deleted(
+    database: Database, blobs: CountedBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_REST_S", 0.0)
+    monkeypatch.setattr(room, "_REST_SHARE", 0)
+    store = Store(database, blobs, grace_ms=-1, project_bytes=LIMIT_BYTES)
+    background, conversations = Background(store, owner="srv_test"), Conversations(store)
+    bound(store, 0)
+    first = await turn(store, None, "x" * 8_000, "y" * 8_000)
+    said = 16_000 + 3 * ROW_BYTES  # two items, and the response with a small echo
+    bound(store, said + len(b'{"model":"demo"}'))
+    await store.room.sum_up()
+    bound(store, said)
+    second = await turn(store, None, "x" * 8_000, "y", echo=b"e" * 2_000)
+    await store.room.sum_up()
+    said += 1 + 2_000 + 4 * ROW_BYTES  # the same words once, and the echo with a row of its own
+    bound(store, said)
+    made = await conversations.create(ME, metadata={"a": "b"}, pieces=[])
+    await store.room.sum_up()
+    bound(store, said + len('{"a":"b"}') + ROW_BYTES)
+    store.check(OTHER, Past(), [piece("z" * LIMIT_BYTES)])
+    for one in (first, second):
+        await background.delete(ME, one)
+    await conversations.delete(ME, made.id)
+    await swept(store)
+    await store.room.sum_up()
+    bound(store, 0)
+    assert await count(database, response_items) == await count(database, response_segments) == 0
+
+
+async def test_sums_are_not_taken_again_at_once(store: Store) -> None:
+    await store.room.sum_up()
+    await turn(store, None, "a", "b")
+    before = store.room._added[ME]
+    await store.room.sum_up()
+    assert store.room._added[ME] == before
+
+
+async def test_a_sweep_ends_when_it_has_taken_much_away(
+    store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_ITEMS_AT_ONCE", 3)
+    conversations = Conversations(store)
+    for _ in range(3):
+        made = await conversations.create(ME, metadata={}, pieces=[piece(word) for word in "abcd"])
+        await conversations.delete(ME, made.id)
+    assert [await database.run(nodes.sweep) for _ in range(4)] == [1, 1, 1, 0]
+    assert await count(database, response_items) == 0
 
 
 async def test_sweeps_and_turns_and_deletes_at_once_lose_nothing(store: Store, database: Database) -> None:
