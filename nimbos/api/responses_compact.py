@@ -6,7 +6,7 @@ The answer is one item of the type `compaction`. What instructs the model is in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from nimbos.api.dialogue import Asked, Said, Told, answer, understand
 from nimbos.api.exchange import ask_headers
 from nimbos.api.fields import SamplingFields, Tier, class_of, sampling_of
 from nimbos.api.responses_answer import Responder
-from nimbos.api.responses_items import Item, check_context, item_id, seal
+from nimbos.api.responses_items import Item, check_context, item_id, seal, unseal
 from nimbos.api.responses_messages import messages_of
 from nimbos.api.responses_record import items_of
 from nimbos.api.responses_wire import Compacted, Extension, UsageBody
@@ -37,6 +37,7 @@ _ASKED = (
     "alone."
 )
 _INSTRUCTING = ("system", "developer")
+_IN_SHORT = "What was said before, in short:\n"
 
 
 class CompactBody(msgspec.Struct, kw_only=True):
@@ -112,7 +113,16 @@ def _request(items: list[Item], instructions: str | None, limit: int) -> Callabl
 
 def _compaction(response_id: str, items: list[Item], summary: str) -> Item:
     """What instructs the model stays word for word."""
-    instructing = [item for item in items if item["type"] == "message" and item["role"] in _INSTRUCTING]
-    words = [message["content"] for message in messages_of(instructing, instructions=None)]
-    told = "\n\n".join([*words, f"What was said before, in short:\n{summary}"])
+    told = "\n\n".join([*_instructions(items), f"{_IN_SHORT}{summary}"])
     return {"id": item_id(response_id, 0, "compaction"), "type": "compaction", "encrypted_content": seal(told)}
+
+
+def _instructions(items: list[Item]) -> Iterator[str]:
+    """Those of an earlier compaction, too, which stand in front of its summary."""
+    for item in items:
+        if item["type"] == "compaction":
+            words, _, _ = unseal(item["encrypted_content"], "encrypted_content").rpartition(f"\n\n{_IN_SHORT}")
+            if words:
+                yield words
+        elif item["type"] == "message" and item["role"] in _INSTRUCTING:
+            yield from (message["content"] for message in messages_of([item], instructions=None))

@@ -1,7 +1,7 @@
 """`truncation: "auto"`: the oldest items are left out until the prompt fits, and the response says which.
 
-What instructs the model (system and developer messages) stays. A cut is only made where a turn begins, so that no
-result of a call stands there without its call.
+What instructs the model (system and developer messages, and what was compacted, which holds them) stays. A cut is only
+made where a turn begins, so that no result of a call stands there without its call.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _speaks(item: Item) -> bool:
 
 
 def _instructs(item: Item) -> bool:
-    return bool(item["type"] == "message" and item["role"] in _INSTRUCTING)
+    return bool(item["type"] == "compaction" or (item["type"] == "message" and item["role"] in _INSTRUCTING))
 
 
 async def _counted(

@@ -19,6 +19,7 @@ THOUGHT: dict[str, Any] = {
 SAID: dict[str, Any] = {"role": "assistant", "content": "words"}
 ASKED: dict[str, Any] = {"role": "user", "content": "hi"}
 ORDER: dict[str, Any] = {"role": "developer", "content": "be kind"}
+COMPACTED: dict[str, Any] = {"type": "compaction", "encrypted_content": seal("in short")}
 
 
 def call(name: str) -> dict[str, Any]:
@@ -27,6 +28,10 @@ def call(name: str) -> dict[str, Any]:
 
 def result(name: str) -> dict[str, Any]:
     return {"type": "function_call_output", "call_id": name, "output": f"of {name}"}
+
+
+def instructs(item: dict[str, Any]) -> bool:
+    return item["type"] == "compaction" or item.get("role") == "developer"
 
 
 def made(*items: dict[str, Any], instructions: str | None = None) -> list[dict[str, Any]]:
@@ -46,8 +51,7 @@ def test_the_next_answer_begins_a_message_of_its_own() -> None:
 
 
 def test_instructions_lead_and_a_compaction_instructs() -> None:
-    compaction = {"type": "compaction", "encrypted_content": seal("in short")}
-    messages = made(compaction, ASKED, instructions="be kind")
+    messages = made(COMPACTED, ASKED, instructions="be kind")
     assert [(one["role"], one["content"]) for one in messages] == [
         ("system", "be kind"),
         ("system", "in short"),
@@ -57,7 +61,15 @@ def test_instructions_lead_and_a_compaction_instructs() -> None:
 
 TURNS = st.lists(
     st.sampled_from(
-        [(ASKED,), (ORDER,), (THOUGHT, SAID), (SAID,), (call("a"), result("a")), (THOUGHT, call("b"), result("b"))]
+        [
+            (ASKED,),
+            (ORDER,),
+            (COMPACTED,),
+            (THOUGHT, SAID),
+            (SAID,),
+            (call("a"), result("a")),
+            (THOUGHT, call("b"), result("b")),
+        ]
     ),
     min_size=1,
     max_size=8,
@@ -75,10 +87,10 @@ def test_what_comes_later_changes_no_earlier_message(earlier: list[Any], later: 
 @given(TURNS)
 def test_no_cut_parts_a_result_from_its_call_or_drops_an_instruction(turns: list[Any]) -> None:
     items = read_items([item for turn in turns for item in turn])
-    orders = [item for item in items if item.get("role") == "developer"]
+    orders = [item for item in items if instructs(item)]
     for start in cuts(items):
         left = kept(items, start)
-        assert [item for item in left if item.get("role") == "developer"] == orders
+        assert [item for item in left if instructs(item)] == orders
         assert len(left) < len(items) or start <= len(orders)
         for number, item in enumerate(left):
             if item["type"] == "function_call_output":
