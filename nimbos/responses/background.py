@@ -3,7 +3,8 @@
     queue ─▶ claimed ─▶ journal of events ─▶ end: events, items, row and claim in one transaction
       └──────────── cancel: row and claim in one transaction, so that only one of the two can be ────────────┘
 
-What computes the answer is given to `attend`; it knows the dialect. A server that dies leaves the claim to lapse, and
+Each project has a queue of its own, and of the places here as many as the others for its weight. What computes the
+answer is given to `attend`; it knows the dialect. A server that dies leaves the claim to lapse, and
 the answer is computed again, with the same seed; what was paid for it is not paid again. Read `journal.py` for the
 events.
 """
@@ -16,15 +17,17 @@ from contextlib import suppress
 
 import structlog
 
+from nimbos.accounts import project_weights
 from nimbos.db import Transaction
 from nimbos.errors import StorageUnavailable
 from nimbos.ledger import Attempt, Attempts
 from nimbos.responses.ending import Ending
 from nimbos.responses.journal import Journal, Live
 from nimbos.responses.store import Answered, Kept, Store, cancelled
-from nimbos.work import Claim, Crew, Work
+from nimbos.work import Claim, Crew, Work, shares_of
 
-KIND = "response"
+KIND = "response"  # also the queue of all projects that was before each had its own
+_QUEUES = f"{KIND}:"
 _PLACES = 64
 _SWEEP_S = 60.0
 
@@ -60,10 +63,7 @@ class Background:
             finally:
                 self._tasks.pop(claim.ref, None)
 
-        def claim(n: int) -> Transaction[list[Claim]]:
-            return self._work.claim(KIND, self._owner, n)
-
-        self._crew = Crew(self._database, self._work, places=_PLACES, claim=claim, run=known, owner=self._owner)
+        self._crew = Crew(self._database, self._work, places=_PLACES, claim=self._claim, run=known, owner=self._owner)
         self._crew.start()
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -83,7 +83,7 @@ class Background:
 
             def queue() -> Transaction[None]:
                 yield from write()
-                yield from self._work.add(KIND, answered.id, payload)
+                yield from self._work.add(f"{_QUEUES}{answered.account}", answered.id, payload)
 
             return queue
 
@@ -112,7 +112,7 @@ class Background:
         def end() -> Transaction[bool]:
             was_running = yield from cancelled(account, response_id)
             if was_running:
-                yield from self._work.drop(KIND, response_id)
+                yield from self._drop(account, response_id)
             return was_running
 
         was_running = await self._database.run(end, durable=True)
@@ -124,10 +124,31 @@ class Background:
 
         def remove() -> Transaction[None]:
             yield from self._store.remove(account, response_id)
-            yield from self._work.drop(KIND, response_id)
+            yield from self._drop(account, response_id)
 
         await self._database.run(remove, durable=True)
         self._stop(response_id)
+
+    def _claim(self, n: int) -> Transaction[list[Claim]]:
+        """One place at a time for the project that has fewest here for its weight."""
+        assert self._crew is not None
+        claims: list[Claim] = []
+        queues = {queue: self._crew.holding(queue) for queue in (yield from self._work.queues(KIND))}
+        accounts = [queue.removeprefix(_QUEUES) for queue in queues]
+        weighed = (yield from project_weights(accounts)) if len(queues) > 1 else {}
+        weights = {f"{_QUEUES}{account}": weight for account, weight in weighed.items()}
+        while shares := shares_of(n - len(claims), queues, weights=weights):
+            for queue, share in shares.items():
+                got = yield from self._work.claim(queue, self._owner, share)
+                claims += got
+                queues[queue] += len(got)
+                if len(got) < share:  # there is no more of it
+                    del queues[queue]
+        return claims
+
+    def _drop(self, account: str, response_id: str) -> Transaction[None]:
+        for queue in (f"{_QUEUES}{account}", KIND):
+            yield from self._work.drop(queue, response_id)
 
     def _stop(self, response_id: str) -> None:
         """If this server computes it; another one finds its claim gone."""
@@ -138,6 +159,8 @@ class Background:
     async def _sweep(self) -> None:
         """Takes away what has expired and what nothing needs, a little at a time."""
         while True:
+            with suppress(StorageUnavailable):
+                await self._store.room.sum_up()
             with suppress(StorageUnavailable):  # the next round will do
                 while await self._store.expire():
                     pass
@@ -145,5 +168,3 @@ class Background:
                     pass
                 await self.journal.prune()
             await asyncio.sleep(_SWEEP_S)
-            with suppress(StorageUnavailable):
-                await self._store.room.sum_up()

@@ -16,9 +16,10 @@ from nimbos.accounts.words import LOCAL, Changed, Key
 from nimbos.api import responses_items
 from nimbos.config import Settings
 from nimbos.db import Database, Transaction
-from nimbos.responses import nodes
+from nimbos.responses import background, nodes
 from tests.api.responses_events import ENDS, events_of, whole
 from tests.api.test_up import up
+from tests.conftest import DEMO
 from tests.ledger.books import METERS
 from tests.live import PATIENCE_S, Live, error_of, serving, write_script
 
@@ -151,7 +152,6 @@ def test_chains_and_conversations_go_on_behind_it(live: Live) -> None:
     assert len(list(live.client.responses.input_items.list(second.id))) == 4
 
 
-def test_many_at_once_each_end_once(live: Live) -> None:
 def test_a_conversation_that_is_answered_without_an_input_has_each_item_once(live: Live) -> None:
     conversation = live.client.conversations.create()
     for word in ("count", "json"):
@@ -162,8 +162,33 @@ def test_a_conversation_that_is_answered_without_an_input_has_each_item_once(liv
     assert said == ["count", "one, two, three, four", "json", '{"answer": 42}']
 
 
+def test_many_at_once_each_end_once(live: Live) -> None:
     begun = [begin(live) for _ in range(40)]
     assert {ended(live, response.id).output_text for response in begun} == {"one, two, three, four"}
+
+
+def test_a_project_that_queues_much_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_PLACES", 2)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "keys.toml").write_text('[keys.other]\nkey = "nb-other"\naccount = "other"\n')
+    with (
+        serving(home, {"demo": DEMO}) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="nb-other", max_retries=0, timeout=PATIENCE_S) as other,
+    ):
+        running = [begin(live, "endless") for _ in range(2)]
+        for response in running:
+            with live.client.responses.retrieve(response.id, stream=True) as stream:
+                next(event for event in stream if event.type == "response.output_text.delta")
+        waiting = [begin(live, "endless") for _ in range(2)]
+        theirs = other.responses.create(model="demo", input="count", background=True)
+        live.client.responses.cancel(running[0].id)
+        for _ in other.responses.retrieve(theirs.id, stream=True):
+            pass
+        first, second, third, *_ = [ask.account for ask in live.sources["demo"].asks]
+        assert first == second != third
+        for response in (running[1], *waiting):
+            live.client.responses.cancel(response.id)
 
 
 def test_one_that_a_server_did_not_finish_is_finished_by_the_next(tmp_path: Path) -> None:
