@@ -88,14 +88,3 @@ def test_the_receipt_comes_with_the_last_chunk(live: Live) -> None:
 )
 def test_what_cannot_be_is_refused_by_name(live: Live, fields: dict[str, Any], param: str) -> None:
     assert error_of(complete(live, **fields), 400)["param"] == param
-
-
-def test_every_field_of_the_official_client_is_known_here() -> None:
-    from openai.types import completion_create_params as params
-
-    from nimbos.api.openai_completions import CompletionsBody
-
-    theirs = set(params.CompletionCreateParamsStreaming.__annotations__) | set(
-        params.CompletionCreateParamsBase.__annotations__
-    )
-    assert theirs <= set(CompletionsBody.__struct_fields__)
