@@ -120,7 +120,12 @@ class Holding:
 
     def appending(self, *drafts: Draft) -> Transaction[list[Event]]:
         """For a larger transaction; `refresh` when it is committed. Raises: Illegal for what the fold would refuse."""
-        return (yield from self._shared.log.append(self.pid, drafts, holder=self.holder, view=self._copied))
+        view = self._copied()
+        before = view.unheard
+        events = yield from self._shared.log.append(self.pid, drafts, holder=self.holder, view=lambda: view)
+        if view.unheard != before:
+            yield from mailbox.keep_unheard(self.pid, view.unheard)
+        return events
 
     async def refresh(self) -> None:
         """Folds what was appended since, by a transaction of somebody else that this process was part of."""

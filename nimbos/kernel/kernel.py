@@ -26,12 +26,12 @@ from nimbos.kernel.forks import Forks
 from nimbos.kernel.holding import Shared
 from nimbos.kernel.log import Log
 from nimbos.kernel.looking import POLL_S, Looking
-from nimbos.kernel.mailbox import QUEUES, Mail, Posted, account_of, post, queue_of
+from nimbos.kernel.mailbox import QUEUES, Mail, Posted, account_of, message_of, post, queue_of
 from nimbos.kernel.programs import Programs
 from nimbos.kernel.recovery import crew_name
 from nimbos.kernel.replay import Folded, Replayed, Replays
 from nimbos.kernel.runner import Drive, Resolve, Runner
-from nimbos.kernel.segments import Segments
+from nimbos.kernel.segments import Segments, canonical
 from nimbos.kernel.timers import SteadyClock, Timers
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind
@@ -175,12 +175,16 @@ class Kernel(Looking):
     ) -> bool:
         """False: this very signal (source and id) was there before.
 
-        Raises: NotFound; Conflict for a process that is over, or an answer to what is not asked; Overloaded.
+        Raises: NotFound; Conflict for a process that is over, or an answer to what is not asked; Overloaded when its
+        mailbox is full; PayloadTooLarge for a message.
         """
         for what, word in (("source", source), ("id", external_id), ("about", about)):
             _check_word(word, what, ID_CHARACTERS_MAX)
         await self.find(account, pid)
-        segment = None if body is None else await self.segments.put(account.id, body)
+        segment = None
+        if body is not None:
+            content = message_of(body) if kind is SignalKind.MESSAGE else canonical(body)
+            segment = await self.segments.put_bytes(account.id, content)
         mail = Mail(signal=kind, source=source, external_id=external_id, about=about, body=segment)
         posted = await self.database.run(lambda: self.posting(pid, mail), durable=True)
         self.bells.posted(pid, woken=posted.woken)

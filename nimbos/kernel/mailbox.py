@@ -3,6 +3,7 @@
     post ─▶ row, and when the process is parked: ready, and work to claim ─▶ take ─▶ signal.received ─▶ signal.consumed
 
 A signal is known by its source and the id it has there: posted again it changes nothing, also long after it was taken.
+A message that was taken and that nobody has heard still has its place: row 0 says how many do (`keep_unheard`).
 All functions are transactions, to be part of larger ones.
 """
 
@@ -11,25 +12,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 from sqlalchemy import BigInteger, Integer, Text, bindparam, select
 
-from nimbos.db import Row, Statement, Transaction, insert
+from nimbos.db import Row, Statement, Transaction, insert, upsert
 from nimbos.db.tables.processes import process_mailbox, processes
-from nimbos.errors import Conflict, Overloaded
+from nimbos.errors import Conflict, Overloaded, PayloadTooLarge
 from nimbos.kernel.events import ProcState, SignalReceived
 from nimbos.kernel.log import Draft, Log
 from nimbos.kernel.processes import Head, locked_head, store_head
+from nimbos.kernel.segments import canonical
 from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.work import Work
 
 QUEUES = "process:"  # how the names of the queues begin in which ready processes wait for a server
-UNREAD_MAX = 1_000  # signals that a mailbox holds
+UNREAD_MAX = 1_000  # signals that a mailbox holds, with the messages that were taken out of it and not heard
+MESSAGE_BYTES_MAX = 1 << 20  # as JSON
 CONTROL = frozenset({SignalKind.PAUSE, SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})  # the kernel obeys
 WAKE_PAUSED = frozenset({SignalKind.RESUME, SignalKind.CANCEL, SignalKind.KILL})
 _ALWAYS = CONTROL | {SignalKind.CHILD_EXIT, SignalKind.TIMER}  # a full mailbox takes these too
 _TAKEN_AT_ONCE = 100
+_UNHEARD = 0  # the position of a row that is no signal: its `at_ms` is a count, so that a sender need not read a log
 _RETRY_AFTER_S = 5.0
 
 
@@ -68,19 +73,37 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
         raise Conflict(f"The process {pid} is over ({head.reason.value}).", param="pid")
     if mail.signal is SignalKind.ANSWER:
         mail = yield from _answering(head, mail)
-    if is_full(head) and mail.signal not in _ALWAYS:
-        raise Overloaded(
-            limit="signals in the mailbox",
-            value=UNREAD_MAX,
-            used=head.mail - head.taken,
-            retry_after_s=_RETRY_AFTER_S,
-            owner=f"process {pid}",
-        )
+    if mail.signal not in _ALWAYS:
+        yield from _check_room(head, mail.signal)
     yield from _add(head, mail)
     if not head.parked or (head.state is State.PAUSED and mail.signal not in WAKE_PAUSED):
         return Posted(new=True)
     yield from wake(log, work, head, actor=mail.source)
     return Posted(new=True, woken=True)
+
+
+def message_of(body: Any) -> bytes:
+    """A message as its segment. Raises: InvalidRequest for what is no JSON value; PayloadTooLarge."""
+    content = canonical(body)
+    if len(content) > MESSAGE_BYTES_MAX:
+        raise PayloadTooLarge(have=len(content), limit=MESSAGE_BYTES_MAX, what="message")
+    return content
+
+
+def keep_unheard(pid: str, count: int) -> Transaction[None]:
+    """So many messages are in the log of the process, and nobody has heard them."""
+    yield _KEEP(
+        process=pid,
+        position=_UNHEARD,
+        source="kernel",
+        external_id="unheard",
+        signal=SignalKind.MESSAGE.value,
+        about="",
+        body=None,
+        reason=Reason.NONE.value,
+        after_seq=0,
+        at_ms=count,
+    )
 
 
 def is_full(head: Head) -> bool:
@@ -143,6 +166,22 @@ def received(mail: Mail) -> Draft:
     return Draft(body=body, actor=mail.source)
 
 
+def _check_room(head: Head, signal: SignalKind) -> Transaction[None]:
+    """Raises: Overloaded."""
+    used = head.mail - head.taken
+    if signal is SignalKind.MESSAGE:
+        rows = yield _FIND(process=head.pid, position=_UNHEARD)
+        used += rows[0]["at_ms"] if rows else 0
+    if used >= UNREAD_MAX:
+        raise Overloaded(
+            limit="signals in the mailbox",
+            value=UNREAD_MAX,
+            used=used,
+            retry_after_s=_RETRY_AFTER_S,
+            owner=f"process {head.pid}",
+        )
+
+
 def _answering(head: Head, mail: Mail) -> Transaction[Mail]:
     """An answer belongs to one question that is open. Raises: Conflict."""
     if not head.asked_seq:
@@ -192,6 +231,10 @@ def _mail(row: Row) -> Mail:
 
 _OF = process_mailbox.c.process == bindparam("process", type_=Text)
 _INSERT = insert(process_mailbox)
+_KEEP = upsert(process_mailbox, key=("process", "position"), set=("at_ms",))
+_FIND = Statement(
+    select(process_mailbox.c.at_ms).where(_OF, process_mailbox.c.position == bindparam("position", type_=BigInteger))
+)
 _KNOWN = Statement(
     select(process_mailbox.c.position).where(
         _OF,

@@ -23,7 +23,7 @@ from nimbos.kernel.folding.records import Call, CallStatus, Child, Received, Rec
 from nimbos.kernel.folding.rules import came_of_it, changed, why_not_now
 from nimbos.kernel.folding.shown import Shown
 from nimbos.kernel.folding.spending import Spending
-from nimbos.kernel.words import Reason, State
+from nimbos.kernel.words import Reason, SignalKind, State
 from nimbos.types import AskClass
 
 __all__ = ["Call", "CallStatus", "Child", "Received", "Recorded", "Turn", "View"]
@@ -106,6 +106,11 @@ class View:
     def signals(self) -> list[Received]:
         """Received and not consumed."""
         return self.mail.waiting
+
+    @property
+    def unheard(self) -> int:
+        """Messages among them."""
+        return sum(signal.signal is SignalKind.MESSAGE for signal in self.mail.waiting)
 
     @property
     def children(self) -> dict[str, Child]:

@@ -8,7 +8,7 @@ import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database, Transaction
-from nimbos.errors import Conflict, InvalidRequest, Overloaded
+from nimbos.errors import Conflict, InvalidRequest, Overloaded, PayloadTooLarge
 from nimbos.kernel import Reason, SignalKind, State, mailbox
 from nimbos.kernel.events import CallDone, Note, SignalConsumed
 from nimbos.kernel.holding import Holding
@@ -300,6 +300,53 @@ async def test_a_full_mailbox_says_so_and_takes_what_ends_the_process(
         with pytest.raises(Overloaded, match="mailbox"):
             await place.send(pid, SignalKind.MESSAGE, body="one more")
         assert await place.send(pid, SignalKind.KILL)
+
+
+async def test_messages_that_nobody_hears_fill_a_mailbox_until_they_are_heard(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were taken into the log, and are still the process's to keep."""
+    monkeypatch.setattr(mailbox, "UNREAD_MAX", 3)
+    hear = asyncio.Event()
+
+    async def hears_one(holding: Holding) -> None:
+        await holding.take_mail()
+        waiting = [signal.seq for signal in holding.view.signals if signal.signal is SignalKind.MESSAGE]
+        if hear.is_set():
+            hear.clear()
+            await holding.append(Draft(body=SignalConsumed(received=waiting[0])))
+        await holding.park(State.WAITING, Reason.SIGNAL)
+
+    async with running(database, database_settings, {"plain": hears_one}) as place:
+        pid = await place.spawn()
+        parked = await place.until(pid, State.WAITING)
+        for number in range(3):
+            await place.send(pid, SignalKind.MESSAGE, body=number)
+            parked = await place.until(pid, State.WAITING, after=parked.seq)
+        assert parked.taken == parked.mail == 3
+        with pytest.raises(Overloaded, match=r"'signals in the mailbox' of 3 .*\(3 in use\)"):
+            await place.send(pid, SignalKind.MESSAGE, body="one more")
+        hear.set()
+        assert await place.send(pid, SignalKind.TOP_UP), "what is no message has the mailbox's own room"
+        await place.until(pid, State.WAITING, after=parked.seq)
+        assert await place.send(pid, SignalKind.MESSAGE, body="one more")
+        with pytest.raises(Overloaded):
+            await place.send(pid, SignalKind.MESSAGE, body="and one more")
+        assert await place.send(pid, SignalKind.KILL)
+
+
+async def test_a_message_that_is_too_large_is_refused_and_an_answer_is_not(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailbox, "MESSAGE_BYTES_MAX", 100)
+    async with running(database, database_settings, {"plain": ask_and_end}) as place:
+        pid = await place.spawn()
+        await place.until(pid, State.ASKING)
+        assert await place.send(pid, SignalKind.MESSAGE, body="x" * 98)
+        with pytest.raises(PayloadTooLarge, match="message"):
+            await place.send(pid, SignalKind.MESSAGE, body="x" * 99)
+        await place.until(pid, State.ASKING)
+        assert await place.send(pid, SignalKind.ANSWER, body="x" * 200)
 
 
 async def test_words_that_cannot_be_kept_are_refused(database: Database, database_settings: Settings) -> None:

@@ -66,7 +66,9 @@ process_mailbox = Table(
     "process_mailbox",
     metadata,
     Column("process", Text, primary_key=True),
-    Column("position", BigInteger, primary_key=True),  # from 1, dense; those up to `processes.taken` were received
+    # From 1, dense; those up to `processes.taken` were received. 0 is no signal: its `at_ms` says how many messages
+    # were received and not consumed.
+    Column("position", BigInteger, primary_key=True),
     Column("source", Text, nullable=False),
     Column("external_id", Text, nullable=False),
     Column("signal", Text, nullable=False),

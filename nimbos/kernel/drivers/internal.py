@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nimbos.db import Transaction
-from nimbos.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from nimbos.errors import Conflict, InvalidRequest, NotFound, Overloaded, PayloadTooLarge
 from nimbos.kernel import budgets
 from nimbos.kernel.budgets import Allowance
 from nimbos.kernel.drivers.answers import Answered, Undone, refused
 from nimbos.kernel.drivers.spawning import allowance_of
 from nimbos.kernel.events import CtxChanged, Segment
 from nimbos.kernel.log import Draft, Log
-from nimbos.kernel.mailbox import Mail, post
+from nimbos.kernel.mailbox import Mail, message_of, post
 from nimbos.kernel.processes import locked_head, missing
 from nimbos.kernel.segments import Segments
 from nimbos.kernel.words import Label, Origin, SignalKind
@@ -42,10 +42,10 @@ async def send(
     to = str(arguments["to"])
     try:
         given = allowance_of(arguments.get("budget"))
-    except InvalidRequest as error:
+        body = await segments.put_bytes(view.account, message_of(arguments.get("message")))
+    except (InvalidRequest, PayloadTooLarge) as error:
         return refused(error)
     reached: list[str] = []
-    body = await segments.put(view.account, arguments.get("message"))
     mail = Mail(signal=SignalKind.MESSAGE, source=f"process:{view.pid}", external_id=call_id, body=body)
 
     def pay() -> Transaction[None]:
