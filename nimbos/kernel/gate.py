@@ -144,7 +144,7 @@ class Gate:
             key=effect_key(holding.pid, syscall.call_id),
             arguments=await self._segments.put(holding.view.account, arguments),
             bound_to=bound_hash(offered.definition_hash, canonical(syscall.arguments)),
-            deadline_ms=round(deadline_s * 1000),
+            deadline_ms=max(1, round(deadline_s * 1000)),
             step=syscall.step,
         )
         label = calling.context_label(holding)

@@ -48,7 +48,8 @@ class Holding:
     """`mail` is set when something was put into its mailbox. `account`: what whoever spawned it may do now.
     `closing`: what was started for this run, like its tools' worker; the runner closes it. `alone`: awaited before it
     parks, where several things are under way. `answering`: held from a look at the mail to the outcome that consumes
-    some of it, so that nothing is consumed twice."""
+    some of it, so that nothing is consumed twice. `may_begin`: not set while the run is about to end, and only waits
+    for calls that are under way outside: no other is to begin then."""
 
     program: Program  # set by the runner before anything drives
 
@@ -64,6 +65,8 @@ class Holding:
         self.closing = closing
         self.alone: Callable[[], Awaitable[None]] | None = None
         self.answering = asyncio.Lock()
+        self.may_begin = asyncio.Event()
+        self.may_begin.set()
         self._shared = shared
         self._folding = threading.Lock()
         self._owed = frozenset(call_id for call_id, _ in to_release(view))

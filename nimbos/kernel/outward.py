@@ -5,17 +5,18 @@
              └─▶ unknown ─▶ a person's word         opaque, and what cannot be told even so
 
 A driver that loses a call while its server lives may try again a few times. A call that was lost with others, by one of
-them, is made again alone, and only what it then loses by itself counts. A call that a dead server left behind is taken
-up again more often, but not for ever: it may be what kills them.
+them, is made again alone, also without the function that asked for it, and only what it then loses by itself counts. A
+call that a dead server left behind is taken up again more often, but not for ever: it may be what kills them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from nimbos.errors import BrokenProgram, BudgetExhausted, Overloaded
 from nimbos.kernel import calling
@@ -26,7 +27,7 @@ from nimbos.kernel.drivers.answers import Answered, Lost
 from nimbos.kernel.drivers.outside import Job, Nothing, run_tool, verify_tool
 from nimbos.kernel.effects import RECOVERY, Recovery
 from nimbos.kernel.events import CallIntent
-from nimbos.kernel.fold import Call
+from nimbos.kernel.fold import Call, CallStatus
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.segments import Segments
@@ -37,6 +38,8 @@ from nimbos.kernel.words import Effect, Reason, State, Verdict
 TRIES_MAX = 3
 RECOVERIES_MAX = 20
 STALL_S = 1.0  # between a call's start and its driver; a lease lasts several times as long
+
+Begin: TypeAlias = Callable[[], Awaitable[None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -65,13 +68,8 @@ class Outward:
 
     async def begin(self, holding: Holding, intent: CallIntent, arguments: Any, also: Also) -> Outcome | Wait:
         """A new call. Raises: Parked when nothing is left to spend, and then nothing of the call is written."""
-        try:
-            await calling.begin(holding, intent, label=calling.context_label(holding))
-        except BudgetExhausted as error:
-            await exhausted(holding, error)
-        except Overloaded as error:
-            return _held(holding, intent.call_id, error)
-        return await self._run(holding, intent.call_id, arguments, also)
+        begin = partial(calling.begin, holding, intent, label=calling.context_label(holding))
+        return await self._run(holding, intent.call_id, arguments, also, begin)
 
     async def start(
         self, holding: Holding, call: Call, arguments: Any, also: Also, *, first: Sequence[Draft] = ()
@@ -80,8 +78,8 @@ class Outward:
 
         Raises: as `begin`; an answer that was not consumed is found again.
         """
-        held = await self._again(holding, call, first=first)
-        return held or await self._run(holding, call.intent.call_id, arguments, also)
+        again = partial(calling.again, holding, call, first=first)
+        return await self._run(holding, call.intent.call_id, arguments, also, again)
 
     async def recover(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
         """A driver was given it by a server that is gone."""
@@ -92,8 +90,8 @@ class Outward:
             return await self._lose(holding, call)
         if call.attempts >= RECOVERIES_MAX:
             return await self._give_up(holding, call, also)
-        held = await self._again(holding, call, tried_ms=_at_most_ms(holding, call))
-        return held or await self._run(holding, call.intent.call_id, arguments, also)
+        again = partial(calling.again, holding, call, tried_ms=_at_most_ms(holding, call))
+        return await self._run(holding, call.intent.call_id, arguments, also, again)
 
     async def resolve(self, holding: Holding, call: Call, arguments: Any, also: Also) -> Outcome | Wait:
         """Nobody knows what came of it, unless a person has said so."""
@@ -106,54 +104,71 @@ class Outward:
         return await calling.finish(holding, self._segments, call.intent.call_id, said.answered, ending, also=also)
 
     async def _run(
-        self, holding: Holding, call_id: str, arguments: Any, also: Also, tries: _Tries | None = None
+        self, holding: Holding, call_id: str, arguments: Any, also: Also, begin: Begin, tries: _Tries | None = None
     ) -> Outcome | Wait:
-        """The call is started. Until it has an outcome, or nobody can know it."""
-        tries, worker = tries or _Tries(), self._workers.of(holding)
+        """Until it has an outcome, or nobody can know it. `begin` writes that a driver is given it.
+
+        Raises: Parked when nothing is left to spend.
+        """
+        tries = tries or _Tries()
         while True:
-            call = holding.view.calls[call_id]
-            job = _job(holding, call, arguments)
-            async with worker.turn(alone=tries.alone):
-                before = time.monotonic()  # a worker's start is paid by the call that needs it
-                with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
-                    await worker.describe()  # its start may take long: nothing but the call is left then
-                await _check_stall(holding, call)
-                answered = await run_tool(self._workers, holding, job)
+            try:
+                call, answered, tried_ms = await self._try(holding, call_id, arguments, begin, tries)
+            except BudgetExhausted as error:
+                if _is_begun(holding, call_id):
+                    begun = holding.view.calls[call_id]
+                    await calling.put_off(holding, begun, tried_ms=_at_most_ms(holding, begun))
+                await exhausted(holding, error)
+                raise AssertionError("a process that is parked goes no further") from error
+            except Overloaded as error:
+                return _held(holding, call_id, error)
             if isinstance(answered, Lost):
                 tries.count(answered)
-                after = await self._after_loss(holding, call, arguments, answered, also, tries, _since_ms(before))
+                after = await self._after_loss(holding, call, arguments, answered, also, tries, tried_ms)
                 if after is None:
+                    begin = partial(calling.again, holding, call, tried_ms=tried_ms)
                     continue
                 if not isinstance(after, Answered):
                     return after
                 answered = after
-            ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent), used_ms=_since_ms(before))
+            ending = Ending(reserved_ms=calling.reserved_ms(holding, call.intent), used_ms=tried_ms)
             return await calling.finish(holding, self._segments, call_id, answered, ending, also=also)
 
-    async def _again(
-        self, holding: Holding, call: Call, *, first: Sequence[Draft] = (), tried_ms: int | None = None
-    ) -> Wait | None:
-        """None: it is started. Raises: Parked when nothing is left to spend; then the try before is paid later."""
-        try:
-            await calling.again(holding, call, first=first, tried_ms=tried_ms)
-        except BudgetExhausted as error:
-            await exhausted(holding, error)
-        except Overloaded as error:
-            return _held(holding, call.intent.call_id, error)
-        return None
+    async def _try(
+        self, holding: Holding, call_id: str, arguments: Any, begin: Begin, tries: _Tries
+    ) -> tuple[Call, Answered | Lost, int]:
+        """One, and how long it took. It begins when it is its turn, so what is stopped while it waits for that was not
+        begun; and a first one not while the run is about to end.
+
+        Raises: BudgetExhausted, Overloaded, and then it was not begun; Fenced, StorageUnavailable.
+        """
+        worker = self._workers.of(holding)
+        while True:
+            if not _is_begun(holding, call_id):
+                await holding.may_begin.wait()  # nobody's turn is kept meanwhile
+            async with worker.turn(alone=tries.alone):
+                before = time.monotonic()  # a worker's start is paid by the call that needs it
+                with suppress(BrokenProgram, WorkerDied):  # which `run_tool` tells of
+                    await worker.describe()  # its start may take long: nothing but the call is left then
+                if not (_is_begun(holding, call_id) or holding.may_begin.is_set()):
+                    continue
+                await begin()
+                call = holding.view.calls[call_id]
+                await _check_stall(holding, call)
+                answered = await run_tool(self._workers, holding, _job(holding, call, arguments))
+                return call, answered, _since_ms(before)
 
     async def _after_loss(
         self, holding: Holding, call: Call, arguments: Any, why: Lost, also: Also, tries: _Tries, tried_ms: int
     ) -> Answered | Outcome | Wait | None:
-        """The driver, here and now, cannot say whether it happened. None: it was started once more."""
+        """The driver, here and now, cannot say whether it happened. None: it is to be started once more."""
         effect = call.intent.effect
+        cut_short = calling.reserved_ms(holding, call.intent) < call.intent.deadline_ms  # by the end of a budget
         if effect is Effect.CHECKABLE:
             return await self._verify(holding, call, arguments, also, why=why, tries=tries, tried_ms=tried_ms)
-        if effect is Effect.PURE and (why.error == "deadline" or tries.over):
+        if effect is Effect.PURE and (tries.over or (why.error == "deadline" and not cut_short)):
             return Answered(value=why.why, error=why.error)
-        if effect is Effect.OPAQUE or tries.over:
-            return await self._lose(holding, call)
-        return await self._again(holding, call, tried_ms=tried_ms)
+        return await self._lose(holding, call) if effect is Effect.OPAQUE or tries.over else None
 
     async def _verify(
         self,
@@ -177,8 +192,8 @@ class Outward:
             return await self._lose(holding, call)
         if isinstance(verified, Nothing):
             if why is None or not tries.over:
-                held = await self._again(holding, call, tried_ms=spent_ms)
-                return held or await self._run(holding, intent.call_id, arguments, also, tries)
+                again = partial(calling.again, holding, call, tried_ms=spent_ms)
+                return await self._run(holding, intent.call_id, arguments, also, again, tries)
             verified = Answered(value=f"{why.why} It did not happen.", error=why.error)
         used_ms = None if tried_ms is None else spent_ms
         ending = Ending(reserved_ms=calling.reserved_ms(holding, intent), used_ms=used_ms)
@@ -195,6 +210,12 @@ class Outward:
     async def _lose(self, holding: Holding, call: Call) -> Wait:
         await calling.lost(holding, call)
         return _in_doubt(call.intent.call_id)
+
+
+def _is_begun(holding: Holding, call_id: str) -> bool:
+    """A driver was given it before, and it has no outcome."""
+    call = holding.view.calls.get(call_id)
+    return call is not None and call.status is CallStatus.STARTED
 
 
 async def _check_stall(holding: Holding, call: Call) -> None:

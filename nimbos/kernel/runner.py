@@ -192,6 +192,7 @@ class Runner:
     async def _until_it_ends(self, holding: Holding) -> None:
         """Raises: Parked, Exited, and whatever the driving raises."""
         while True:
+            holding.may_begin.set()
             driving = asyncio.ensure_future(self._drive(holding))
             try:
                 await self._until_it_must_stop(holding, driving)
@@ -221,9 +222,14 @@ class Runner:
                 stop = await holding.must_stop()
                 if stop is Stop.NOW:
                     return
+                if stop is Stop.NO:
+                    holding.may_begin.set()
+                else:
+                    holding.may_begin.clear()
 
     async def _let_calls_end(self, holding: Holding, driving: asyncio.Future[None]) -> None:
         """When the server stops, a call whose outcome would be unknown is given a moment to have one."""
+        holding.may_begin.clear()
         if self.closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CALLS_GRACE_S):
