@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,34 +141,44 @@ class Worker:
             return Written(b"null", "bad_arguments", str(error))
         if tool.keyed:
             arguments["key"] = call.key
-        outcome = await self._perform(tool.function, arguments, call.deadline_ms)
-        return outcome if isinstance(outcome, Written) else write(outcome, limit=self._result_bytes)
+        written: Written = await self._perform(
+            tool.function, arguments, call.deadline_ms, partial(write, limit=self._result_bytes)
+        )
+        return written
 
     async def _verify(self, asked: Verify) -> None:
         tool = self._program.tools.get(asked.tool)
-        outcome: Any = Written(b"null", "unknown_tool", "There is no tool of that name that can be verified.")
+        told = partial(_verified, asked.number, result_bytes=self._result_bytes)
+        done = told(Written(b"null", "unknown_tool", "There is no tool of that name that can be verified."))
         if tool is not None and tool.verify is not None:
             try:
                 arguments = tool.signature.arguments(asked.arguments)
             except msgspec.DecodeError as error:
-                outcome = Written(b"null", "bad_arguments", str(error))
+                done = told(Written(b"null", "bad_arguments", str(error)))
             else:
-                outcome = await self._perform(tool.verify, {**arguments, "key": asked.key}, asked.deadline_ms)
-        self._pipe.send(_verified(asked.number, outcome, self._result_bytes))
+                found = await self._perform(tool.verify, {**arguments, "key": asked.key}, asked.deadline_ms, told)
+                done = told(found) if isinstance(found, Written) else found
+        self._pipe.send(done)
 
-    async def _perform(self, function: Callable[..., Any], arguments: Mapping[str, Any], deadline_ms: int) -> Any:
-        """What it returns; `Written` where it went wrong. A plain function cannot be stopped from here; the server
-        kills the process at its deadline."""
+    async def _perform(
+        self,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        deadline_ms: int,
+        tell: Callable[[Any], Any],
+    ) -> Any:
+        """What `tell` makes of what it returns, whose own code may be asked for that and go wrong as well; `Written`
+        where it did. A plain function cannot be stopped from here; the server kills the process at its deadline."""
         plain = not inspect.iscoroutinefunction(function)
         scope = asyncio.timeout(None if plain else deadline_ms / 1000)
         try:
             async with scope:
                 if not plain:
-                    return await function(**arguments)
+                    return tell(await function(**arguments))
                 value = await self._in_thread(function, arguments)
                 if isinstance(value, _Raised):
                     raise value.error
-                return await value if inspect.isawaitable(value) else value
+                return tell(await value if inspect.isawaitable(value) else value)
         except BaseException as error:  # a loop top: whatever a tool raises, also SystemExit, is its result
             if scope.expired():
                 return Written(b"null", "deadline", f"It took longer than {deadline_ms / 1000:g} s.")

@@ -25,6 +25,10 @@ TOOLS = '''
 import asyncio, os, signal, socket, struct, subprocess, sys, time
 from nimbos.adk import Happened, tool
 
+class Detached:
+    def to_dict(self):
+        raise KeyError("no session")
+
 @tool(effect="pure")
 def add(a: int, b: int = 2) -> int:
     """Adds two numbers.
@@ -51,6 +55,8 @@ def pay(amount: int, key: str) -> str:
     return f"{amount} {key}"
 
 def _booked(room: str, key: str):
+    if room == "detached":
+        return Happened(Detached())
     return {"yes": Happened({"room": 7}), "no": False, "plainly": True, "who knows": None}[room]
 
 @tool(effect="checkable", verify=_booked)
@@ -95,7 +101,8 @@ def returns(what: str):
     deep = []
     for _ in range(100_000): deep = [deep]
     odd = {"large": lambda: "x" * 100_000_000, "bytes": lambda: bytes([255, 254]), "text": lambda: "é".encode(),
-           "surrogate": lambda: "\\ud800", "object": object, "deep": lambda: deep, "nan": lambda: [float("nan")]}
+           "surrogate": lambda: "\\ud800", "object": object,
+           "detached": Detached, "deep": lambda: deep, "nan": lambda: [float("nan")]}
     return odd[what]()
 
 @tool(effect="pure")
@@ -255,6 +262,8 @@ async def test_a_checkable_tool_says_whether_it_happened(
 async def test_what_cannot_be_verified_is_not_told_to_have_happened(bench: Bench) -> None:
     worker = bench.worker()
     raised = await worker.verify("book", {"room": "a room that raises"}, key="k", deadline_s=PATIENCE_S)
+    detached = await worker.verify("book", {"room": "detached"}, key="k", deadline_s=PATIENCE_S)
+    assert detached.happened is None and "no session" in detached.message
     other = await worker.verify("add", {"a": 1}, key="k", deadline_s=PATIENCE_S)
     assert raised.happened is None and "KeyError" in raised.message
     assert other.happened is None
@@ -276,6 +285,7 @@ async def test_what_cannot_be_verified_is_not_told_to_have_happened(bench: Bench
         ("returns", {"what": "surrogate"}, "not_utf8", "UTF-8"),
         ("returns", {"what": "object"}, "not_json", "object"),
         ("returns", {"what": "deep"}, "not_json", "recursion"),
+        ("returns", {"what": "detached"}, "raised", "KeyError: 'no session'"),
         ("fills_the_disk", {}, "raised", "File too large"),
     ],
 )
