@@ -32,7 +32,6 @@ ADOPTION = Statement(
     )
 )
 _RETRY_AFTER_S = 5.0
-_SKEW_MS = 60_000  # between the clocks of servers
 
 _LIVING: ColumnClause[bool] = literal_column("state != 'done'")
 _OF_PARENT = processes.c.parent == bindparam("of", type_=Text)
@@ -47,7 +46,7 @@ _FORKS = Statement(
     select(processes.c.id)
     .where(
         processes.c.forked_from == bindparam("of", type_=Text),
-        processes.c.created_ms >= bindparam("born_ms", type_=BigInteger),
+        processes.c.forked_seq >= bindparam("born_seq", type_=BigInteger),
     )
     .order_by(processes.c.id)
 )
@@ -84,13 +83,14 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
 
     Raises: InvalidRequest beyond the depth; Overloaded beyond the number; Conflict for a parent that is over.
     """
-    depth, withheld = 0, False
+    depth, withheld, born_seq = 0, False, 0
     if birth.parent is not None:
         parent = yield from locked_head(birth.parent)
         if parent.state is State.DONE:
             raise Conflict(f"The process {parent.pid} is over ({parent.reason.value}) and has no more children.")
         adopted = (yield ADOPTION(pid=parent.pid, signal=SignalKind.ADOPT.value)) if parent.withheld else []
         depth, withheld = parent.depth + 1, parent.withheld and not adopted  # it may not have read that it is real
+        born_seq = parent.seq  # the call that spawns it is written already
         yield from _check_family(birth, depth)
     if birth.key:
         rows = yield _BY_KEY(of=birth.account.id, key=birth.key)
@@ -109,6 +109,7 @@ def create(log: Log, work: Work, birth: Birth) -> Transaction[str]:
         detached=birth.detached,
         withheld=withheld,
         key=birth.key,
+        born_seq=born_seq,
     )
     head = NewHead(
         account=birth.account,
@@ -153,13 +154,14 @@ def tell_parent(
 
 
 def tell_forks(
-    log: Log, work: Work, parent: str, pid: str, *, reason: Reason, told: str | None, born_ms: int
+    log: Log, work: Work, parent: str, pid: str, *, reason: Reason, told: str | None, born_seq: int
 ) -> Transaction[list[tuple[str, bool]]]:
-    """The forks of its parent, and theirs, that were made since `born_ms`: they may have the child in their past, and
-    wait for it. Each is locked before its own are looked for, the first by the caller, so that none is made unseen."""
+    """The forks of its parent, and theirs, that have the child in their past, and may wait for it: they go on from
+    event `born_seq` or a later one. Each is locked before its own are looked for, the first by the caller, so that none
+    is made unseen."""
     posted, left = [], [parent]
     while left:
-        for row in (yield _FORKS(of=left.pop(), born_ms=born_ms - _SKEW_MS)):
+        for row in (yield _FORKS(of=left.pop(), born_seq=born_seq)):
             done = yield from tell_parent(log, work, row["id"], pid, reason=reason, told=told)
             posted.append((str(row["id"]), done.woken))
             left.append(row["id"])

@@ -156,7 +156,7 @@ class Endings:
                 self._holder.pid,
                 reason=body.reason,
                 told=told,
-                born_ms=view.created_ms,
+                born_seq=view.born_seq,
             )
         return Ended(events=events, by=Exited, posted=tuple(posted))
 

@@ -44,7 +44,8 @@ class CallWanted(msgspec.Struct, frozen=True, kw_only=True):
 class ProcCreated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="proc.created"):
     """`account`: the project that pays. `input`: segment of what the process was given, a JSON value.
     `key`: whoever spawned it, so that the same spawn is not made twice. `withheld`: a child of a fork that is not
-    adopted, whose effects are withheld like its own."""
+    adopted, whose effects are withheld like its own. `born_seq`: the last event of its parent's log then; whoever is
+    forked from that log there or later knows the child."""
 
     program: str
     name: str
@@ -57,6 +58,7 @@ class ProcCreated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     detached: bool = False
     withheld: bool = False
     key: str = ""
+    born_seq: int = 0
 
 
 class ProcForked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="proc.forked"):

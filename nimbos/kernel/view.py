@@ -33,8 +33,8 @@ __all__ = ["Call", "CallStatus", "Child", "Received", "Recorded", "Turn", "View"
 class View:
     """A process after its event `seq`. `about`, `due_ms`: what it waits for or asked last, and when a timer wakes it.
     `withheld`: a fork, or a child of one, that is not adopted. `steps`: of a durable function, those that have an
-    outcome. `turns`: answers in the agent's own conversation. `deaths`: runs that ended without a word, one after the
-    other, since anything came of it."""
+    outcome. `born_seq`: the last event of its parent's log when it was made. `turns`: answers in the agent's own
+    conversation. `deaths`: runs that ended without a word, one after the other, since anything came of it."""
 
     pid: str = ""
     seq: int = 0
@@ -53,8 +53,8 @@ class View:
     forked_from: str | None = None
     forked_seq: int = 0
     key: str = ""
+    born_seq: int = 0
     input: str = ""
-    created_ms: int = 0
     state: State = State.READY
     reason: Reason = Reason.NONE
     due_ms: int | None = None

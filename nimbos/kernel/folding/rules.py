@@ -72,9 +72,9 @@ def changed(view: View, body: Body, ts_ms: int) -> str | None:
     """Why it cannot be."""
     match body:
         case ProcCreated():
-            _created(view, body, ts_ms)
+            _created(view, body)
         case ProcForked():
-            _forked(view, body, ts_ms)
+            _forked(view, body)
         case ProcState():
             return _to_state(view, body)
         case ProcExited():
@@ -98,7 +98,7 @@ def changed(view: View, body: Body, ts_ms: int) -> str | None:
     return None
 
 
-def _created(view: View, body: ProcCreated, ts_ms: int) -> None:
+def _created(view: View, body: ProcCreated) -> None:
     view.program = body.program
     view.name = body.name
     view.account = body.account
@@ -109,15 +109,14 @@ def _created(view: View, body: ProcCreated, ts_ms: int) -> None:
     view.detached = body.detached
     view.withheld = body.withheld
     view.key = body.key
+    view.born_seq = body.born_seq
     view.input = body.input
-    view.created_ms = ts_ms
 
 
-def _forked(view: View, body: ProcForked, ts_ms: int) -> None:
+def _forked(view: View, body: ProcForked) -> None:
     """What was being done, and used, is its parent's; what was said and answered is the fork's as well."""
     view.forked_from = body.of
     view.forked_seq = body.at_seq
-    view.created_ms = ts_ms
     view.withheld = True
     view.parent, view.detached = None, True
     view.state, view.reason, view.due_ms, view.about = State.READY, Reason.NONE, None, ()
