@@ -11,7 +11,6 @@ Budgets are locked before heads: call these first in a transaction. The rows are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Allowance",
     "GivenBefore",
-    "Reserved",
     "Told",
     "close",
     "exhausted",
@@ -52,15 +50,6 @@ _MS = 1000
 Told: TypeAlias = tuple[tuple[str, bool], ...]  # a process, and whether there is work now
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
-    """`deadline_ms`: what the call may take, less than it wanted where less is left. `drafts`: to be appended before
-    its intent, whose `deadline_ms` is this one."""
-
-    deadline_ms: int
-    drafts: tuple[Draft, ...] = ()
-
-
 def make(
     pid: str, allowance: Allowance | None, parent: str | None, *, name: str = "", given: bool = True
 ) -> Transaction[None]:
@@ -77,23 +66,25 @@ def own(budget: Budget) -> Allowance:
     return Allowance(tokens=budget.tokens, cost_micros=budget.cost_micros, seconds=budget.seconds, calls=budget.calls)
 
 
-def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[Reserved]:
-    """Before the call's intent, in its transaction. Raises: BudgetExhausted; Overloaded, where calls that run now may
-    give something back."""
+def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[tuple[Draft, ...]]:
+    """Before a try of the call, in its transaction; what to append before that. Where some budget holds the call, it
+    says what this try may take, which is less than the call's own deadline where less is left.
+
+    Raises: BudgetExhausted; Overloaded, where calls that run now may give something back.
+    """
     hold = yield from allowances.reserve_call(pid, deadline_ms=deadline_ms)
     if not hold.limited:
-        return Reserved(deadline_ms=hold.deadline_ms)
-    drafts = tuple(
+        return ()
+    return tuple(
         Draft(body=events.BudgetReserved(meter=meter, amount=amount, call_id=call_id), call_id=call_id)
         for meter, amount in hold.amounts.items()
     )
-    return Reserved(deadline_ms=hold.deadline_ms, drafts=drafts)
 
 
 def settle_call(
     pid: str, call_id: str, *, reserved_ms: int, used_ms: int | None, counted: bool = True
 ) -> Transaction[tuple[Draft, ...]]:
-    """With the outcome of a try, in its transaction; what to append behind it. `reserved_ms`: the intent's deadline.
+    """With the outcome of a try, in its transaction; what to append behind it. `reserved_ms`: what the try holds.
     `used_ms` None: nobody knows, so it is what was reserved. `counted` False: the same call is tried again."""
     taken_ms = reserved_ms if used_ms is None else max(0, used_ms)
     used = yield from allowances.settle_call(pid, reserved_ms=reserved_ms, used_ms=taken_ms, calls=int(counted))

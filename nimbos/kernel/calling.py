@@ -2,6 +2,7 @@
 
     begin    call.intent and call.started, the effect's key, and what it may use
     again    call.started once more, or for the first time behind an approval; the try before it is paid
+    put off  call.unknown and call.resolved, by the kernel: to be made again when there is more to spend
     lost     call.unknown; what was held is settled as it was reserved
     finish   call.done, what was used, the signals it came of, and whatever the caller adds
 
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from sqlalchemy import Text, bindparam, select
 
 from nimbos.db import Statement, Transaction, insert
@@ -28,6 +28,7 @@ from nimbos.kernel.effects import HARMLESS
 from nimbos.kernel.events import (
     CallDone,
     CallIntent,
+    CallResolved,
     CallStarted,
     CallUnknown,
     Event,
@@ -38,7 +39,7 @@ from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.segments import Prepared, Segments, text_of
 from nimbos.kernel.syscall import Also, Outcome
-from nimbos.kernel.words import Label, Origin
+from nimbos.kernel.words import Label, Origin, Verdict
 
 _INSERT_KEY = insert(process_effects)
 _FIND_KEY = Statement(select(process_effects.c.call_id).where(process_effects.c.key == bindparam("key", type_=Text)))
@@ -62,11 +63,10 @@ async def begin(holding: Holding, intent: CallIntent, *, label: Label) -> None:
     call_id = intent.call_id
 
     def transaction() -> Transaction[list[Event]]:
-        hold = yield from reserve_call(holding.pid, call_id, deadline_ms=intent.deadline_ms)
-        granted = msgspec.structs.replace(intent, deadline_ms=hold.deadline_ms)
+        held = yield from reserve_call(holding.pid, call_id, deadline_ms=intent.deadline_ms)
         events = yield from holding.appending(
-            *hold.drafts,
-            Draft(body=granted, call_id=call_id, label=label),
+            *held,
+            Draft(body=intent, call_id=call_id, label=label),
             Draft(body=CallStarted(call_id=call_id, attempt=1), call_id=call_id),
         )
         yield from _keep_key(holding, intent)
@@ -96,11 +96,28 @@ async def again(holding: Holding, call: Call, *, first: Sequence[Draft] = (), tr
             paid = yield from settle_call(
                 holding.pid, intent.call_id, reserved_ms=held_ms, used_ms=tried_ms, counted=False
             )
-        hold = yield from reserve_call(holding.pid, intent.call_id, deadline_ms=intent.deadline_ms)
-        events = yield from holding.appending(*first, *paid, *hold.drafts, started)
+        held = yield from reserve_call(holding.pid, intent.call_id, deadline_ms=intent.deadline_ms)
+        events = yield from holding.appending(*first, *paid, *held, started)
         if not call.attempts:
             yield from _keep_key(holding, intent)
         return events
+
+    await holding.write(transaction)
+
+
+async def put_off(holding: Holding, call: Call, *, tried_ms: int) -> None:
+    """Nothing is left to spend for another try: the one before is paid, and the call holds nothing and is to be begun.
+
+    Raises: Fenced, StorageUnavailable."""
+    call_id = call.intent.call_id
+    retried = CallResolved(call_id=call_id, verdict=Verdict.RETRY, by="kernel")
+
+    def transaction() -> Transaction[list[Event]]:
+        paid = yield from settle_call(
+            holding.pid, call_id, reserved_ms=reserved_ms(holding, call.intent), used_ms=tried_ms, counted=False
+        )
+        drafts = (Draft(body=body, call_id=call_id) for body in (CallUnknown(call_id=call_id), retried))
+        return (yield from holding.appending(*drafts, *paid))
 
     await holding.write(transaction)
 
@@ -200,7 +217,7 @@ async def outcome_of(
 
 
 def reserved_ms(holding: Holding, intent: CallIntent) -> int:
-    """What it holds: as it was granted last, or, where no budget limits it, its deadline."""
+    """What its last try holds, and may take: what was granted, or, where no budget limits it, its deadline."""
     held = holding.view.spending.reserved.get(intent.call_id, {})
     return held.get("seconds_ms", intent.deadline_ms)
 

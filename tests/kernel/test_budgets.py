@@ -12,7 +12,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.errors import Conflict, InvalidRequest, NotFound
 from nimbos.kernel import Head, Reason, SignalKind, State
-from nimbos.kernel.events import BudgetExhausted, BudgetSettled, ModelPartial, SignalReceived
+from nimbos.kernel.events import BudgetExhausted, BudgetReserved, BudgetSettled, ModelPartial, SignalReceived
 from nimbos.kernel.gate import Syscall
 from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance, Budget, Price, budgets_of, set_budget, set_prices
@@ -241,19 +241,27 @@ async def test_the_last_call_is_the_last_until_there_are_more(database: Database
         assert gate.done(pid) == ["look -"] * 3
 
 
-async def test_a_call_is_ended_when_the_seconds_are(database: Database, database_settings: Settings) -> None:
+async def test_a_call_is_ended_when_the_seconds_are_and_made_again_when_there_are_more(
+    database: Database, database_settings: Settings
+) -> None:
     async with gated(database, database_settings) as gate:
         calls = gate.program(tool("look", {"hold": True}, id="c1"), tool("look", id="c2"))
         pid = await gate.spawn(budget=Allowance(seconds=1))
         await gate.asking(pid, Reason.BUDGET)
-        assert calls.outcomes["c1"].error == "deadline", "of twenty seconds that it was allowed, one was left"
+        assert not calls.outcomes, "of twenty seconds that it was allowed, one was left"
+        ended = [body for kind, body in await gate.log(pid) if kind == "budget.exhausted"]
+        assert [(body.meter, body.limit) for body in ended] == [("seconds_ms", 1_000)]
         own = await budgets(database, pid)
         assert own["seconds_ms"].used >= 1_000
-        assert own["seconds_ms"].reserved == 0
-        ended = [body for kind, body in await gate.log(pid) if kind == "budget.exhausted"]
-        assert [body.meter for body in ended] == ["seconds_ms"]
+        assert own["seconds_ms"].reserved == own["calls"].reserved == own["calls"].used == 0, "it holds nothing"
+        gate.go(pid)
         assert await more(gate, pid, seconds=60)
         assert (await gate.place.over(pid)).reason is Reason.OK
+        assert [outcome.value for outcome in calls.outcomes.values()] == ["look is done"] * 2
+        own = await budgets(database, pid)
+        assert own["seconds_ms"].used >= 1_000
+        assert own["seconds_ms"].reserved == own["calls"].reserved == 0
+        assert own["calls"].used == 2
 
 
 async def test_each_try_of_a_call_is_paid(database: Database, database_settings: Settings) -> None:
@@ -272,6 +280,8 @@ async def test_another_try_needs_seconds_of_its_own(database: Database, database
         pid = await gate.spawn(budget=Allowance(seconds=1))
         await gate.asking(pid, Reason.BUDGET)
         assert len(gate.done(pid)) == 1, "what was given went into the first try"
+        own = (await budgets(database, pid))["seconds_ms"]
+        assert own.used >= 1_000 and own.reserved == 0
         gate.go(pid)
         assert await more(gate, pid, seconds=60)
         assert (await gate.place.over(pid)).reason is Reason.OK
@@ -279,6 +289,9 @@ async def test_another_try_needs_seconds_of_its_own(database: Database, database
         assert [used["calls"] for used in await settled(gate, pid)] == [0, 1]
         own = (await budgets(database, pid))["seconds_ms"]
         assert own.used > 1_000 and own.reserved == 0
+        held = [body for _, body in await gate.log(pid) if isinstance(body, BudgetReserved)]
+        tries = [body.amount for body in held if body.meter == "seconds_ms"]
+        assert tries == [1_000, 20_000], "the second has the tool's own deadline"
 
 
 async def test_the_start_of_its_process_is_paid_by_the_call_that_waits_for_it(

@@ -9,12 +9,12 @@ from typing import Any
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import Allowance, Reason, SignalKind, State
-from nimbos.kernel.events import CallIntent, CallWanted, CtxChanged, Segment
+from nimbos.kernel.events import BudgetReserved, CallIntent, CallWanted, CtxChanged, Segment
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.syscall import Outcome
 from nimbos.kernel.words import Effect, Verb
-from tests.kernel.gating import call, gated, on_sqlite, tool
+from tests.kernel.gating import Gated, call, gated, on_sqlite, tool
 from tests.kernel.running import ACCOUNT
 
 
@@ -197,6 +197,12 @@ async def test_nothing_is_left_to_spend_and_the_call_waits_for_more(
         assert set(calls.outcomes) == {"c1", "c2"}
 
 
+async def held(at: Gated, pid: str) -> list[int]:
+    """How long each try of its calls might take."""
+    reserved = [body for _, body in await at.log(pid) if isinstance(body, BudgetReserved)]
+    return [body.amount for body in reserved if body.meter == "seconds_ms"]
+
+
 @on_sqlite
 async def test_a_call_has_no_more_time_than_is_left_of_its_budget(
     database: Database, database_settings: Settings
@@ -204,10 +210,15 @@ async def test_a_call_has_no_more_time_than_is_left_of_its_budget(
     async with gated(database, database_settings) as at:
         calls = at.program(tool("look", {"hold": True}))
         pid = await at.spawn(budget=Allowance(seconds=1))
+        await at.asking(pid, Reason.BUDGET)
+        assert not calls.outcomes, "its tool did not run over its own deadline"
+        at.go(pid)
+        await at.place.kernel.top_up(ACCOUNT, pid, Allowance(seconds=60), source="user:test", external_id="more")
         assert (await at.place.over(pid)).used["seconds_ms"] >= 1000
-        assert calls.outcomes["c1"].error == "deadline"
+        assert calls.outcomes["c1"].value == "look is done"
         (intent,) = [body for _, body in await at.log(pid) if isinstance(body, CallIntent)]
-        assert intent.deadline_ms == 1000
+        assert intent.deadline_ms == 20_000
+        assert await held(at, pid) == [1_000, 20_000]
 
 
 async def test_what_running_calls_hold_of_a_budget_is_waited_for(
