@@ -150,15 +150,18 @@ def tell(log: Log, work: Work, reached: Sequence[str], *, source: str, external_
 
     Raises: GivenBefore.
     """
-    mail = Mail(signal=SignalKind.TOP_UP, source=source, external_id=external_id)
     told = []
     for pid in reached:
+        first = pid == reached[0]
+        # The others may have been sent a signal of their own with this id.
+        id = external_id if first else f"{external_id} of {reached[0]}"
+        mail = Mail(signal=SignalKind.TOP_UP, source=source, external_id=id)
         head = yield from locked_head(pid)
         asks = (head.state, head.reason) == (State.ASKING, Reason.BUDGET)
-        if pid != reached[0] and not asks and (head.state is not State.RUNNING or is_full(head)):
+        if not first and not asks and (head.state is not State.RUNNING or is_full(head)):
             continue  # who has mail does not park
         posted = yield from post(log, work, pid, mail)
-        if not posted.new and pid == reached[0]:
+        if not posted.new and first:
             raise GivenBefore
         told.append((pid, posted.woken))
     return tuple(told)

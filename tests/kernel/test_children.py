@@ -178,6 +178,31 @@ async def test_more_for_a_parent_reaches_a_child_that_is_about_to_ask_for_it(
         assert len(refused) == 1
 
 
+async def test_more_for_a_parent_reaches_a_child_that_was_sent_something_with_the_same_id(
+    database: Database, database_settings: Settings
+) -> None:
+    async def child(holding: Holding) -> None:
+        await holding.take_mail()
+        try:
+            await database.run(lambda: budgets.reserve_call(holding.pid, "c1", deadline_ms=1_000))
+        except BudgetExhausted as error:
+            await budgets.exhausted(holding, error)
+        await holding.exit(Reason.OK)
+
+    bodies = {"plain": parent_of("child", then=lambda holding: bool(exits(holding))), "child": child}
+    async with running(database, database_settings, bodies) as place:
+        pid = await place.spawn(budget=budgets.Allowance(calls=0))
+        await place.until(pid, State.WAITING)
+        one = (await names_of(place, pid))["child"]
+        asked = await place.until(one, State.ASKING)
+        await place.send(one, SignalKind.MESSAGE, body="the first for you", id="1")
+        await place.until(one, State.ASKING, after=asked.seq)
+        more = budgets.Allowance(calls=5)
+        assert await place.kernel.top_up(ACCOUNT, pid, more, source="user:test", external_id="1")
+        assert (await place.over(pid)).reason is Reason.OK
+        assert (await place.over(one)).reason is Reason.OK
+
+
 @pytest.mark.parametrize("kind", [SignalKind.KILL, SignalKind.CANCEL])
 async def test_a_child_that_is_ended_from_outside_is_told_of(
     database: Database, database_settings: Settings, kind: SignalKind
