@@ -497,6 +497,30 @@ async def test_a_fork_waits_at_an_effect_until_it_is_adopted_and_then_does_it_on
         assert not any(isinstance(body, Note) and body.about == "changed_step" for body in await place.bodies_of(made))
 
 
+async def test_a_fork_of_a_fork_does_once_it_is_adopted_what_both_wait_at(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+    said = await ask("Go on?")
+    return await call("mail", to=said)
+    """
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body)
+        await place.until(pid, State.ASKING)
+        (first,) = await place.kernel.fork(ACCOUNT, pid)
+        await place.until(first, State.ASKING)
+        await answer(place, first, "Bob")
+        await place.until(first, State.WAITING, reason="signal")
+        (second,) = await place.kernel.fork(ACCOUNT, first)
+        await place.until(second, State.WAITING, reason="signal")
+        await place.kernel.adopt(ACCOUNT, second)
+        assert await place.result(second) == "sent to Bob"
+        assert (done(place, first), done(place, second)) == ([], ["mail Bob"])
+        await place.kernel.adopt(ACCOUNT, first)
+        assert await place.result(first) == "sent to Bob"
+        assert done(place, first) == ["mail Bob"]
+
+
 async def test_a_fork_that_is_adopted_while_it_runs_does_what_it_withheld_and_does_not_wait_for_ever(
     database: Database, database_settings: Settings
 ) -> None:

@@ -78,11 +78,11 @@ class Calls:
         return None
 
     def fork(self) -> None:
-        """What the past of a fork had begun is not the fork's: it begins anew what its model wants."""
+        """What the past of a fork had begun is not the fork's: it begins anew what its model wants. What its past, a
+        fork as well, only seemed to do, it seems to have done, too."""
         self.wanted = [call for call in self.turn if call.call_id not in self.ended]
         self.open = {}
         self.resolved = {}
-        self.withheld = {}
 
     def change(self, event: CallEvent, at: Moment, steps: dict[str, Recorded]) -> str | None:
         """Why it cannot be; an outcome of a step is added to `steps`."""
@@ -112,9 +112,6 @@ class Calls:
 
     def _wanted(self, call_id: str) -> CallWanted | None:
         return next((call for call in self.wanted if call.call_id == call_id), None)
-
-    def _doing(self, step: str) -> bool:
-        return any(call.intent.step == step for call in self.open.values())
 
     def _intend(self, intent: CallIntent, at: Moment, steps: dict[str, Recorded]) -> str | None:
         if intent.call_id in self.open or intent.call_id in self.ended:
