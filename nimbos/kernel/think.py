@@ -308,10 +308,11 @@ def _class_of(holding: Holding) -> AskClass:
 
 
 def seed_for(view: View, seed: int, root: str) -> int:
-    """`seed`: as the program wants it, 0 for none. `root`: the ask with which the answer began."""
-    if not seed:
-        return _seed(root)
-    return seed if view.forked_from is None else _seed(f"{seed}\n{view.pid}")
+    """`seed`: as the program wants it, 0 for none. `root`: the ask with which the answer began; perhaps in a past that
+    forks share, which are to part there."""
+    if view.forked_from is not None:
+        return _seed(f"{seed or root}\n{view.pid}")
+    return seed or _seed(root)
 
 
 def _seed(word: str) -> int:
