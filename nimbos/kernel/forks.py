@@ -16,29 +16,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import BigInteger, Integer, Text, bindparam, literal_column, select
-
-from nimbos.db import Database, Statement, Transaction
-from nimbos.db.tables.kernel import process_events
-from nimbos.db.tables.processes import processes
+from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, InvalidRequest, NimbosError, StorageUnavailable
 from nimbos.kernel import budgets, heads
 from nimbos.kernel.bells import Bells
 from nimbos.kernel.children import ADOPTION, check_project
 from nimbos.kernel.events import ProcForked
-from nimbos.kernel.fold import fold
+from nimbos.kernel.fold import View
+from nimbos.kernel.fork_points import last_answer, point
 from nimbos.kernel.holding import adopted
 from nimbos.kernel.log import Draft, Log
 from nimbos.kernel.mailbox import Mail, post, queue_of, wake
 from nimbos.kernel.processes import Head, NewHead, head_of, locked_head
+from nimbos.kernel.releasing import MARK
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind, State
 from nimbos.types import Account, AskClass, new_id
 from nimbos.work import Work
 
 FORKS_MAX = 64  # at once
-_FOLLOWING = frozenset({"ctx.changed", "budget.settled", "signal.consumed"})  # what an outcome or a message brings
-_TOGETHER_MAX = 256
 _EXIT_PATIENCE_S = 10.0
 _EXIT_TICK_S = 0.1
 
@@ -51,11 +47,11 @@ class _Told:
 
 
 class _Over(Exception):
-    """A process that is to be adopted is over, and may have withheld what can happen no more."""
+    """Processes that are to be adopted are over, and may have withheld what can happen no more."""
 
-    def __init__(self, pid: str) -> None:
-        super().__init__(pid)
-        self.pid = pid
+    def __init__(self, pids: Sequence[str]) -> None:
+        super().__init__(len(pids))
+        self.pids = pids
 
 
 class Forks:
@@ -76,7 +72,7 @@ class Forks:
         if not 1 <= n <= FORKS_MAX:
             raise InvalidRequest(f"From 1 to {FORKS_MAX} forks can be made at once, not {n}.", param="n")
         if at is None:
-            at = await self._last_answer(pid)
+            at = await last_answer(self._database, self._log, pid)
         made = [new_id("proc") for _ in range(n)]
         await self._workspaces.fork(pid, made)
         try:
@@ -98,7 +94,7 @@ class Forks:
         yield from check_project(account, more=len(made))
         at_seq, at_hash = original.seq, original.hash
         if at is not None and at != original.seq:
-            at_seq, at_hash = yield from _point(pid, at)
+            at_seq, at_hash = yield from point(pid, at)
         head = NewHead(
             account=account,
             program=original.program,
@@ -120,17 +116,6 @@ class Forks:
             yield from self._work.add(queue_of(account.id), fork)
         return original
 
-    async def _last_answer(self, pid: str) -> int | None:
-        """Of a process that is over: the event before it was last asked, so that there is something left to do."""
-        rows = await self._database.read(heads.one(pid))
-        if not rows or rows[0]["state"] != State.DONE.value:
-            return None
-        for span in reversed(await self._log.spans(pid)):
-            found = await self._database.read(_LAST_ASK(pid=span.pid, after=span.after, upto=span.upto))
-            if found:
-                return max(1, int(found[0]["seq"]) - 1)
-        return None
-
     async def adopt(self, pid: str, *, source: str) -> None:
         """What it does is done from now on, and so is what it had withheld (`releasing.py`).
 
@@ -142,11 +127,11 @@ class Forks:
             try:
                 told = await self._database.run(lambda: self._adopting_all(pid, source, lossless), durable=True)
                 break
-            except _Over as over:  # its log does not change any more, and is read outside of the transaction
-                await self._check_nothing_is_lost(over.pid)
-                lossless.add(over.pid)
-        for member, woken in told.posted:
-            self._bells.posted(member, woken=woken)
+            except _Over as over:  # their logs do not change any more, and are read outside of the transaction
+                for one in over.pids:
+                    await self._check_nothing_is_lost(one)
+                lossless.update(over.pids)
+        self._tell(told)
 
     def _adopting_all(self, pid: str, source: str, lossless: Collection[str]) -> Transaction[_Told]:
         """With its children, also those that are born meanwhile: until no more are found under a head that is locked.
@@ -159,12 +144,14 @@ class Forks:
             found = [head for head in map(head_of, rows) if head.pid not in seen]
             if not found:
                 return _Told(posted=tuple(posted))
-            for head in found:  # parents before their children
-                if head.pid == pid and head.forked_from is None:
-                    raise Conflict(f"The process {pid} is no fork.", param="pid")
-                if head.withheld and (head.pid == pid or head.forked_from is None):
-                    posted += yield from self._adopting(head.pid, source, lossless)
-                seen.add(head.pid)
+            if found[0].pid == pid and found[0].forked_from is None:
+                raise Conflict(f"The process {pid} is no fork.", param="pid")
+            its = [head for head in found if head.withheld and (head.pid == pid or head.forked_from is None)]
+            if over := [head.pid for head in its if head.state is State.DONE and head.pid not in lossless]:
+                raise _Over(over)
+            for head in its:  # parents before their children
+                posted += yield from self._adopting(head.pid, source, lossless)
+            seen.update(head.pid for head in found)
 
     def _adopting(self, pid: str, source: str, lossless: Collection[str]) -> Transaction[list[tuple[str, bool]]]:
         """By its own server where it runs: nobody else may append. Raises: _Over."""
@@ -172,9 +159,11 @@ class Forks:
         if not head.withheld:
             return []
         if head.state is State.DONE and pid not in lossless:
-            raise _Over(pid)
+            raise _Over([pid])
         if head.state is State.RUNNING:
-            mail = Mail(signal=SignalKind.ADOPT, source=source, external_id="adopt")
+            if (yield ADOPTION(pid=pid, signal=SignalKind.ADOPT.value)):  # which it has yet to read
+                return []
+            mail = Mail(signal=SignalKind.ADOPT, source=source, external_id=new_id("sig"))
             posted = yield from post(self._log, self._work, pid, mail)
             return [(pid, posted.woken)]
         yield from self._log.append(pid, [Draft(body=adopted(), actor=source)], holder=None)
@@ -185,18 +174,22 @@ class Forks:
 
     async def _check_nothing_is_lost(self, pid: str) -> None:
         """Raises: Conflict."""
-        events = [event async for event in self._log.all(pid)]
-        withheld = fold(events).syscalls.withheld
-        if withheld:
-            first = next(event.seq for event in events if event.kind == "call.intent" and event.call_id in withheld)
+        view, intended = View(), dict[str, int]()
+        async for event in self._log.all(pid):
+            view.apply(event)
+            if event.kind == "call.intent":
+                intended[event.call_id] = event.seq
+        lost = [id for id in view.syscalls.withheld if f"{id}{MARK}" not in view.syscalls.ended]
+        if lost:
+            first = min(intended[id] for id in lost)
             raise Conflict(
-                f"The fork {pid} is over, and what it withheld can happen no more ({len(withheld)} calls). "
+                f"The fork {pid} is over, and what it withheld can happen no more ({len(lost)} calls). "
                 f"`nimbos fork {pid} --at {first - 1}` makes one that can be adopted.",
                 param="pid",
             )
 
     async def drop(self, pid: str, *, source: str) -> None:
-        """Of a fork that was not adopted. Its log stays.
+        """Of a fork that was not adopted, and of its children, also those that are detached. The logs stay.
 
         Raises: NotFound; Conflict for a process that is real; StorageUnavailable.
         """
@@ -208,17 +201,29 @@ class Forks:
                 raise Conflict(
                     f"The process {pid} is no fork that could be dropped; `nimbos kill` ends it.", param="pid"
                 )
-            if head.state is State.DONE:
-                return _Told()
-            mail = Mail(signal=SignalKind.KILL, source=source, external_id="drop")
-            posted = yield from post(self._log, self._work, pid, mail)
-            return _Told(posted=((pid, posted.woken),))
+            return (yield from self._killing(pid, source))
 
-        told = await self._database.run(begin, durable=True)
+        self._tell(await self._database.run(begin, durable=True))
+        if await self._is_over(pid):  # else its files stay until it is dropped again
+            born = await self._database.run(lambda: self._killing(pid, source), durable=True)
+            self._tell(born)  # while it had not read yet that it is dropped
+            await self._workspaces.drop(pid)
+
+    def _killing(self, pid: str, source: str) -> Transaction[_Told]:
+        """Those that its exit does not cancel would withhold for ever what they do."""
+        posted = []
+        for member in map(head_of, (yield heads.family(pid))):
+            if member.pid != pid and not (member.detached and member.withheld and member.forked_from is None):
+                continue
+            if (yield from locked_head(member.pid)).state is not State.DONE:
+                mail = Mail(signal=SignalKind.KILL, source=source, external_id=new_id("sig"))
+                done = yield from post(self._log, self._work, member.pid, mail)
+                posted.append((member.pid, done.woken))
+        return _Told(posted=tuple(posted))
+
+    def _tell(self, told: _Told) -> None:
         for member, woken in told.posted:
             self._bells.posted(member, woken=woken)
-        if await self._is_over(pid):  # else its files stay until it is dropped again
-            await self._workspaces.drop(pid)
 
     async def _is_over(self, pid: str) -> bool:
         """Waits for it, though not for long: perhaps no server runs it now."""
@@ -235,48 +240,7 @@ class Forks:
                         await follower.news.wait()
 
 
-def _point(pid: str, seq: int) -> Transaction[tuple[int, str]]:
-    """Where a fork at this event of the process's past begins: behind what follows from it in the same transaction, as
-    without that it would be nowhere the process ever was. (seq, hash). Raises: InvalidRequest."""
-    of: str | None = pid
-    while of is not None:
-        (origin,) = yield _ORIGIN(pid=of)
-        if seq > origin["forked_seq"]:
-            rows = yield _BEHIND(pid=of, seq=seq, most=_TOGETHER_MAX)
-            if not rows or rows[0]["seq"] != seq:
-                break
-            last = rows[0]
-            for row in rows[1:]:
-                if row["kind"] not in _FOLLOWING or (row["ts_ms"], row["epoch"]) != (last["ts_ms"], last["epoch"]):
-                    break
-                last = row
-            return int(last["seq"]), str(last["hash"])
-        of = origin["forked_from"]
-    raise InvalidRequest(f"The process {pid} has no event {seq}; `nimbos logs {pid}` shows which it has.", param="at")
-
-
 def _class_of(account: Account, wanted: AskClass) -> AskClass:
     """The original's, unless whoever forks has a key that is not for it."""
     allowed = [name for name in AskClass if f"class:{name}" in account.scopes]
     return wanted if not allowed or wanted in allowed else allowed[-1]
-
-
-_PID = bindparam("pid", type_=Text)
-_ORIGIN = Statement(select(processes.c.forked_from, processes.c.forked_seq).where(processes.c.id == _PID))
-_BEHIND = Statement(
-    select(*(process_events.c[name] for name in ("seq", "hash", "kind", "ts_ms", "epoch")))
-    .where(process_events.c.pid == _PID, process_events.c.seq >= bindparam("seq", type_=BigInteger))
-    .order_by(process_events.c.seq)
-    .limit(bindparam("most", type_=Integer))
-)
-_LAST_ASK = Statement(
-    select(process_events.c.seq)
-    .where(
-        process_events.c.pid == _PID,
-        process_events.c.kind == literal_column("'model.intent'"),
-        process_events.c.seq > bindparam("after", type_=BigInteger),
-        process_events.c.seq <= bindparam("upto", type_=BigInteger),
-    )
-    .order_by(process_events.c.seq.desc())
-    .limit(1)
-)

@@ -17,8 +17,11 @@ from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.mailbox import Mail
-from tests.kernel.gating import Gated, gated, tool
-from tests.kernel.running import ACCOUNT
+from nimbos.kernel.words import Verb
+from tests.kernel.gating import Gated, call, gated, tool
+from tests.kernel.minds import calling, minds
+from tests.kernel.running import ACCOUNT, Place
+from tests.kernel.test_forks import MANIFEST, SCRIPT, TOOLS, answer, asking, file_of, fork, keys, said
 
 Then = Callable[[Gated, Holding], Awaitable[None]]
 
@@ -151,3 +154,130 @@ async def test_a_fork_that_ends_while_it_is_adopted_is_not_adopted_with_what_it_
         with pytest.raises(Conflict, match="can happen no more"):
             await at.place.kernel.adopt(ACCOUNT, made)
         assert (await at.place.head(made)).withheld
+
+
+async def test_a_fork_of_a_fork_does_what_its_past_had_withheld_once_it_is_adopted(
+    database: Database, database_settings: Settings
+) -> None:
+    script = {**SCRIPT, "replies": [{"match": "^Withheld", **calling("ask", question="Sure?")}, *SCRIPT["replies"]]}
+    async with minds(database, database_settings, script) as place:
+        pid = await place.run(await place.program(MANIFEST, {"tools.py": TOOLS}))
+        await place.until(pid, State.ASKING, reason="input")
+        first = await fork(place, pid)
+        forked = await place.until(first, State.ASKING, reason="input")
+        await answer(place, first, "pay")
+        await place.until(first, State.ASKING, reason="input", after=forked.seq)
+        second = await fork(place, first)
+        asked = await place.until(second, State.ASKING, reason="input")
+        await place.kernel.adopt(ACCOUNT, second)
+        await place.until(second, State.ASKING, reason="input", after=asked.seq)
+        assert [len(file_of(place, one, "paid.txt")) for one in (pid, first, second)] == [0, 0, 1]
+        third = await fork(place, second)
+        assert await said(place, second, "yes") == "Paid at last."
+        await place.until(third, State.ASKING, reason="input")
+        await place.kernel.adopt(ACCOUNT, third)
+        assert await said(place, third, "yes") == "Paid at last."
+        assert await keys(place, third) == await keys(place, second), "in its past that was done"
+
+
+async def say(place: Place, pid: str, *, id: str) -> None:
+    """With an id of the user's own."""
+    source = f"user:{ACCOUNT.key}"
+    await place.kernel.signal(ACCOUNT, pid, SignalKind.MESSAGE, source=source, external_id=id, body="a word")
+
+
+async def test_a_message_of_any_id_does_not_stand_in_the_way_of_adopting(
+    database: Database, database_settings: Settings
+) -> None:
+    async def then(at: Gated, holding: Holding) -> None:
+        await say(at.place, holding.pid, id="adopt")
+        await at.place.kernel.adopt(ACCOUNT, holding.pid)
+
+    async with forked(database, database_settings, then) as (at, made):
+        await at.place.over(made)
+        assert at.done(made) == ["mail -"]
+        assert not (await at.place.head(made)).withheld
+
+
+async def test_a_message_of_any_id_does_not_stand_in_the_way_of_dropping(
+    database: Database, database_settings: Settings
+) -> None:
+    async with asking(database, database_settings) as (place, pid):
+        made = await fork(place, pid)
+        asked = await place.until(made, State.ASKING, reason="input")
+        await say(place, made, id="drop")
+        await place.until(made, State.ASKING, reason="input", after=asked.seq)
+        await place.kernel.drop(ACCOUNT, made)
+        assert (await place.head(made)).reason is Reason.KILLED
+
+
+@asynccontextmanager
+async def with_children(
+    database: Database, settings: Settings, child: Callable[[Holding], Awaitable[None]], *, count: int, detached: bool
+) -> AsyncIterator[tuple[Gated, str, list[str]]]:
+    """A fork that has begun so many children and waits."""
+    async with gated(database, settings) as at:
+
+        async def body(holding: Holding) -> None:
+            await holding.take_mail()
+            if holding.view.forked_from is not None and not holding.view.children:
+                for number in range(count):
+                    spawn = call(Verb.SPAWN, id=f"c{number}", input=number, name="child", detached=detached)
+                    await at.gate.call(holding, spawn)
+            await holding.park(State.WAITING, Reason.SIGNAL)
+
+        at.place.bodies |= {"plain": body, "child": child}
+        original = await at.spawn()
+        await at.place.until(original, State.WAITING)
+        (made,) = await at.place.kernel.fork(ACCOUNT, original)
+
+        async def is_bred() -> bool:
+            return len(await at.place.kernel.tree(ACCOUNT, made)) == count + 1
+
+        await at.place.when(made, is_bred)
+        await at.place.until(made, State.WAITING)
+        yield at, made, [head.pid for head in await at.place.kernel.tree(ACCOUNT, made)][1:]
+
+
+class Counting:
+    """A database that counts transactions."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.count = 0
+
+    async def run(self, *words: Any, **named: Any) -> Any:
+        self.count += 1
+        return await self._database.run(*words, **named)
+
+
+async def test_a_fork_whose_children_are_over_is_adopted_in_as_many_steps_as_one_of_them_takes(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def child(holding: Holding) -> None:
+        await holding.exit(Reason.OK)
+
+    async with with_children(database, database_settings, child, count=5, detached=False) as (at, made, children):
+        for one in children:
+            await at.place.over(one)
+        counting = Counting(database)
+        monkeypatch.setattr(at.place.kernel._forks, "_database", counting)
+        await at.place.kernel.adopt(ACCOUNT, made)
+        assert counting.count == 2
+        assert not any([(await at.place.head(one)).withheld for one in (made, *children)])
+
+
+async def test_a_fork_that_is_dropped_leaves_no_child_that_goes_on_for_nobody(
+    database: Database, database_settings: Settings
+) -> None:
+    async with with_children(database, database_settings, wait_on, count=2, detached=True) as (at, made, children):
+        for one in children:
+            await at.place.until(one, State.WAITING)
+        await at.place.kernel.drop(ACCOUNT, made)
+        for one in (made, *children):
+            assert (await at.place.over(one)).reason is Reason.KILLED
+
+
+async def wait_on(holding: Holding) -> None:
+    await holding.take_mail()
+    await holding.park(State.WAITING, Reason.SIGNAL)
