@@ -124,14 +124,16 @@ class Endings:
         yield from self._shared.work.release(self._holder.claim)
         return Ended(events=events, by=Parked, woken=True, posted=posted)
 
-    def goes_on(self, reason: Reason, owed: frozenset[str]) -> Transaction[bool]:
+    def goes_on(self, reason: Reason, owed: frozenset[str], *, hears: bool) -> Transaction[bool]:
         """Whether a process that would exit by itself runs once more: it was adopted, with calls that were withheld
-        and are to be made now; or it would end well, and words for it are on their way. `owed`: what was to be made
-        when this run began; who fails although it had its turn does not get another one."""
+        and are to be made now; or it would end well, and words for it are on their way, which it `hears`: a function
+        would run from its top to the same end. `owed`: what was to be made when this run began; who fails although it
+        had its turn does not get another one."""
         head = yield from locked_head(self._holder.pid)
         unread = yield from mailbox.unread_kinds(head)
         if reason is Reason.OK:
-            return bool(unread & {SignalKind.MESSAGE, SignalKind.ADOPT}) or bool((yield from self._released()))
+            heard = {SignalKind.ADOPT, SignalKind.MESSAGE} if hears else {SignalKind.ADOPT}
+            return bool(unread & heard) or bool((yield from self._released()))
         return SignalKind.ADOPT in unread or bool((yield from self._released()) - owed)
 
     def exiting(self, view: View, body: ProcExited, told: str | None, drafts: Sequence[Draft]) -> Transaction[Ended]:

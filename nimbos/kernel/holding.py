@@ -195,9 +195,9 @@ class Holding:
         driven: bool = True,
     ) -> None:
         """Ends the process: children that are not detached are cancelled, its parent is told, all in one transaction.
-        `result`: a segment. A process that would end well while words for it are on their way hears them first, and
-        one that was adopted makes the calls that it withheld first: then nothing of this is written, and another run
-        goes on. `driven` False: none could.
+        `result`: a segment. An agent that would end well while words for it are on their way hears them first, and a
+        process that was adopted makes the calls that it withheld first: then nothing of this is written, and another
+        run goes on. `driven` False: none could.
 
         Raises: Exited or Parked, always, if nothing else.
         """
@@ -207,7 +207,7 @@ class Holding:
         body = ProcExited(reason=reason, result=result, error=error)
 
         def begin() -> Transaction[Ended]:
-            if driven and (yield from self._endings.goes_on(reason, self._owed)):
+            if driven and (yield from self._endings.goes_on(reason, self._owed, hears=not self.program.entry)):
                 return (yield from self._endings.yielding([]))
             return (yield from self._endings.exiting(self.view, body, told, drafts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from nimbos.config import Settings
@@ -14,7 +15,7 @@ from nimbos.kernel.events import CallDone, Note, SignalConsumed
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.words import Effect
-from tests.kernel.running import Place, begin_call, running
+from tests.kernel.running import ACCOUNT, Place, begin_call, running
 
 PATIENCE_S = 60
 
@@ -106,6 +107,23 @@ async def test_words_that_come_while_a_process_ends_well_are_heard_first(
         pid = await place.spawn()
         assert await result_of(place, pid) == 1
         assert (await place.head(pid)).epoch == 2
+
+
+async def test_words_that_no_step_of_a_function_asked_for_do_not_keep_it_from_its_end(
+    database: Database, database_settings: Settings
+) -> None:
+    """From its top it would come to the same end, each time that there are more of them."""
+    files = {"nimbos.toml": b'name = "function"\nentry = "main.py:main"\n', "main.py": b"async def main(input): ...\n"}
+    async with running(database, database_settings) as place:
+
+        async def end(holding: Holding) -> None:
+            await place.send(holding.pid, SignalKind.MESSAGE, body="one more thing")
+            await holding.exit(Reason.OK)
+
+        place.bodies["function"] = end
+        await place.kernel.programs.put(msgspec.structs.replace(ACCOUNT, scopes=frozenset({"programs:code"})), files)
+        pid = await place.kernel.spawn(ACCOUNT, "function", None)
+        assert (await place.over(pid)).epoch == 1
 
 
 async def test_signals_of_many_at_once_are_all_received(database: Database, database_settings: Settings) -> None:
