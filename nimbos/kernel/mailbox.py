@@ -65,10 +65,11 @@ def post(log: Log, work: Work, pid: str, mail: Mail) -> Transaction[Posted]:
     mailbox is full.
     """
     head = yield from locked_head(pid)
-    if (yield _KNOWN(process=pid, source=mail.source, external_id=mail.external_id)):
+    if (yield KNOWN(process=pid, source=mail.source, external_id=mail.external_id)):
         return Posted(new=False)
     if head.state is State.DONE:
-        if mail.signal in (SignalKind.CHILD_EXIT, SignalKind.TIMER, SignalKind.CANCEL):
+        gone = mail.signal is SignalKind.CANCEL and mail.source == f"process:{head.parent}"
+        if gone or mail.signal in (SignalKind.CHILD_EXIT, SignalKind.TIMER):
             return Posted(new=False)
         raise Conflict(f"The process {pid} is over ({head.reason.value}).", param="pid")
     if mail.signal is SignalKind.ANSWER:
@@ -184,13 +185,13 @@ def _check_room(head: Head, signal: SignalKind) -> Transaction[None]:
 
 def _answering(head: Head, mail: Mail) -> Transaction[Mail]:
     """An answer belongs to one question that is open. Raises: Conflict."""
-    if not head.asked_seq:
+    if not head.asked_seq or not head.about:  # a budget, or a key, is no question
         raise Conflict(f"The process {head.pid} asks nothing; it is {_doing(head)}.", param="pid")
     about = mail.about or (head.about[0] if len(head.about) == 1 else "")
-    if head.about and not about:
+    if not about:
         asked = ", ".join(head.about)
         raise Conflict(f"The process {head.pid} asks more than one thing: say which of {asked}.", param="about")
-    if about and about not in head.about:
+    if about not in head.about:
         raise Conflict(f"The process {head.pid} does not ask {about[:80]!r}.", param="about")
     if (yield _ANSWERED(process=head.pid, about=about, asked_seq=head.asked_seq, signal=SignalKind.ANSWER.value)):
         raise Conflict(f"The process {head.pid} has its answer already.", param="about")

@@ -227,7 +227,7 @@ async def test_an_end_is_an_end(database: Database, database_settings: Settings)
     async with running(database, database_settings, {"plain": say_and_end}) as place:
         pid = await place.spawn()
         head = await place.over(pid)
-        for kind in (SignalKind.MESSAGE, SignalKind.KILL, SignalKind.RESUME, SignalKind.ANSWER):
+        for kind in (SignalKind.MESSAGE, SignalKind.KILL, SignalKind.CANCEL, SignalKind.RESUME, SignalKind.ANSWER):
             with pytest.raises(Conflict, match="over"):
                 await place.send(pid, kind)
         assert await place.head(pid) == head

@@ -290,6 +290,24 @@ async def test_an_answer_to_nothing_is_refused(database: Database, database_sett
             await place.send(pid, SignalKind.ANSWER, body="yes")
 
 
+async def test_what_is_no_question_has_no_answer(database: Database, database_settings: Settings) -> None:
+    async def spend(holding: Holding) -> None:
+        await holding.take_mail()
+        if any(signal.signal is SignalKind.MESSAGE for signal in holding.view.signals):
+            await forever(holding)
+        await holding.park(State.ASKING, Reason.BUDGET)
+
+    async with running(database, database_settings, {"plain": spend}) as place:
+        pid = await place.spawn()
+        await place.until(pid, State.ASKING, reason="budget")
+        with pytest.raises(Conflict, match="asks nothing"):
+            await place.send(pid, SignalKind.ANSWER, body="yes")
+        await place.send(pid, SignalKind.MESSAGE, body="go on")
+        await begun(place, pid)
+        with pytest.raises(Conflict, match="asks nothing"):
+            await place.send(pid, SignalKind.ANSWER, body="yes")
+
+
 async def test_a_paused_question_can_be_answered_once(database: Database, database_settings: Settings) -> None:
     async with running(database, database_settings, {"plain": ask_and_end}) as place:
         pid = await place.spawn()
