@@ -5,7 +5,7 @@ Whether it comes at the right time is the mailbox's to say, in the transaction t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from nimbos.kernel import Allowance, Head, Reason, SignalKind, Verdict
 ID_CHARACTERS_MAX = 200
 _AMOUNT_MAX = 2**53
 
+T = TypeVar("T", bound=msgspec.Struct)
 Amount = Annotated[int, msgspec.Meta(ge=0, le=_AMOUNT_MAX)]
 Sendable = Literal["message", "answer", "top_up", "pause", "resume", "cancel", "kill"]
 
@@ -48,6 +49,8 @@ class Approval(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Settling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """`result`: of what happened."""
+
     verdict: Verdict
     result: Any = None
 
@@ -89,7 +92,10 @@ def _answer(body: Any, head: Head) -> Any:
         return msgspec.to_builtins(_converted(body, Approval, "approve: true or false"))
     if head.reason is Reason.IN_DOUBT:
         words = ", ".join(verdict.value for verdict in Verdict)
-        return msgspec.to_builtins(_converted(body, Settling, f"verdict: {words}"))
+        settling = _converted(body, Settling, f"verdict: {words}")
+        if settling.result is not None and settling.verdict is not Verdict.HAPPENED:
+            raise InvalidRequest("Only what `happened` has a `result`.", param="body.result")
+        return msgspec.to_builtins(settling)
     if head.reason is Reason.BUDGET:
         raise Conflict("This process asks for budget: send the signal 'top_up'.", param="signal")
     if head.reason is Reason.AUTH:
@@ -101,7 +107,7 @@ def _answer(body: Any, head: Head) -> Any:
     return body
 
 
-def _converted(body: Any, into: type[Approval] | type[Settling], what: str) -> Approval | Settling:
+def _converted(body: Any, into: type[T], what: str) -> T:
     if not isinstance(body, dict):
         raise InvalidRequest(f"The `body` of this answer is an object with `{what}`.", param="body")
     return bodies.convert(body, into, at="body")

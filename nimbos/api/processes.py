@@ -155,8 +155,10 @@ class ProcessRoutes:
         account, pid = _changing(request), request.path_params["pid"]
         head = await self._kernel.find(account, pid)
         external_id = checked_id(body.id) or new_id("sig")
-        content = checked_body(body, head)
         source = f"user:{account.key or account.id}"
+        if body.id and await self._kernel.was_sent(pid, source=source, external_id=external_id):
+            return json_reply(SignalTold(id=external_id, process=await self._now(account, pid)))
+        content = checked_body(body, head)
         if body.signal == "top_up":
             await self._kernel.top_up(account, pid, top_up_of(content), source=source, external_id=external_id)
         else:

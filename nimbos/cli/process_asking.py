@@ -34,6 +34,10 @@ def signal_of(asked: Mapping[str, Any], words: str, *, why: str = "", result: st
     """The fields of the signal that gives this answer. Raises: InvalidRequest saying what can be answered."""
     about = {"about": asked["about"]} if asked["about"] else {}
     reason, word = asked["reason"], words.strip().lower().replace("-", "_")
+    if why and (reason != "permission" or word in _YES):
+        raise InvalidRequest("--why is told with a refusal, and this is none.")
+    if result is not None and (reason != "in_doubt" or word != "happened"):
+        raise InvalidRequest("--result is what came of a call that happened, and this says nothing of one.")
     if reason == "permission":
         if word not in (*_YES, *_NO):
             raise InvalidRequest(f"{words[:60]!r} answers nothing here: say approve or refuse.")

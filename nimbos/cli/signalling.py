@@ -88,7 +88,7 @@ def answer(
         "calls": calls,
     }
     more = {meter: amount for meter, amount in amounts.items() if amount is not None}
-    if more and words:
+    if more and (words or about or why or result is not None):
         raise InvalidRequest("Give an answer or more budget, not both.")
     with Remote(config.load()) as remote:
         whole = remote.find(pid)

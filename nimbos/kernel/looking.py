@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, aclosing, suppress
 
 from nimbos.db import Database
 from nimbos.errors import NotReady
-from nimbos.kernel import heads
+from nimbos.kernel import heads, mailbox
 from nimbos.kernel.bells import Bells, Delta, Follower
 from nimbos.kernel.cost import Cost, cost_of
 from nimbos.kernel.events import Event
@@ -52,6 +52,10 @@ class Looking:
         """Raises: NotFound."""
         await self.find(account, pid)
         return await self.log.read(pid, after=after, limit=min(limit, EVENTS_MAX))
+
+    async def was_sent(self, pid: str, *, source: str, external_id: str) -> bool:
+        """Whether this very signal was put into the mailbox of a process of one's own before."""
+        return bool(await self.database.read(mailbox.KNOWN(process=pid, source=source, external_id=external_id)))
 
     async def text(self, account: Account, hash: str) -> bytes:
         """A segment's content. Raises: NotFound."""

@@ -236,7 +236,7 @@ _KEEP = upsert(process_mailbox, key=("process", "position"), set=("at_ms",))
 _FIND = Statement(
     select(process_mailbox.c.at_ms).where(_OF, process_mailbox.c.position == bindparam("position", type_=BigInteger))
 )
-_KNOWN = Statement(
+KNOWN = Statement(
     select(process_mailbox.c.position).where(
         _OF,
         process_mailbox.c.source == bindparam("source", type_=Text),

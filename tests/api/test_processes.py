@@ -26,6 +26,7 @@ SCRIPT = {
     "replies": [
         {"match": "^Ask", "times": 1, "tool_calls": [{"name": "ask", "arguments": {"question": QUESTION}}]},
         {"match": "Paris", "text": "It is Paris."},
+        {"match": "^Mail", "times": 1, "tool_calls": [{"name": "mail", "arguments": {}}]},
         {"match": "slowly", "text": "one two three four five six seven eight nine ten", "tokens_per_second": 60},
         {"match": "at leisure", "text": LEISURELY, "tokens_per_second": 10},
         {"match": "^How warm", "times": 1, "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]},
@@ -36,6 +37,14 @@ SCRIPT = {
 }
 
 OTHER = {"default": {"text": "21 things."}}
+LOSING = {
+    "nimbos.toml": 'name = "losing"\n',
+    "instructions.md": "Mail it.\n",
+    "tools.py": (
+        "import os\nfrom nimbos.adk import tool\n\n\n"
+        '@tool(effect="opaque")\ndef mail() -> str:\n    """Nobody knows."""\n    os._exit(7)\n'
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +221,27 @@ def test_the_same_signal_twice_is_one(mine: Processes, curious: str) -> None:
     mine.over(pid)
     taken = [one for one in mine.stream(pid) if one.kind == "signal.received"]
     assert [one.data["body"]["signal"] for one in taken] == ["answer"]
+
+
+def test_a_signal_that_is_sent_again_is_the_same_whatever_is_asked_by_then(mine: Processes) -> None:
+    careful = {**WEATHER, "nimbos.toml": 'name = "both"\n\n[tools]\nbuiltin = ["ask"]\nconfirm = ["weather"]\n'}
+    pid = mine.spawn(mine.put(careful), "Ask me.")
+    before = mine.until(pid, "asking")
+    assert mine.signal(pid, "answer", body="How warm is it?", id="mine").status_code == 200
+    assert mine.until(pid, "asking", last=str(before["events"]))["reason"] == "permission"
+    again = mine.signal(pid, "answer", body="How warm is it?", id="mine")
+    assert (again.status_code, again.json()["id"]) == (200, "mine")
+    assert mine.signal(pid, "answer", body={"approve": True}).status_code == 200
+    assert mine.over(pid)["result"] == "21 degrees."
+
+
+def test_only_what_happened_has_a_result(mine: Processes) -> None:
+    pid = mine.spawn(mine.put(LOSING), "Mail it.")
+    assert mine.until(pid, "asking")["reason"] == "in_doubt"
+    wrong = mine.signal(pid, "answer", body={"verdict": "did_not", "result": "sent"})
+    assert error_of(wrong, 400)["param"] == "body.result"
+    assert mine.signal(pid, "answer", body={"verdict": "happened", "result": "sent to Paris"}).status_code == 200
+    assert mine.over(pid)["result"] == "It is Paris."
 
 
 def test_an_answer_to_what_is_not_asked_is_refused(mine: Processes, plain: str, curious: str) -> None:

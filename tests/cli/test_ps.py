@@ -226,6 +226,8 @@ def test_a_message_is_heard(home: Path, mine: Processes, busy: str, done: str) -
 
 def test_an_answer_is_given_once(home: Path, mine: Processes, asking: str, busy: str) -> None:
     assert "Which city?" in refusal(home, "answer", asking)
+    assert "--why" in refusal(home, "answer", asking, "Paris", "--why", "I live there.")
+    assert "--result" in refusal(home, "answer", asking, "Paris", "--result", "Oslo")
     assert asking in shell(home, "answer", asking, "Paris")
     assert mine.over(asking)["result"] == "It is Paris."
     assert "asks nothing; it is done (ok)" in refusal(home, "answer", asking, "Paris")
@@ -237,6 +239,7 @@ def test_a_budget_is_topped_up(home: Path, mine: Processes) -> None:
     mine.until(pid, "asking")
     assert "--tokens" in refusal(home, "answer", pid, "more")
     assert "not both" in refusal(home, "answer", pid, "more", "--tokens", "5")
+    assert "not both" in refusal(home, "answer", pid, "--tokens", "5", "--about", "tokens")
     assert "more to spend" in shell(home, "answer", pid, "--tokens", "5000")
     assert mine.over(pid)["reason"] == "ok"
 
