@@ -32,6 +32,10 @@ ToolName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z_][A-Za-z0-9_-]*\Z", m
 BuiltinTool = Literal["ask", "pin", "read", "receive", "send", "sleep", "spawn", "wait"]
 Level = Literal["auto", "none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000_000)]
+AnswerTokens = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+ThinkingTokens = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 
 
 class ModelNeeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,11 +44,11 @@ class ModelNeeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Annotated[str, msgspec.Meta(max_length=200)] = ""
     context_tokens: Annotated[int, msgspec.Meta(ge=0, le=100_000_000)] = 0
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
+    max_tokens: AnswerTokens | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
-    thinking: bool | Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] | Level | None = None
+    seed: Seed | None = None
+    thinking: bool | ThinkingTokens | Level | None = None
 
 
 class Tools(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from nimbos.errors import InvalidRequest
 from nimbos.kernel.answers import Misfit, value_of
 from nimbos.kernel.events import CallDenied, CallDone, CallResolved, ModelDone, ModelFailed
-from nimbos.kernel.manifest import Level
+from nimbos.kernel.manifest import AnswerTokens, Level, Seed, Temperature, ThinkingTokens
 from nimbos.kernel.program import Program
 from nimbos.kernel.releasing import MARK
 from nimbos.kernel.requests import dial_of, sampling_of
@@ -57,10 +57,10 @@ class ThinkArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     model: str = ""
     schema: dict[str, Any] | bool | None = None
     regex: str = ""
-    max_tokens: int | None = None
-    temperature: float | None = None
-    seed: int | None = None
-    thinking: bool | int | Level | None = None
+    max_tokens: AnswerTokens | None = None
+    temperature: Temperature | None = None
+    seed: Seed | None = None
+    thinking: bool | ThinkingTokens | Level | None = None
 
     @property
     def grammar(self) -> Grammar | None:
@@ -72,7 +72,7 @@ class ThinkArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class CallArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tool: str
     arguments: dict[str, Any]
-    deadline_s: float | None = None
+    deadline_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,15 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nimbos.errors import EngineFailed, Forbidden, InvalidRequest, ModelUnusable, NimbosError, NotFound
+from nimbos.errors import (
+    EngineFailed,
+    Forbidden,
+    InvalidRequest,
+    ModelUnusable,
+    NimbosError,
+    NotFound,
+    Overloaded,
+)
 from nimbos.kernel.branches import Parting, stopped
 from nimbos.kernel.events import BudgetSettled, ModelFailed, ModelIntent
 from nimbos.kernel.gate import Gate
@@ -20,7 +28,7 @@ from nimbos.kernel.think import Thinker
 from nimbos.kernel.view import Call
 from nimbos.types import new_id
 
-_REFUSALS = (InvalidRequest, NotFound, Forbidden, ModelUnusable, EngineFailed)
+_REFUSALS = (InvalidRequest, NotFound, Forbidden, ModelUnusable, EngineFailed, Overloaded)  # which waiting mends not
 
 
 @dataclass(slots=True, eq=False)

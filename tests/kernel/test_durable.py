@@ -20,7 +20,7 @@ from nimbos.kernel import durable as durables
 from nimbos.kernel.events import BudgetSettled, CallDone, CallIntent, ModelIntent, Note, ProcState
 from nimbos.kernel.tools.turns import Turns
 from nimbos.kernel.words import Verb
-from nimbos.ledger import Allowance
+from nimbos.ledger import Allowance, set_limit
 from tests.kernel.minds import ACCOUNT, Minds, minds
 from tests.kernel.running import PATIENCE_S
 
@@ -260,6 +260,10 @@ except StepFailed as failed:
         ('think("one", model="nobody")', "model_not_found", "nobody"),
         ('think([{"role": "robot", "content": "x"}])', "invalid_request", "role"),
         ('think("one", seed="x")', "bad_step", "seed"),
+        ('think("one", seed=2**64)', "bad_step", "seed"),
+        ('think("one", max_tokens=0)', "bad_step", "max_tokens"),
+        ('think("one", temperature=-1)', "bad_step", "temperature"),
+        ('call("count", step_deadline_s=-1000)', "bad_step", "deadline_s"),
         ('spawn("nowhere")', "not_found", "nowhere"),
         ('send("proc_nobody", "x")', "not_found", "proc_nobody"),
     ],
@@ -453,6 +457,22 @@ return "no need"
         await answer(place, pid, {"verdict": "abandon"})
         assert await place.result(pid) == "no need"
         assert done(place, pid) == ["mail Ada"]
+
+
+async def test_a_model_that_its_key_may_never_ask_is_an_error_of_the_step(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+try:
+    await think("one")
+except StepFailed as failed:
+    return failed.code
+"""
+    await database.run(lambda: set_limit("key", ACCOUNT.key, requests_per_min=0))
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body)
+        assert await place.result(pid) == "overloaded"
+        assert (await place.head(pid)).epoch == 1
 
 
 async def test_a_spent_budget_parks_it_with_its_work_and_a_top_up_goes_on(
