@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from nimbos.kernel.fold import fold
 from nimbos.kernel.log import Log
 from nimbos.kernel.processes import Head
 from nimbos.kernel.segments import Segments
@@ -34,7 +33,9 @@ async def asks_of(log: Log, segments: Segments, head: Head) -> list[Asked]:
     """Nothing unless it is asking. Raises: NotFound, StorageUnavailable, FromNewerVersion."""
     if head.state is not State.ASKING:
         return []
-    view = fold([event async for event in log.all(head.pid)])
+    view = View()
+    async for event in log.all(head.pid):  # a page at a time: a long log holds up nobody
+        view.apply(event)
     if view.state is not State.ASKING:  # it has gone on since the head was read
         return []
     if view.reason is Reason.BUDGET:

@@ -101,7 +101,7 @@ class Replays:
                 body = decoded(event)
                 if isinstance(body, ModelIntent):
                     begun = intents.pop(body.continues, None)
-                    intents[body.ask_id] = begun or (body, event.seq, view.copy())
+                    intents[body.ask_id] = begun or (body, event.seq, view.copy() if onlooker else view)
                 view.apply(event)
                 if isinstance(body, ModelDone):
                     root, seq, before = intents.pop(body.ask_id)
