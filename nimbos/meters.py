@@ -3,6 +3,8 @@ Read `api/metrics.py` for how both become one page."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nimbos.types import Account, Ask, Origin, Usage
@@ -27,6 +29,7 @@ class Meters:
         self._duration = Histogram(
             "nimbos_ask_seconds", "From admission to the end.", by, buckets=_SECONDS, registry=self.registry
         )
+        self._series: dict[tuple[str, str], _Series] = {}
         self._alerts = Counter(
             "nimbos_budget_alerts_total", "Thresholds of budgets that were reached.", ("meter",), registry=self.registry
         )
@@ -36,17 +39,39 @@ class Meters:
         self._alerts.labels(meter).inc()
 
     def begin(self, ask: Ask, account: Account, origin: Origin) -> None:
-        self._running.labels(ask.model, ask.ask_class.value).inc()
+        self._of(ask).running.inc()
 
     def first_token(self, ask: Ask, seconds: float) -> None:
-        self._first_token.labels(ask.model, ask.ask_class.value).observe(seconds)
+        self._of(ask).first_token.observe(seconds)
 
     def settle(self, ask: Ask, *, usage: Usage, outcome: str, seconds: float) -> None:
         by = (ask.model, ask.ask_class.value)
-        self._running.labels(*by).dec()
+        series = self._of(ask)
+        series.running.dec()
+        series.duration.observe(seconds)
         self._asks.labels(*by, outcome).inc()
-        self._duration.labels(*by).observe(seconds)
         for meter in usage.__struct_fields__:
             count = getattr(usage, meter)
             if count:
                 self._tokens.labels(*by, meter).inc(count)
+
+    def _of(self, ask: Ask) -> _Series:
+        """Looking a series up by its labels costs more than counting in it."""
+        by = (ask.model, ask.ask_class.value)
+        found = self._series.get(by)
+        if found is None:
+            found = self._series[by] = _Series(
+                running=self._running.labels(*by),
+                first_token=self._first_token.labels(*by),
+                duration=self._duration.labels(*by),
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Series:
+    """Of one model and class."""
+
+    running: Gauge
+    first_token: Histogram
+    duration: Histogram

@@ -30,23 +30,22 @@ async def read(request: Request, *, limit_bytes: int, stall_s: float) -> bytes:
     pieces: list[bytes] = []
     have = 0
     too_large = declared.isascii() and declared.isdigit() and int(declared[:20]) > limit_bytes
-    chunks = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(stall_s):
-                piece = await anext(chunks, None)
-        except TimeoutError as error:
-            raise InvalidRequest(f"The body stopped after {have} bytes for {stall_s:.0f} s.") from error
-        if piece is None:
-            break
-        have += len(piece)
-        if have > limit_bytes:
-            too_large = True
-            pieces.clear()
-        if too_large and have > _DRAIN_FACTOR * limit_bytes:
-            break
-        if not too_large:
-            pieces.append(piece)
+    clock = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(stall_s) as patience:
+            async for piece in request.stream():
+                have += len(piece)
+                if have > limit_bytes:
+                    too_large = True
+                    pieces.clear()
+                if too_large and have > _DRAIN_FACTOR * limit_bytes:
+                    break
+                if not too_large:
+                    pieces.append(piece)
+                if piece:
+                    patience.reschedule(clock() + stall_s)
+    except TimeoutError as error:
+        raise InvalidRequest(f"The body stopped after {have} bytes for {stall_s:.0f} s.") from error
     if too_large:
         raise PayloadTooLarge(have=int(declared[:20]) if declared.isdigit() else None, limit=limit_bytes)
     return b"".join(pieces)

@@ -22,6 +22,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from nimbos.db.sqlite_file import SqliteFile
@@ -30,8 +31,8 @@ from nimbos.errors import StorageUnavailable
 
 _GROUP = 128  # transactions in one commit, at most
 _QUICK_GROUP = 16  # and of those that the loop waits for
-_LOG_COMMITS = 256  # so many on the loop's thread, and the log must be written back
-_LOG_PAGES = 1000
+_LOG_COMMITS = 64  # so many that the loop's thread has begun, and the log is written back
+_LOG_PAGES = 1000  # or so many that the writer thread has
 
 
 class _Job:
@@ -162,14 +163,23 @@ class Writer:
             return  # the loop is closed: nobody waits any more
 
     def _commit(self, group: list[_Job]) -> None:
-        """What the loop's thread has begun."""
+        """What the loop's thread has begun. A commit waits for nobody's lock; and one statement is all that is run here
+        as a rule, since after each this thread waits for the interpreter's."""
         assert self._connection is not None
         try:
-            self._face(self._connection, on_loop=False)
             self._connection.execute("COMMIT")
-            self._commits = 0
-        except (StorageUnavailable, sqlite3.Error) as error:
+        except sqlite3.Error as error:
             self._undo(group, error)
+            return
+        self._commits += 1
+        if self._commits >= _LOG_COMMITS:
+            self._write_back(self._connection)
+
+    def _write_back(self, connection: sqlite3.Connection) -> None:
+        """The log into the file, as far as no reader needs it. What fails here is tried again by a later one."""
+        self._commits = 0
+        with suppress(sqlite3.Error):
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _settle(self, group: list[_Job]) -> None:
         """Sets what became of each."""

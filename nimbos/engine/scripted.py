@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nimbos.engine.script import Reply, Script, conversation_of
+from nimbos.engine.script import Message, Reply, Script, conversation_of
 from nimbos.engine.tally import Tally
 from nimbos.errors import PromptTooLong, UnsupportedField
 from nimbos.meterfile import MeterFile, Row
@@ -130,15 +130,17 @@ class ScriptedSource:
             raise UnsupportedField("logprobs", why=f"not available from the scripted model {self._card.id!r}")
         if ask.stop_ids:
             raise UnsupportedField("stop_token_ids", why=f"not for the scripted model {self._card.id!r}: it has none")
-        count = _count_prompt(ask)
+        conversation = conversation_of(_prompt_text(ask))
+        count = _count(conversation)
         if count >= self._card.context_tokens:
             raise PromptTooLong(have=count, limit=self._card.context_tokens - 1)
-        self._script.reply_to(conversation_of(_prompt_text(ask)), model_id=self._card.id)
+        self._script.reply_to(conversation, model_id=self._card.id)
         return Prepared(ask=ask, prompt_tokens=count)
 
     async def generate(self, ask: Ask) -> AsyncIterator[Chunk]:
-        reply = self._script.reply_to(conversation_of(_prompt_text(ask)), model_id=self._card.id)
-        prompt_tokens = _count_prompt(ask)
+        conversation = conversation_of(_prompt_text(ask))
+        reply = self._script.reply_to(conversation, model_id=self._card.id)
+        prompt_tokens = _count(conversation)
         line = write_line(reply, ask, room_tokens=self._card.context_tokens - prompt_tokens)
         branches = [_branch(number, ask) for number in range(ask.n) if number not in ask.finished]
         allowance = self._allowances[ask.id] = _Allowance(ask.allowance_tokens, ask.allowance_last)
@@ -265,5 +267,5 @@ def _prompt_text(ask: Ask) -> str:
     return "".join(part.text for part in ask.parts if isinstance(part, Text))
 
 
-def _count_prompt(ask: Ask) -> int:
-    return sum(count_tokens(message.text) for message in conversation_of(_prompt_text(ask)))
+def _count(conversation: tuple[Message, ...]) -> int:
+    return sum(count_tokens(message.text) for message in conversation)

@@ -54,8 +54,7 @@ class Held(Overloaded):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """`limit` None: it counts, warns, and holds nothing. `depth` is the order in which budgets are locked."""
 
     id: str
@@ -79,7 +78,9 @@ class Budget:
     def at(self, now_ms: int) -> Budget:
         """As it stands now: with a new period begun, if the old one is over."""
         start_ms = periods.start_ms(self.period, now_ms)
-        return self if start_ms <= self.period_start_ms else replace(self, period_start_ms=start_ms, used=0)
+        if start_ms <= self.period_start_ms:
+            return self
+        return msgspec.structs.replace(self, period_start_ms=start_ms, used=0)
 
     def exhausted(self, now_ms: int, *, too_small: bool = False) -> BudgetExhausted:
         assert self.limit is not None
@@ -95,8 +96,7 @@ class Budget:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
     """An amount in every meter."""
 
     tokens: int = 0
@@ -213,7 +213,7 @@ def limited(chain: Sequence[Budget]) -> bool:
 
 def charge(budget: Budget, *, reserved: Hold, used: Hold) -> Budget:
     """The budget after an ask changed what it holds and what it used by so much."""
-    return replace(
+    return msgspec.structs.replace(
         budget,
         reserved=budget.reserved + reserved.of(budget.meter),
         used=budget.used + used.of(budget.meter),
@@ -275,7 +275,7 @@ def store(budget: Budget) -> Transaction[None]:
 
 
 def budget_of(row: Row) -> Budget:
-    return Budget(**{name: row[name] for name in Budget.__dataclass_fields__})
+    return Budget(**{name: row[name] for name in Budget.__struct_fields__})
 
 
 def encode_ids(chain: Sequence[Budget]) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from sqlalchemy import bindparam, select, update
 
 from nimbos.db import Statement, Transaction, insert, insert_ignored
@@ -60,8 +61,7 @@ class Price:
     micros_per_million: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """The prices of one model for one class, in millionths for a million tokens, for an ask that wants so many
     tokens of its prompt kept."""
 
@@ -105,18 +105,25 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceTable:
-    """One version, whole. Without a row a price is 0."""
+    """One version, whole. Without a row a price is 0. `_found`: what was asked for so far."""
 
     version: int = NO_PRICES
     rows: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    _found: dict[tuple[str, str], Rates] = field(default_factory=dict, repr=False, compare=False)
 
     def rates(self, model: str, ask_class: AskClass | str, pin_tokens: int = 0) -> Rates:
+        known = self._found.get((model, ask_class))
+        if known is None:
+            known = self._found[model, ask_class] = self._rates(model, ask_class)
+        return msgspec.structs.replace(known, pin_tokens=pin_tokens) if pin_tokens else known
+
+    def _rates(self, model: str, ask_class: str) -> Rates:
         found = {meter: self._find(model, meter, str(ask_class)) for meter in PRICED}
         for meter, other in _INSTEAD.items():
             if found[meter] is None:
                 found[meter] = found[other]
         prices = {meter: price or 0 for meter, price in found.items()}
-        return Rates(version=self.version, pin_tokens=pin_tokens, **prices)
+        return Rates(version=self.version, **prices)
 
     def prices(self) -> list[Price]:
         return [

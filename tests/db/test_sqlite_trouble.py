@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -241,6 +242,17 @@ async def test_many_transactions_share_few_commits(store: Database, tmp_path: Pa
         assert _changes(other) != before
     wal = tmp_path / "nimbos.db-wal"
     assert wal.stat().st_size < 50 * 4096  # 200 commits of their own would be 200 pages at least
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_the_log_is_written_back_behind_quick_commits(store: Database, tmp_path: Path, durable: bool) -> None:
+    """Each start would read a log that only grows, and each reader would look through it."""
+    for _ in range(200):
+        await store.run(lambda: count("a"), durable=durable, quick=True)
+    alone = tmp_path / "alone.db"
+    shutil.copy(tmp_path / "nimbos.db", alone)
+    with closing(sqlite3.connect(alone)) as file:
+        assert file.execute("SELECT n FROM test_things WHERE id = 'a'").fetchone()[0] > 100
 
 
 def _changes(connection: sqlite3.Connection) -> int:
