@@ -266,6 +266,8 @@ class Engine:
         if self._broken is not None:
             raise self._broken
         active = _Active(ask, asyncio.Queue(), {b: list(ids) for b, ids in ask.emitted.items()}, list(ask.finished))
+        if not self._asks:
+            self._finishes.clear()  # hours without asks say nothing of the pace of those that come now
         self._asks[ask.id] = active
         branches = ask.n if ask.kind is Kind.GENERATE else 1
         told = len(ask.finished)

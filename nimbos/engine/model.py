@@ -99,7 +99,7 @@ class Model:
         library, options = self.library, self.options
         params = library.llama_context_default_params()
         params.n_ctx = options.cells
-        params.n_batch = options.step_tokens
+        params.n_batch = max(options.step_tokens, options.sequences)  # libllama asks for an output of each at once
         params.n_ubatch = options.step_tokens if self.pools else min(options.micro_tokens, options.step_tokens)
         params.n_seq_max = min(options.sequences, SEQUENCES_MAX)
         params.n_threads = params.n_threads_batch = options.threads

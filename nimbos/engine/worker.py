@@ -46,6 +46,7 @@ EMBED_STEP_TOKENS = 2048
 LEARN_EVERY_S = 30.0
 TIDY_AFTER_S = 5.0  # without work
 RECURRENT_SEQUENCES = 16
+SHARING_SEQUENCES_MIN = 5
 
 
 class Pipe:
@@ -99,7 +100,7 @@ class Worker:
         model = Model(library, path, options)
         whole = model.kind is not Kind.GENERATE  # whole inputs, no answers
         cells = choose_cells(model, settings.engine)
-        step = min(EMBED_STEP_TOKENS, model.context_tokens) if whole else settings.engine.max_step_tokens
+        step = min(EMBED_STEP_TOKENS, model.context_tokens) if whole else min(settings.engine.max_step_tokens, cells)
         model.options = ModelOptions(
             cells=max(cells, step),
             threads=threads,
@@ -340,9 +341,11 @@ def _swap_file(settings: Settings) -> SwapFile | None:
 
 
 def _sequences(model: Model, wanted: int) -> int:
-    """Ids in use: each costs a recurrent model a whole state, and others nothing."""
+    """Ids in use: each costs a recurrent model a whole state, and others nothing. Where prefixes are shared, an ask may
+    need one while others compute, one is pinned, and one holds the prefix that it is to go on with."""
     most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES
-    return max(2, min(most, wanted if model.kind is Kind.GENERATE else 64))
+    least = SHARING_SEQUENCES_MIN if model.shares_prefixes else 2
+    return max(least, min(most, wanted if model.kind is Kind.GENERATE else 64))
 
 
 def _rules(settings: EngineSettings, model: Model) -> Rules:
