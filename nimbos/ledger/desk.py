@@ -94,7 +94,7 @@ class Desk:
             return reserved
 
         clock = asyncio.get_running_loop().time
-        deadline = clock() + self._admit_patience_s
+        deadline, waited = clock() + self._admit_patience_s, False
         reserving = asyncio.create_task(self.database.run(begin, quick=True))
         try:
             while True:
@@ -104,7 +104,8 @@ class Desk:
                 except Held:
                     if clock() >= deadline:
                         raise
-                await self._wait()
+                await self._wait(most_s=deadline - clock())
+                waited = True
                 reserving = asyncio.create_task(self.database.run(begin, quick=True))
         except asyncio.CancelledError:
             self._keep(self._undo(reserving, Due(settlement=_nothing(ask), row=row, journal=journal)))
@@ -113,16 +114,18 @@ class Desk:
             self._refused(error, Due(settlement=_nothing(ask), row=row, journal=journal))
             raise
         self.ledger.remember(reserved.prices)
+        if waited:
+            self.bell.ring()  # there may be more than this ask needs
         counted = msgspec.structs.replace(
             ask, meter_row=row, allowance_tokens=reserved.allowance_tokens, weight=account.weight
         )
         running = self._running[ask.id] = Running(self, counted, reserved, row=row, journal=journal)
         return running
 
-    async def _wait(self) -> None:
+    async def _wait(self, *, most_s: float) -> None:
         self._waiting += 1
         try:
-            await self.bell.wait(min(HELD_TICK_S, self._admit_patience_s))
+            await self.bell.wait(HELD_TICK_S, most_s=most_s)
         finally:
             self._waiting -= 1
 

@@ -120,7 +120,7 @@ class Running:
     async def _extend(self) -> None:
         """Goes on until it is far enough ahead again: a source that has been told everything sends nothing."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + EXTEND_PATIENCE_S
+        deadline, waited = clock() + EXTEND_PATIENCE_S, False
         while self._due():
             progress = self._progress()  # which is read here: a transaction has its own thread
             try:
@@ -135,11 +135,14 @@ class Running:
                 self._compute_ms = extended.compute_ms
                 self._look_at_tokens = progress.allowance_tokens + SLICE_TOKENS
                 self._grant(extended.allowance_tokens, last=extended.last)
-                deadline = clock() + EXTEND_PATIENCE_S
+                if waited:
+                    self._desk.bell.ring()  # there may be more than this answer needs
+                deadline, waited = clock() + EXTEND_PATIENCE_S, False
             elif clock() >= deadline:
                 self._grant(self._allowance_tokens, last=True)
             else:
-                await self._desk.bell.wait(_TICK_S)
+                await self._desk.bell.wait(_TICK_S, most_s=deadline - clock())
+                waited = True
         self._extending = None
 
     def _extension(self, progress: Progress) -> Transaction[Extended]:
