@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from nimbos.db import Transaction
+from nimbos.db import Row, Transaction
 from nimbos.ledger import alerts, budgets, limits, prices, rollups, rows
 from nimbos.ledger.budgets import Budget, Hold, Need
 from nimbos.ledger.limits import Passed
@@ -138,8 +138,7 @@ class Ledger:
         table = yield from self._table(row["price_version"])
         rates = table.rates(row["model"], row["class"], row["pin_tokens"])
         own, before = rows.held(row), rows.charged(row)
-        known = budgets.decode_ids(row["budgets"])
-        chain = [one if one.id in known else budgets.charge(one, reserved=own, used=before) for one in chain]
+        chain = _as_ever(chain, row)
         now_used = _used(progress.usage, rates, progress.compute_ms)
         need = _next_need(progress, row["prompt_tokens"], rates)
         granted, wait = budgets.grant_more(chain, need, own=own, used=now_used - before)
@@ -158,7 +157,8 @@ class Ledger:
         )
 
     def settle(self, settlement: Settlement) -> Transaction[Settled]:
-        """May be run again: an ask is settled once."""
+        """May be run again: an ask is settled once. All budgets that there are by now are charged, whenever they were
+        made; `tree.py` sees to it that none is made between this and its sums."""
         now_ms = _now_ms()
         row = yield from rows.lock(settlement.ask_id)
         if row is None or row["state"] == rows.SETTLED:
@@ -168,7 +168,7 @@ class Ledger:
         used = _used(settlement.usage, rates, settlement.compute_ms)
         charged = limits.decode_charged(row["limits"])
         yield from limits.correct_tokens(charged, more=used.tokens - row["estimated_tokens"])
-        chain = yield from budgets.lock_ids(budgets.decode_ids(row["budgets"]), now_ms)
+        chain = _as_ever((yield from budgets.lock_chain(rows.owners(row), now_ms)), row)
         chain = yield from _store(chain, reserved=Hold() - rows.held(row), used=used - rows.charged(row))
         fired = yield from alerts.fire(chain, now_ms)
         quantities = prices.quantities(settlement.usage, row["pin_tokens"])
@@ -235,6 +235,12 @@ def _already(ask: Ask) -> int:
 
 def _used(usage: Usage, rates: Rates, compute_ms: int) -> Hold:
     return Hold(tokens=prices.tokens_of(usage), micros=rates.cost_micros(usage), ms=compute_ms)
+
+
+def _as_ever(chain: list[Budget], row: Row) -> list[Budget]:
+    """A budget that was made since the ask was let in, as if it had been there from the beginning."""
+    known, own, before = budgets.decode_ids(row["budgets"]), rows.held(row), rows.charged(row)
+    return [one if one.id in known else budgets.charge(one, reserved=own, used=before) for one in chain]
 
 
 def _store(chain: list[Budget], *, reserved: Hold, used: Hold) -> Transaction[list[Budget]]:

@@ -6,16 +6,15 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
-from sqlalchemy import and_, bindparam, delete, func, literal_column, select, update
+from sqlalchemy import ColumnElement, Executable, and_, bindparam, delete, func, literal_column, select, text, update
 
-from nimbos.db import Statement, Transaction, insert
-from nimbos.db.tables.ledger import budgets, usage_days
+from nimbos.db import Dialect, Statement, Transaction, insert
+from nimbos.db.tables.ledger import budgets, usage_days, usage_hours
 from nimbos.errors import InvalidRequest, NotFound
 from nimbos.ledger import alerts, periods
 from nimbos.ledger.budgets import COST, TOKENS, Budget, budget_of
 from nimbos.ledger.owners import DEPTHS, OWNER_KINDS
 from nimbos.ledger.prices import PRICED
-from nimbos.ledger.rollups import fold
 from nimbos.types import new_id
 
 LIMIT_MAX = 10**15
@@ -65,9 +64,10 @@ def set_budget(
 ) -> Transaction[Budget]:
     """Makes the owner's budget of this meter and period, or changes its limit; what is used stays used.
 
-    A new one of a day or a month begins with what its owner has used in that period already. `parent`: the id of the
-    budget that a child process draws on as well; the other owners' budgets need none, an ask finds them all.
-    `alerts_at`: thresholds in the meter's unit; None leaves them as they are.
+    A new one of a day or a month begins with what its owner has used in that period already. Asks that run are charged
+    to it whole, and none is missed or counted twice. `parent`: the id of the budget that a child process draws on as
+    well; the other owners' budgets need none, an ask finds them all. `alerts_at`: thresholds in the meter's unit; None
+    leaves them as they are.
 
     Raises: InvalidRequest; NotFound for a parent that is not there.
     """
@@ -78,6 +78,7 @@ def set_budget(
         budget_id = rows[0]["id"]
         yield _CHANGE(of=budget_id, new_limit=limit, name=owner_name or rows[0]["owner_name"])
     else:
+        yield _HOLD_ASKS()
         budget_id = new_id("budget")
         depth = yield from _depth(owner_kind, parent)
         used = yield from _used_already(owner_kind, owner_id, meter=meter, period=period, now_ms=now_ms)
@@ -138,29 +139,47 @@ def _depth(owner_kind: str, parent: str | None) -> Transaction[int]:
     return max(least, above.depth + 1)
 
 
+def _holding(dialect: Dialect) -> Executable:
+    """Until the transaction ends no ask is let in, extended or settled, so each is settled either before what is summed
+    here, or when its settlement finds the budget. SQLite has one writer anyway."""
+    if dialect == "sqlite":
+        return select(literal_column("1"))
+    return text("LOCK TABLE asks IN EXCLUSIVE MODE")
+
+
+_HOLD_ASKS = Statement(_holding)
+
+
 @cache
 def _sum_of(owner_kind: str, meter: str) -> Statement:
-    column = usage_days.c.cost_micros if meter == COST else usage_days.c.quantity
-    meters = ("asks",) if meter == COST else PRICED
-    where = [
-        usage_days.c.day_ms >= bindparam("since_ms"),
-        usage_days.c.meter.in_([literal_column(f"'{name}'") for name in meters]),
+    """What the days have, and what of the hours they do not have yet (`rollups.py`): in one statement, as they may be
+    brought up to date meanwhile."""
+    name = "cost_micros" if meter == COST else "quantity"
+    counted = ("asks",) if meter == COST else PRICED
+    meters: list[ColumnElement[str]] = [literal_column(f"'{one}'") for one in counted]
+    days, hours = usage_days.c, usage_hours.c
+    of_days = [days.day_ms >= bindparam("since_ms"), days.meter.in_(meters)]
+    of_hours = [
+        literal_column("quantity <> folded_quantity"),  # as the partial index has it
+        hours.hour_ms >= bindparam("since_ms"),
+        hours.meter.in_(meters),
     ]
     if owner_kind != "organisation":  # there is one
-        where.append(usage_days.c[owner_kind] == bindparam("owner"))
-    return Statement(select(func.sum(column).label("used")).where(and_(*where)))
+        of_days.append(days[owner_kind] == bindparam("owner"))
+        of_hours.append(hours[owner_kind] == bindparam("owner"))
+    folded = select(func.sum(days[name])).where(and_(*of_days)).scalar_subquery()
+    rest = select(func.sum(hours[name] - hours[f"folded_{name}"])).where(and_(*of_hours)).scalar_subquery()
+    return Statement(select((func.coalesce(folded, 0) + func.coalesce(rest, 0)).label("used")))
 
 
 def _used_already(owner_kind: str, owner_id: str, *, meter: str, period: str, now_ms: int) -> Transaction[int]:
     if period == "total":
         return 0
-    while (yield from fold()):
-        pass
     values: dict[str, int | str] = {"since_ms": periods.start_ms(period, now_ms)}
     if owner_kind != "organisation":
         values["owner"] = owner_id
     rows = yield _sum_of(owner_kind, meter)(**values)
-    return int(rows[0]["used"] or 0)
+    return int(rows[0]["used"])
 
 
 def _check(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
+from sqlalchemy import text
 
-from nimbos.db import Database
+from nimbos.config import Settings, StorageSettings
+from nimbos.db import Database, Statement, Transaction
 from nimbos.errors import BudgetExhausted, InvalidRequest, NotFound
-from nimbos.ledger import alerts_of, remove_budget, tree
+from nimbos.ledger import Settlement, alerts_of, remove_budget, tree
 from nimbos.ledger import ledger as module
 from nimbos.ledger.budgets import Held
 from nimbos.types import Kind, Usage
+from tests.databases import Postgres
 from tests.ledger.books import ACCOUNT, Books, an_ask
 
 
@@ -278,6 +284,61 @@ async def test_a_budget_made_for_an_answer_that_runs_holds_it_as_if_it_had_been_
     await books.settle(reserved.ask_id, Usage(input=10, output=91))
     for budget in (key, project):
         assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (101, 0)
+
+
+@pytest.mark.parametrize("period", ["day", "month", "total"])
+async def test_a_budget_made_while_an_answer_runs_is_charged_the_whole_of_it_also_without_another_slice(
+    books: Books, period: str
+) -> None:
+    """And once: neither is it in the sums that the budget begins with, nor missing in both."""
+    await books.ask_and_settle(Usage(input=3, output=4))
+    running, cancelled = await books.reserve(prompt=10), await books.reserve(prompt=10)
+    begun = 0 if period == "total" else 7
+    budget = await books.budget("key", ACCOUNT.key, limit=1000, period=period, alerts_at=[begun + 20])
+    assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (begun, 0)
+    settled = await books.settle(running.ask_id, Usage(input=10, output=20))
+    assert [one.threshold for one in settled.fired] == [begun + 20]
+    await books.settle(cancelled.ask_id, Usage(), outcome="cancelled")
+    assert ((await books.look(budget)).used, (await books.look(budget)).reserved) == (begun + 30, 0)
+
+
+async def test_a_budget_that_is_made_as_an_answer_is_settled_has_it_once(postgres: Postgres, tmp_path: Path) -> None:
+    """On two servers at the same moment: the settlement has looked for budgets and is not committed."""
+    url = postgres.with_tables()
+    database = await Database.open(Settings(home=str(tmp_path), storage=StorageSettings(database_url=url)))
+    holder: Any = await asyncpg.connect(url)
+    try:
+        books = Books(database)
+        reserved = await books.reserve(prompt=10)
+        await holder.execute("SELECT pg_advisory_lock(7)")
+        settlement = Settlement(ask_id=reserved.ask_id, usage=Usage(input=10, output=20), outcome="done")
+
+        def settle() -> Transaction[None]:
+            yield from books.ledger.settle(settlement)
+            yield _WAIT_FOR_HOLDER()
+
+        settling = asyncio.create_task(database.run(settle))
+        await _waiting(holder, 1, settling)
+        making = asyncio.create_task(books.budget("key", ACCOUNT.key, limit=1000, period="day"))
+        await _waiting(holder, 2, making)
+        await holder.execute("SELECT pg_advisory_unlock(7)")
+        await settling
+        assert (await making).used == 30
+    finally:
+        await holder.close()
+        await database.close()
+        postgres.drop(url)
+
+
+_WAIT_FOR_HOLDER = Statement(text("SELECT pg_advisory_xact_lock(7)"))
+
+
+async def _waiting(connection: Any, count: int, task: asyncio.Task[Any]) -> None:
+    """Until so many wait for a lock, or the task does not."""
+    async with asyncio.timeout(60):
+        while not task.done():
+            if await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") >= count:
+                return
 
 
 async def test_an_answer_whose_server_was_silent_goes_on_where_no_budget_holds_it(books: Books) -> None:
