@@ -49,7 +49,7 @@ RESERVE_TOKENS = 128  # cells kept free for each live job's answer beyond its pr
 WORTH_WAITING = 16  # tokens of a prefix that must still be coming for a job to wait for it
 IDLE_SHARE, IDLE_CELLS_MIN = 0.1, 512  # idle contexts may lengthen a step of one row by this share
 RELIEVE_EVERY = 8  # steps
-PIECES_AT_ONCE = 8
+PIECES_AT_ONCE = 8  # of contexts, written out or put back before a step
 PIN_S_MAX = 3600.0  # no ask keeps cells for longer
 LOOKED_AT = 16  # waiting jobs that are tried each time something changed
 
@@ -108,13 +108,14 @@ class Loop:
         """Decodes a few tokens: a library that cannot is found out before anybody waits, and the threads learn whether
         they have the cores to themselves. Raises: EngineFailed."""
         tokens = [token for token in range(min(self.model.n_vocab, 64)) if token not in self.model.vocab.control]
+        rows = min(8, self.model.options.step_tokens)
         for _ in range(2):
             self.model.arm()
             begun, begun_cpu = time.perf_counter(), time.process_time()
-            self.model.decode([Rows(sequence=0, start=0, tokens=tokens[:8], logits=True)])
+            self.model.decode([Rows(sequence=0, start=0, tokens=tokens[:rows], logits=True)])
             wall, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
             self.model.drop(0)
-        relative = wall * 1e3 / self._expected.predict(8, 0)
+        relative = wall * 1e3 / self._expected.predict(rows, 0)
         self.threads.observe(relative=relative, cpu_ms=cpu * 1e3, wall_ms=wall * 1e3, now_ms=_now_ms())
 
     # --- what the outside asks for
@@ -183,11 +184,12 @@ class Loop:
         self.model.arm()
         look()
         started = time.perf_counter()
+        self._go_on_putting_back()
         self._admit()
         chosen = self._with_guesses(self._plan_within_cells())
         if not chosen.slices:
             self.flush()
-            return self._changed and bool(self._waiting)
+            return (self._changed and bool(self._waiting)) or any(job.returning for job in self._live)
         rows = [row for part in chosen.slices for row in _rows_of(part)]
         urgent = min((s.job.ask_class for s in chosen.slices), key=list(AskClass).index)
         planned = time.perf_counter()
@@ -312,25 +314,37 @@ class Loop:
         except NoRoom:
             return False
         self._perform(operations)
-        known = self.residence.put_back(sequence, self._root(job), job.tokens[:-1], match.length)
         self._waiting.remove(job)
         self._live.append(job)
-        job.sequence, job.computed, job.served_ms = sequence, known, _now_ms()
+        job.sequence, job.computed, job.served_ms = sequence, match.length, _now_ms()
+        self._put_back(job)
+        return True
+
+    def _go_on_putting_back(self) -> None:
+        for job in self._live:
+            if job.returning:
+                self._put_back(job)
+
+    def _put_back(self, job: Job) -> None:
+        """What is kept of its context, as many pieces as one step may wait for; without more of them it is computed."""
+        root, tokens, before = self._root(job), job.tokens[:-1], job.computed
+        job.computed = self.residence.put_back(_sequence(job), root, tokens, before, pieces=PIECES_AT_ONCE)
+        job.returning = job.computed > before and self.residence.piece_cells(root, tokens, job.computed) > 0
+        if job.returning:
+            return
         track = self._tracks[id(job)]
-        cached = track.admitted(known, job.served_ms)
+        cached = track.admitted(job.computed, job.served_ms)
         self._counted[id(track.tally)] = track.tally
-        self.counters.admitted(prompt=track.tally.prompt_tokens, cached=known, track=track)
+        self.counters.admitted(prompt=track.tally.prompt_tokens, cached=job.computed, track=track)
         if cached is not None:
             self._post(Admitted(ask_id=job.ask_id, branch=job.branch, cached=cached))
-        return True
 
     def _has_room(self, job: Job, match: Match) -> bool:
         if not self._live:
             return True
         promised = sum(j.pending + min(self._remaining(j), RESERVE_TOKENS) for j in self._live)
         need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
-        holds = self.rules.fair and any(j.account == job.account for j in self._live)
-        spare = self.tree.cells // SPARE_SHARE if holds else 0
+        spare = self._spare_beside(self._live, job)
         return need <= self.tree.free_cells + self.tree.evictable_cells(match) - promised - spare
 
     def _could_have_room(self, job: Job, match: Match) -> bool:
@@ -338,7 +352,12 @@ class Loop:
         kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
         held = sum(len(j.tokens) + min(self._remaining(j), RESERVE_TOKENS) for j in kept)
         need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
-        return not kept or need + held <= self.tree.cells
+        return not kept or need + held + self._spare_beside(kept, job) <= self.tree.cells
+
+    def _spare_beside(self, live: list[Job], job: Job) -> int:
+        """Cells that the job's account leaves to others, if it holds some."""
+        holds = self.rules.fair and any(other.account == job.account for other in live)
+        return self.tree.cells // SPARE_SHARE if holds else 0
 
     def _remaining(self, job: Job) -> int:
         track = self._tracks[id(job)]
@@ -366,7 +385,8 @@ class Loop:
         followers = [job for job in self._waiting if job.leader is not None]
         self.costs.used_cells = self._expected.used_cells = self.tree.used_cells
         while True:
-            chosen = plan([*self._live, *followers], self.costs, self.clock, self.rules, _now_ms())
+            ready = [job for job in self._live if not job.returning]
+            chosen = plan([*ready, *followers], self.costs, self.clock, self.rules, _now_ms())
             if chosen.rows <= self.tree.free_cells:
                 return chosen
             self._make_room(chosen.rows, unpin=len(self._live) == 1)
@@ -409,7 +429,7 @@ class Loop:
         self._live.remove(job)
         if job.overhang:  # it leaves in the middle of a step
             self.model.drop(_sequence(job), job.computed)
-        branch, job.sequence, job.computed, job.overhang = _sequence(job), None, 0, 0
+        branch, job.sequence, job.computed, job.overhang, job.returning = _sequence(job), None, 0, 0, False
         self._perform(self.tree.retire(branch) if self._share else self.tree.drop(branch))
         self._changed = True
 

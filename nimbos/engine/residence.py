@@ -38,6 +38,7 @@ class Residence:
         per_piece = PIECE_BYTES // max(1, model.kv_bytes_per_token)
         self._piece_tokens = max(PIECE_TOKENS_MIN, min(PIECE_TOKENS_MAX, per_piece))
         self.written_tokens = self.restored_tokens = 0
+        self._kept_tokens: list[int] = []  # of the last piece
 
     @property
     def enabled(self) -> bool:
@@ -69,9 +70,16 @@ class Residence:
         self._model.copy(branch, self._scratch, end, start=start)
         state = self._model.save(self._scratch)
         self._model.drop(self._scratch)
-        account, tokens = self._tree.account(branch), self._tree.tokens(branch)
-        self._store.put(Piece(account, tokens, start, end, state))
+        self._store.put(Piece(self._tree.account(branch), self._tokens(branch), start, end, state))
         self.written_tokens += end - start
+
+    def _tokens(self, branch: int) -> list[int]:
+        """The pieces of a context, which are written one after another from its end on, have one list of all its
+        tokens; of a list for each, long contexts would take much memory that nobody counts."""
+        tokens = self._tree.tokens(branch)
+        if self._kept_tokens[: len(tokens)] != tokens:
+            self._kept_tokens = tokens
+        return self._kept_tokens
 
     def piece_cells(self, account: str, tokens: Sequence[int], at: int) -> int:
         """How many cells putting back needs at most at a time, when [0, at) are there; 0 when nothing is kept. A piece
@@ -79,12 +87,16 @@ class Residence:
         found = self._store.find(account, tokens, at)
         return found.piece.end - found.piece.start if found is not None else 0
 
-    def put_back(self, branch: int, account: str, tokens: Sequence[int], at: int) -> int:
-        """Adds to a live branch that holds `tokens[:at]` what is kept of the others, as far as cells are free.
+    def put_back(self, branch: int, account: str, tokens: Sequence[int], at: int, *, pieces: int = 1 << 30) -> int:
+        """Adds to a live branch that holds `tokens[:at]` what is kept of the others, as far as cells are free, and at
+        most so many `pieces`.
 
         Returns: how many of the tokens it holds now.
         """
-        while (found := self._store.find(account, tokens, at)) is not None:
+        for _ in range(pieces):
+            found = self._store.find(account, tokens, at)
+            if found is None:
+                break
             piece = found.piece
             if piece.end - piece.start > self._tree.free_cells:
                 break

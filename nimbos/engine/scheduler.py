@@ -55,8 +55,8 @@ class Job:
     `sequence`: the model's id while live, else None. `leader`: a job that is computing a prefix this one shares;
     it waits until the leader has `lead_tokens` of them. `parked`: it waits until more tokens are paid for; it keeps
     what it has as long as nobody needs it. `overhang`: guessed tokens behind `computed` that are in memory until it is
-    known which of them are right. `weight`: its account's share, 1.0 is everybody's. `process`: of whose
-    longer run it is a part, "" for none.
+    known which of them are right. `returning`: what is kept of its context outside of the cells is being put back.
+    `weight`: its account's share, 1.0 is everybody's. `process`: of whose longer run it is a part, "" for none.
     """
 
     ask_id: str
@@ -70,6 +70,7 @@ class Job:
     overhang: int = 0
     running: bool = False
     parked: bool = False
+    returning: bool = False
     weight: float = 1.0
     process: str = ""
     sequence: int | None = None

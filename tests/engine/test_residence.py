@@ -220,6 +220,9 @@ def test_all_of_a_context_comes_back_in_pieces() -> None:
             machine.agrees()
         assert machine.tree.used_cells == 0
         assert machine.residence.written_tokens > 40
+        pieces = machine.residence._store._pieces.values()
+        assert len(pieces) > 2
+        assert len({id(piece.tokens) for piece in pieces}) == 1, "a list of all its tokens for each piece"
         machine.open("bert", tokens)
         assert machine.residence.restored_tokens == 0, "another account's"
         machine.open("anna", [*tokens[:30], 99])
@@ -485,6 +488,13 @@ def test_a_long_context_leaves_whole_and_comes_back_whatever_one_step_may_wait_f
         context_limit=512, swap_bytes=1 << 24,
     )  # fmt: skip
     loop.residence._piece_tokens = 40
+    put_back, load = [0], model.load  # pieces, in each step
+
+    def counting(sequence: int, state: np.ndarray) -> bool:
+        put_back[-1] += 1
+        return load(sequence, state)
+
+    monkeypatch.setattr(model, "load", counting)
 
     def submit(first: int, tokens: int, *, limit: int = 1, account: str = "a") -> str:
         prompt = tuple(7 + (first * 37 + n * (n + first)) % 40 for n in range(tokens))
@@ -495,6 +505,7 @@ def test_a_long_context_leaves_whole_and_comes_back_whatever_one_step_may_wait_f
     def until(ask_id: str) -> Final:
         while loop.step(lambda: None):
             loop.check()
+            put_back.append(0)
             told = [c for m in posted if isinstance(m, Produced) for i, c in m.chunks if i == ask_id]
             if told and isinstance(told[-1], Final):
                 return told[-1]
@@ -511,6 +522,7 @@ def test_a_long_context_leaves_whole_and_comes_back_whatever_one_step_may_wait_f
         computed = loop.counters.computed_tokens
         final = until(submit(1, 450))
         assert loop.residence.restored_tokens > 4 * 40
+        assert max(put_back) == 2, "others wait for as much of it as for what is written out"
         assert final.usage.cached > 450 - 32
         if not busy:
             assert loop.counters.computed_tokens - computed < 32
