@@ -7,6 +7,7 @@ next one, here or in another engine on the same cores. Read `ranker.py` for the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from nimbos.engine.counters import Counters
 from nimbos.engine.intake import weight_of
 from nimbos.engine.loop import Hold, Post
 from nimbos.engine.model import Model, Rows
-from nimbos.engine.protocol import Produced, Submit
+from nimbos.engine.protocol import Failed, Produced, Refusal, Submit
 from nimbos.engine.scheduler import RANK, FairClock, Rules, rank
 from nimbos.engine.tally import Tally
+from nimbos.errors import AnswerFailed, EngineFailed
 from nimbos.meterfile import Row
 from nimbos.types import Ask, AskClass, Chunk, Final, FinishReason, Receipt, VectorChunk
 
@@ -166,6 +168,7 @@ class Embedder:
 
     def _deliver(self, pieces: list[Piece], milliseconds: float) -> None:
         chunks: list[tuple[str, Chunk]] = []
+        failed: dict[str, str] = {}
         total = sum(piece.count for piece in pieces)
         self._count_step(total, milliseconds)
         row = 0
@@ -173,20 +176,28 @@ class Embedder:
             work = piece.work
             self._charge(piece, milliseconds * piece.count / max(1, total), milliseconds)
             if piece.whole:
-                chunks.append((work.ask.id, self._result(piece, row)))
+                try:
+                    chunks.append((work.ask.id, self._result(piece, row)))
+                except EngineFailed as error:
+                    failed[work.ask.id] = error.message
                 work.done += 1
                 row += 1
         for work in self._waiting:
             work.tally.write()
+        for ask_id, reason in failed.items():
+            self.cancel(ask_id)
+            self._post(Failed(ask_id=ask_id, refusal=Refusal(message=reason, server_fault=True)))
         for work in [w for w in self._waiting if w.done == len(w.inputs)]:
             self._waiting.remove(work)
             chunks.append((work.ask.id, _final(work)))
         self._post(Produced(chunks=tuple(chunks), waiting=len(self._waiting)))
 
     def _result(self, piece: Piece, row: int) -> Chunk:
-        """`row`: of the model's outputs."""
+        """`row`: of the model's outputs. Raises: EngineFailed, which fails this ask alone."""
         vector = self.model.embedding(piece.sequence)
         norm = float(np.linalg.norm(vector))
+        if not math.isfinite(norm):
+            raise AnswerFailed("The model's vectors are not finite numbers.")
         vector = vector / norm if norm > 0 else vector
         return VectorChunk(index=piece.index, values=vector.astype("<f4").tobytes())
 

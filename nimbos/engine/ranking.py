@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 
 from nimbos.engine.model import Model
-from nimbos.errors import ModelUnusable
+from nimbos.errors import AnswerFailed, ModelUnusable
 from nimbos.types import Text
 
 # The prompt that Qwen3-Reranker was trained with, for files that do not bring their own.
@@ -59,12 +59,19 @@ class Ranking:
         return [bos, *ids] if self._model.adds_bos and bos is not None and ids[:1] != [bos] else ids
 
     def score(self, sequence: int, row: int) -> float:
-        """After `decode`: of the prompt in this sequence, whose last token has the output `row`."""
+        """After `decode`: of the prompt in this sequence, whose last token has the output `row`.
+
+        Raises: AnswerFailed when the model's numbers are none.
+        """
         if self._words is not None:
             yes, no = (float(self._model.logits(row + 1)[row][word]) for word in self._words)
-            return _logistic(yes - no)
-        value = float(self._model.embedding(sequence)[self._yes])
-        return min(1.0, max(0.0, value)) if self._model.causal else _logistic(value)
+            value = yes - no
+        else:
+            value = float(self._model.embedding(sequence)[self._yes])
+        if not math.isfinite(value):
+            raise AnswerFailed("The model's scores are not finite numbers.")
+        is_share = self._words is None and self._model.causal
+        return min(1.0, max(0.0, value)) if is_share else _logistic(value)
 
     def _pair(self, query: str, document: str) -> list[int]:
         """As the tokenizer of an encoder joins two texts."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nimbos.engine import embedder, llama
 from nimbos.engine.embedder import Embedder
 from nimbos.engine.llama import Library
 from nimbos.engine.model import Model, ModelOptions, Rows
-from nimbos.engine.protocol import FromEngine, Produced, Submit
+from nimbos.engine.protocol import Failed, FromEngine, Produced, Submit
 from nimbos.engine.scheduler import Rules
 from nimbos.types import Ask, AskClass, Final, Kind, VectorChunk, new_id
 from tests import tiny_gguf
@@ -47,6 +48,7 @@ class Bench:
         self.model = model
         self.told: dict[str, list[int]] = {}
         self.finished: list[str] = []
+        self.failed: list[str] = []
         self.rows: list[int] = []  # of each step
         self.embedder = Embedder(model, rules, post=self._post, hold=self._hold)
 
@@ -63,6 +65,10 @@ class Bench:
         return going
 
     def _post(self, message: FromEngine) -> None:
+        if isinstance(message, Failed):
+            assert message.refusal.server_fault
+            self.failed.append(message.ask_id)
+            return
         assert isinstance(message, Produced)
         for ask_id, chunk in message.chunks:
             if isinstance(chunk, VectorChunk):
@@ -164,3 +170,16 @@ def test_what_earlier_steps_left_does_not_fill_the_cells(model: Timed) -> None:
         while bench.step():
             pass
         assert bench.told[asked] == list(range(count))
+
+
+def test_numbers_that_are_none_fail_their_ask_alone(model: Timed, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = model.embedding
+    monkeypatch.setattr(model, "embedding", lambda sequence: embedding(sequence) * (np.nan if sequence == 1 else 1))
+    bench = Bench(model)
+    whole, failing = bench.submit("a", AskClass.BATCH, 20), bench.submit("b", AskClass.BATCH, 20, 20)
+    later = bench.submit("c", AskClass.BATCH, 20)
+    while bench.step():
+        pass
+    assert bench.failed == [failing]
+    assert bench.finished == [whole, later]
+    assert bench.embedder.idle

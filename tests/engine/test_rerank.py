@@ -16,7 +16,7 @@ from nimbos.engine import Engine, llama
 from nimbos.engine.llama import Library
 from nimbos.engine.model import Model, ModelOptions, Rows
 from nimbos.engine.ranking import Ranking
-from nimbos.errors import InvalidRequest, ModelUnusable, PromptTooLong
+from nimbos.errors import AnswerFailed, InvalidRequest, ModelUnusable, PromptTooLong
 from nimbos.hub import read_gguf
 from nimbos.meterfile import MeterFile
 from nimbos.types import Ask, Final, Kind, ScoreChunk, Text, Tokens, Usage, new_id
@@ -213,4 +213,15 @@ def test_a_head_that_says_something_else_is_refused(tmp_path: Path) -> None:
     model = Model(Library(llama.wheel_library()), path, ModelOptions(cells=256, sequences=2, threads=1))
     with pytest.raises(ModelUnusable, match="sad, no"):
         Ranking(model, 256)
+    model.close()
+
+
+@pytest.mark.parametrize("arch", ["qwen3-reranker", "qwen3-reranker-words", "bert-reranker"])
+def test_numbers_that_are_none_make_no_score(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_gguf.write(arch, tmp_path)
+    model = Model(Library(llama.wheel_library()), path, ModelOptions(cells=256, sequences=2, threads=1))
+    monkeypatch.setattr(model, "embedding", lambda sequence: np.full(2, np.nan, np.float32))
+    monkeypatch.setattr(model, "logits", lambda rows: np.full((rows, model.n_vocab), np.nan, np.float32))
+    with pytest.raises(AnswerFailed, match="not finite"):
+        Ranking(model, 256).score(0, 0)
     model.close()
