@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nimbos.engine.loop import Loop
 from nimbos.engine.model import Model, ModelOptions, Rows
 from nimbos.engine.protocol import FromEngine, Produced, Submit
 from nimbos.engine.scheduler import Rules
-from nimbos.types import Ask, AskClass, Final, Grammar, Sampling, TokenChunk, Usage, new_id
+from nimbos.types import Ask, AskClass, Final, Grammar, Sampling, Thinking, TokenChunk, Usage, new_id
 from tests import tiny_gguf
 
 GREEDY = Sampling(temperature=0.0)
@@ -42,6 +43,7 @@ class Steady(StepTime):
 class Told:
     ids: dict[int, list[int]] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
+    logprobs: list[float] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     reasons: list[str] = field(default_factory=list)
 
@@ -83,6 +85,7 @@ class Bench:
             if isinstance(chunk, TokenChunk):
                 told.ids.setdefault(chunk.branch, []).extend(chunk.ids)
                 told.text[chunk.branch] = told.text.get(chunk.branch, "") + chunk.text
+                told.logprobs += [token.logprob for each in chunk.logprobs or () for token in (each.chosen, *each.top)]
             elif isinstance(chunk, Final):
                 told.usage = told.usage + chunk.usage
                 told.reasons.append(chunk.reason.value)
@@ -118,6 +121,7 @@ def both(model: Model, **fields: Any) -> tuple[Bench, Bench]:
     (plain,), (guessed,) = (list(bench.told.values()) for bench in found)
     assert guessed.ids == plain.ids
     assert guessed.text == plain.text
+    assert guessed.logprobs == pytest.approx(plain.logprobs, abs=0.05)
     assert guessed.usage == plain.usage
     assert guessed.reasons == plain.reasons
     return found[0], found[1]
@@ -149,6 +153,30 @@ def test_an_answer_is_the_same_with_guesses(model: Model, fields: dict[str, Any]
     both(model, **fields)
 
 
+THOUGHT = Thinking(open="<think>", close="</think>", budget_tokens=37, started=True, farewell=" so it is</think>")
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"stop": ("\x1e" * 37,)}, 37),
+        ({"limit_tokens": 37}, 37),
+        ({"stop_ids": (30,), "min_tokens": 36}, 37),
+        ({"thinking": THOUGHT}, 80),
+        ({"sampling": Sampling(temperature=0.0, logit_bias={30: 50.0}, logprobs=3), "stop": ("\x1e" * 37,)}, 37),
+        ({"grammar": Grammar(kind="regex", source="[\x1e\x1f]{40}abcabc[\x1e\x1f]{30}")}, 76),
+    ],
+)
+def test_what_ends_or_turns_in_the_middle_of_a_guess_does_so_there(
+    model: Model, fields: dict[str, Any], tokens: int
+) -> None:
+    _, guessed = both(model, **{"sampling": DRONING, **fields})
+    (told,) = guessed.told.values()
+    assert guessed.loop.counters.guessed_right_tokens > 20
+    assert len(told.ids[0]) == tokens
+    assert told.usage.thinking == (37 if "thinking" in fields else 0)
+
+
 def test_what_repeats_takes_fewer_steps(model: Model) -> None:
     plain, guessed = both(model, sampling=DRONING, limit_tokens=200)
     counters = guessed.loop.counters
@@ -156,6 +184,18 @@ def test_what_repeats_takes_fewer_steps(model: Model) -> None:
     assert counters.guessed_tokens >= counters.guessed_right_tokens
     assert counters.steps < plain.loop.counters.steps / 4
     assert plain.loop.counters.guessed_tokens == 0
+
+
+def test_as_many_guesses_as_the_setting_allows_are_computed_in_one_step(model: Model) -> None:
+    plain, guessed = Bench(model, guess_tokens=0), Bench(model, guess_tokens=64)
+    told = [bench.submit(ask(sampling=DRONING, limit_tokens=300)) for bench in (plain, guessed)]
+    plain.run()
+    model.clear()
+    rows = [0]
+    while guessed.loop.step(lambda: None):
+        rows.append(guessed.loop.counters.step_rows)
+    assert told[0].ids == told[1].ids
+    assert max(after - before for before, after in pairwise(rows[2:])) == 65
 
 
 def test_an_answer_goes_on_where_it_was_paid_for(model: Model) -> None:
