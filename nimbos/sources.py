@@ -132,7 +132,7 @@ class Sources:
         Raises: ModelNotFound, ModelUnusable, Overloaded when no memory can be freed, EngineFailed.
         """
         loaded = await self._get(name)
-        while not self._is_current(loaded):  # unloaded between its load and our turn
+        while not await self._is_current(loaded):
             loaded = await self._get(name)
         loaded.holders += 1
         try:
@@ -204,7 +204,9 @@ class Sources:
             task.add_done_callback(lambda done: self._load_ended(model.id, done))
         return await asyncio.shield(task)
 
-    def _is_current(self, loaded: Loaded) -> bool:
+    async def _is_current(self, loaded: Loaded) -> bool:
+        """False when it was unloaded between its load and our turn, or gave up while nobody asked."""
+        await self._forget_dead(loaded)
         return loaded.engine is None or self._loaded.get(loaded.card.id) is loaded
 
     def _load_ended(self, name: str, task: asyncio.Task[Loaded]) -> None:
@@ -281,7 +283,7 @@ class Sources:
         return sum(held.memory_bytes for held in self._loaded.values()) + sum(self._loading_bytes.values())
 
     async def _forget_dead(self, loaded: Loaded) -> None:
-        """An engine that is not restarted any more makes room for a new one at the next ask."""
+        """An engine that is not restarted any more makes room for a new one."""
         if loaded.engine is None or not loaded.engine.given_up:
             return
         name = loaded.card.id

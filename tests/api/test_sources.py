@@ -232,6 +232,17 @@ async def test_an_engine_that_is_given_up_is_loaded_anew_at_the_next_ask() -> No
     assert yard.starts == ["a", "a"]
 
 
+async def test_an_engine_that_gave_up_while_nobody_asked_fails_nobody() -> None:
+    yard = Yard()
+    async with yard.sources.hold("a") as held:
+        engine = held.engine
+    assert isinstance(engine, FakeEngine)
+    engine.given_up = True
+    async with yard.sources.hold("a") as held:
+        assert held.engine is not engine
+    assert (yard.starts, yard.closes) == (["a", "a"], ["a"])
+
+
 async def test_an_engine_that_refused_one_step_stays() -> None:
     yard = Yard()
     with pytest.raises(EngineFailed):
