@@ -21,6 +21,7 @@ from nimbos.kernel.segments import Segments
 
 Message = dict[str, Any]
 
+VIEW = "view."  # how the ids of views begin
 LOW_WATER = 0.5  # of the room, after an eviction
 SUMMARY_SHARE = 8  # a summary takes at most this part of the room
 SUMMARY_TOKENS_MAX = 512
@@ -75,6 +76,11 @@ class Eviction:
     def ids(self) -> tuple[str, ...]:
         return tuple(segment.id for segment in self.covered)
 
+    @property
+    def of_a_view(self) -> bool:
+        """There is nothing else: its words are what is too long, and words for it would be as long."""
+        return len(self.covered) == 1 and self.covered[0].kind == "view"
+
 
 def window_of(model_tokens: int, wanted_tokens: int, max_tokens: int | None) -> Window:
     """`wanted_tokens`: what the program uses of the model's window, 0 for all."""
@@ -124,9 +130,14 @@ def plan_eviction(context: Sequence[Segment], *, have_tokens: int, room_tokens: 
             continue
         left -= scale * tokens_of(turn)
         covered += turn
-    if not covered or left > room_tokens:
+    if not covered or left > room_tokens or _is_bare(covered):
         raise ContextFull(have=have_tokens, room=room_tokens)
     return Eviction(covered=tuple(covered))
+
+
+def _is_bare(covered: Sequence[Segment]) -> bool:
+    """A view that stands for a view alone: it has no words any more, and nothing shorter could take its place."""
+    return len(covered) == 1 and len(covered[0].covers) == 1 and covered[0].covers[0].startswith(VIEW)
 
 
 def _stays(turn: Sequence[Segment]) -> bool:

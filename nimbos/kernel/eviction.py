@@ -7,6 +7,7 @@ goes wrong with the summary, room is made. Read `context.py` for what may go.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -14,7 +15,9 @@ from nimbos.chat import Dial
 from nimbos.errors import EngineFailed, InvalidRequest
 from nimbos.kernel.answering import Thought
 from nimbos.kernel.context import (
+    VIEW,
     Eviction,
+    Message,
     Window,
     estimate,
     load,
@@ -42,14 +45,16 @@ async def make_room(
         return
     account = holding.view.account
     covered = await load(segments, account, eviction.covered)
-    whole = transcript(covered)
-    handle = await segments.put(account, whole)
+    behind = await _behind(segments, account, eviction, covered)
 
     async def replacing(thought: Thought | None) -> Sequence[Draft]:
         words = thought.text if thought is not None else ""
-        id = f"view.{thought.ask_id}" if thought is not None else f"view.{holding.view.seq}"
-        return await _replacing(segments, account, eviction, words, id=id, handle=handle, whole=whole)
+        id = f"{VIEW}{thought.ask_id if thought is not None else holding.view.seq}"
+        return await _replacing(segments, account, eviction, words, id=id, behind=behind)
 
+    if eviction.of_a_view:
+        await holding.append(*await replacing(None))
+        return
     request = ThinkRequest(
         messages=summary_request(covered),
         thinking=Dial(budget=0),
@@ -63,11 +68,30 @@ async def make_room(
         await holding.append(*await replacing(None))
 
 
-async def _replacing(
-    segments: Segments, account: str, eviction: Eviction, words: str, *, id: str, handle: str, whole: str
-) -> tuple[Draft, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Behind:
+    """What a view leads to: the segment `handle`, which has so many messages."""
+
+    handle: str
+    size_bytes: int
+    messages: int
+
+
+async def _behind(segments: Segments, account: str, eviction: Eviction, covered: Sequence[Message]) -> _Behind:
+    """Of a view in the place of a view: what that led to."""
+    first = eviction.covered[0]
+    if eviction.of_a_view and first.whole is not None:
+        return _Behind(handle=first.whole, size_bytes=first.whole_bytes, messages=len(first.covers))
+    whole = transcript(covered)
     size_bytes = len(whole.encode("utf-8", "replace"))
-    text = view_text(words, covered=len(eviction.covered), handle=handle[:HANDLE_CHARACTERS], whole_bytes=size_bytes)
+    return _Behind(handle=await segments.put(account, whole), size_bytes=size_bytes, messages=len(eviction.covered))
+
+
+async def _replacing(
+    segments: Segments, account: str, eviction: Eviction, words: str, *, id: str, behind: _Behind
+) -> tuple[Draft, ...]:
+    handle = behind.handle[:HANDLE_CHARACTERS]
+    text = view_text(words, covered=behind.messages, handle=handle, whole_bytes=behind.size_bytes)
     label = Label()
     for segment in eviction.covered:
         label = label.join(segment.label)
@@ -78,11 +102,12 @@ async def _replacing(
         kind="view",
         tokens=estimate(msgspec.json.encode(message)),
         label=label,
-        whole=handle,
-        whole_bytes=size_bytes,
+        whole=behind.handle,
+        whole_bytes=behind.size_bytes,
         covers=eviction.ids,
     )
-    told = f"{len(eviction.covered)} messages were put aside to make room, and are summed up in {id}."
+    summary = f"and are summed up in {id}" if words.strip() else f"without a summary, in {id}"
+    told = f"{behind.messages} messages were put aside to make room, {summary}."
     return (
         Draft(body=CtxChanged(evict=eviction.ids, add=(view,)), label=label),
         Draft(body=Note(about="compaction", text=told)),

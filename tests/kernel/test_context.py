@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,30 @@ async def test_a_summary_that_is_cut_off_goes_on(database: Database, database_se
         assert any(words(200)["text"] in message["content"] for message in await place.shown(pid))
 
 
+async def test_a_summary_that_does_not_fit_is_left_out_and_not_made_again_and_again(
+    database: Database, database_settings: Settings
+) -> None:
+    script = {
+        "replies": [
+            {"match": "^Below is the earlier part", **words(512)},
+            {"match": "^a a", **calling("pin", text="b " * 1_700)},
+            {"match": "Pinned as", **calling("read", handle="book.md", bytes=480)},
+            {"match": "^c1", **calling("read", handle="book.md", offset=480)},
+            {"match": "^c2", "text": "Done."},
+        ]
+    }
+    book = b"c1 " * 160 + b"c2 " * 160
+    async with minds(database, database_settings, script) as place:
+        pid = await place.run(await place.program(SMALL, {"book.md": book}), "a " * 5_150)
+        assert await place.result(pid) == "Done."
+        purposes = [body.purpose for body in await place.bodies_of(pid) if isinstance(body, ModelIntent)]
+        assert purposes == ["turn", "turn", "turn", "summary", "turn"]
+        told = (await place.shown(pid))[2]["content"]
+        assert "4 earlier messages" in told and "no summary" in told
+        view = (await place.view(pid)).context[2]
+        assert view.whole is not None and "tool: " in await place.kernel.segments.get(ACCOUNT.id, view.whole)
+
+
 async def test_what_is_pinned_stays(database: Database, database_settings: Settings) -> None:
     script = {
         "replies": [
@@ -158,6 +183,16 @@ CONTEXTS = st.lists(st.tuples(KINDS, st.integers(1, 400), st.booleans()), max_si
         *(segment(f"{n}", kind, tokens=tokens, pinned=pinned) for n, (kind, tokens, pinned) in enumerate(made)),
     ]
 )
+
+
+def test_a_view_without_words_is_not_replaced_by_another() -> None:
+    made = [segment("goal", "goal", tokens=90, pinned=True), segment("view.2", "view", tokens=8), segment("last")]
+    made[1] = msgspec.structs.replace(made[1], covers=("view.ask_1",))
+    with pytest.raises(ContextFull):
+        plan_eviction(made, have_tokens=108, room_tokens=105)
+    made[1] = msgspec.structs.replace(made[1], covers=("ask_1", "ask_1.0"))
+    eviction = plan_eviction(made, have_tokens=108, room_tokens=105)
+    assert eviction is not None and eviction.of_a_view
 
 
 @given(context=CONTEXTS, room=st.integers(1, 6_000), more=st.floats(0.5, 3.0))
