@@ -37,8 +37,15 @@ def part_of(target: Path) -> Path:
 
 def part_bytes(target: Path) -> int:
     """How much of `target` has come so far."""
-    part = part_of(target)
-    return part.stat().st_size if part.exists() else 0
+    return size_or_nothing(part_of(target))
+
+
+def size_or_nothing(path: Path) -> int:
+    """Whoever pulls may give it its name at this very moment."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def drop_part(target: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from nimbos.config import Settings
 from nimbos.errors import ModelNotFound, ModelUnusable, NotFound, Overloaded
 from nimbos.hub.catalog import DEFAULT_MODEL, Catalog, load_catalog
+from nimbos.hub.disk import size_or_nothing
 from nimbos.hub.download import Patience
 from nimbos.hub.hubs import HuggingFace, ModelScope
 from nimbos.hub.lock import FileLock
@@ -124,7 +125,7 @@ class Hub:
     def partial_bytes(self, name: str) -> int:
         """How much of a download that has not ended is kept for going on."""
         folder = self._store.folder(self._installed_id(name))
-        return sum(part.stat().st_size for part in folder.glob("*.part"))
+        return sum(map(size_or_nothing, folder.glob("*.part")))
 
     async def pull(self, name: str, *, progress: Progress | None = None) -> LocalModel:
         """Fetches a model unless it is there. Cancelling keeps what came, except of packages.

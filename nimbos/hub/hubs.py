@@ -106,7 +106,7 @@ class ModelScope:
         content = await self._patience.keep_trying(lambda: remote.json(url), progress)
         try:
             listing = msgspec.json.decode(content, type=_ModelScopeListing)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DownloadFailed(f"{self.endpoint} answers with something that is no listing: {error}.") from error
         if listing.data is None:
             raise SourceMissing(f"There is no repository {repository!r} at {self.endpoint}.")

@@ -100,6 +100,9 @@ async def extract_from_wheel(
     except OSError as error:
         drop_part(target)
         raise DownloadFailed(f"{target} cannot be written: {error.strerror or error}.") from error
+    except asyncio.CancelledError:
+        drop_part(target)  # a package is whole or nothing
+        raise
     if expected.sha256 and fetched.sha256 != expected.sha256:
         drop_part(target)
         raise DownloadFailed(

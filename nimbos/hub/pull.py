@@ -130,13 +130,14 @@ class Puller:
         except ModelUnusable as error:
             await asyncio.to_thread(shutil.rmtree, folder)
             raise ModelUnusable(str(source), reason=f"{error.reason}. What was downloaded is thrown away") from error
-        self.store.write(_manifest(order, source, files))
+        await asyncio.to_thread(self.store.write, _manifest(order, source, files))
 
     async def _register(self, order: Order, source: LocalFile) -> None:
         """A file of this machine is used where it lies."""
         parts = (await asyncio.to_thread(read_gguf, source.path)).parts
         files = [await in_thread(_measure, part) for part in parts]
-        self.store.write(_manifest(order, LocalFile(path=parts[0]), files, folder=str(parts[0].parent)))
+        manifest = _manifest(order, LocalFile(path=parts[0]), files, folder=str(parts[0].parent))
+        await asyncio.to_thread(self.store.write, manifest)
 
 
 def url_path(url: str) -> str:

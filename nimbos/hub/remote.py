@@ -23,7 +23,7 @@ from nimbos.hub.source import without_query
 
 MAX_REDIRECTS = 8
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_CONTENT_RANGE = re.compile(r"^bytes (\d+)-(\d+)/(\d+)$")
+_CONTENT_RANGE = re.compile(r"^bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})$")
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 

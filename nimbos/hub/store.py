@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from nimbos.errors import ModelUnusable
-from nimbos.hub.disk import sync_folder
+from nimbos.hub.disk import settle
 from nimbos.hub.facts import ModelFacts, read_gguf, split_names, unsupported
 from nimbos.hub.lock import FileLock
 from nimbos.hub.reading import sha256_of
@@ -105,8 +105,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / "manifest.json.new"
         new.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-        new.replace(folder / "manifest.json")
-        sync_folder(folder)
+        settle(new, folder / "manifest.json")
 
     def remove(self, model_id: str) -> bool:
         """Forgets a model and deletes its folder, never a file elsewhere. False when there was nothing."""
@@ -126,7 +125,7 @@ class Store:
             except FileNotFoundError:
                 continue
             except msgspec.DecodeError as error:
-                found.append(_broken(folder, f"its manifest is damaged ({error}); pull it again"))
+                found.append(_broken(folder, f"its manifest is damaged ({error}); pull it again, or delete {folder}"))
         return sorted(found, key=lambda model: model.id)
 
     def local(self, manifest: Manifest) -> LocalModel:
@@ -223,7 +222,10 @@ def _read_manifest(folder: Path) -> Manifest:
         content = (folder / "manifest.json").read_bytes()
     except NotADirectoryError as error:
         raise FileNotFoundError(folder) from error
-    manifest = msgspec.json.decode(content, type=Manifest)
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     if not manifest.files or any(Path(file.name).name != file.name for file in manifest.files):
         raise msgspec.DecodeError("it names no proper files")
     return manifest

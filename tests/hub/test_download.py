@@ -346,6 +346,25 @@ async def test_an_encoded_body_is_refused(hub: Hub, site: FakeHub) -> None:
         await hub.pull(source)
 
 
+async def test_a_size_of_thousands_of_digits_is_no_size(hub: Hub, site: FakeHub) -> None:
+    site.files["m.gguf"] = TINY
+    site.fault_probes.add("m.gguf")
+    extent = {"Content-Range": f"bytes 0-0/{'9' * 5000}"}
+    site.fail("m.gguf", lambda handler, content: handler.answer(206, content[:1], extent))
+    with pytest.raises(DownloadFailed, match="without saying which bytes"):
+        await hub.pull(f"{site.url}/plain/m.gguf")
+
+
+@pytest.mark.parametrize("said", [b"<html>", b'{"x": ' + b"[" * 100_000, b'{"Data": {"Files": [{"Path": "\xff"}]}}'])
+async def test_a_listing_that_is_none_is_said_so(said: bytes, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def json(self: Remote, url: str) -> bytes:
+        return said
+
+    monkeypatch.setattr(Remote, "json", json)
+    with pytest.raises(DownloadFailed, match="no listing"):
+        await hub.pull(f"ms:{NAME}")
+
+
 async def test_a_full_disk_is_noticed_before_the_download(
     hub: Hub, site: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

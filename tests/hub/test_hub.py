@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -105,12 +107,33 @@ async def test_a_broken_file_is_a_row_with_its_reason(hub: Hub, file: Path, tmp_
 async def test_a_damaged_manifest_is_a_row_with_its_reason(hub: Hub, file: Path, settings: Settings) -> None:
     await hub.pull(str(file))
     (manifest,) = settings.models_dir.rglob("manifest.json")
-    for damage in (b"{", b'{"version": 9}', manifest.read_bytes().replace(b"Mine-Q8_0.gguf", b"../../evil.gguf", 2)):
+    elsewhere = manifest.read_bytes().replace(b"Mine-Q8_0.gguf", b"../../evil.gguf", 2)
+    deep = b'{"x": ' + b"[" * 100_000
+    for damage in (b"{", deep, b'{"id": "\xff"}', b'{"version": 9}', elsewhere):
         manifest.write_bytes(damage)
         (row,) = hub.models()
         assert "manifest is damaged" in (row.problem or "")
+        assert str(manifest.parent) in (row.problem or ""), "its name is not known, so no command can remove it"
         with pytest.raises(ModelNotFound):
             hub.find("Mine-Q8_0")
+
+
+async def test_a_manifest_is_durable_before_it_has_its_name(
+    hub: Hub, file: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a name without content, and a model that has to be pulled again."""
+    done: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        manifests = [path.name for path in settings.models_dir.rglob("manifest.json*")]
+        whole = stat.S_ISREG(os.fstat(descriptor).st_mode) and os.pread(descriptor, 1, 0) == b"{"
+        done.append((" ".join(manifests), whole))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await hub.pull(str(file))
+    assert done == [("manifest.json.new", True), ("manifest.json", False)]
 
 
 async def test_an_unknown_architecture_is_refused_by_name_before_it_is_loaded(hub: Hub, tmp_path: Path) -> None:
@@ -154,6 +177,14 @@ async def test_removing_what_is_being_pulled_is_refused(hub: Hub, file: Path) ->
     hub.remove("Mine-Q8_0")
     with pytest.raises(ModelNotFound):
         hub.remove("Mine-Q8_0")
+
+
+def test_a_part_that_gets_its_name_while_it_is_looked_at_counts_nothing(hub: Hub) -> None:
+    folder = hub._store.folder("mine")
+    folder.mkdir(parents=True)
+    (folder / "here.gguf.part").write_bytes(b"123")
+    (folder / "gone.gguf.part").symlink_to(folder / "nowhere")
+    assert hub.partial_bytes("mine") == 3
 
 
 def test_ids_cannot_leave_the_store(hub: Hub, settings: Settings) -> None:
@@ -210,6 +241,17 @@ def test_what_was_read_is_remembered_until_the_file_changes(
     file.write_bytes(TINY + bytes(32))
     hub.find(str(file))
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("left", [b"", bytes(40), b'{"version": 1, "stamp": []}', b'{"sha256": "\xff"}'])
+def test_what_another_release_or_a_power_cut_left_of_it_is_read_again(
+    left: bytes, hub: Hub, file: Path, settings: Settings
+) -> None:
+    facts = hub.find(str(file)).facts
+    (remembered,) = (settings.cache_dir / "gguf").glob("*.json")
+    remembered.write_bytes(left)
+    assert hub.find(str(file)).facts == facts
+    assert remembered.read_bytes() != left
 
 
 def test_what_is_replaced_while_its_metadata_is_read_is_not_remembered_with_the_facts_of_the_other(

