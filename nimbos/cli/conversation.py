@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx2
 import msgspec
@@ -27,7 +26,32 @@ _CONNECT_S = 5.0
 
 
 class ServerRefused(NimbosError):
-    """The server's own words."""
+    """The server's own words, or that it has none."""
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+
+
+class _Counted(msgspec.Struct, frozen=True):
+    completion_tokens: int = 0
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """What is read of a chunk. It may be another server's."""
+
+    choices: tuple[_Choice, ...] = ()
+    usage: _Counted | None = None
+    error: _Problem | None = None
 
 
 @dataclass(slots=True)
@@ -60,7 +84,7 @@ class Conversation:
             self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def _events(self, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    def _events(self, messages: list[dict[str, str]]) -> Iterator[_Event]:
         body = {
             "model": self.model,
             "messages": messages,
@@ -72,12 +96,9 @@ class Conversation:
                 response.read()
                 raise _refusal(response)
             for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = msgspec.json.decode(line[len("data: ") :].encode())
-                if "error" in event:
-                    raise ServerRefused(event["error"]["message"])
-                yield event
+                name, _, text = line.partition(":")
+                if name == "data" and text.strip() != "[DONE]":
+                    yield _event(text)
 
 
 def talk(*, model: str | None, url: str | None, key: str | None, system: str | None) -> int:
@@ -139,18 +160,28 @@ def _command(conversation: Conversation, line: str, console: Console) -> None:
         console.print(_HELP, style="dim")
 
 
-def _show(events: Iterator[dict[str, Any]], answer: Answer, console: Console) -> None:
+def _event(text: str) -> _Event:
+    """Raises: ServerRefused, also for what is no event of a chat."""
+    try:
+        event = msgspec.json.decode(text.encode(), type=_Event)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ServerRefused(f"What the server sends is no answer: {error}.") from error
+    if event.error is not None:
+        raise ServerRefused(event.error.message)
+    return event
+
+
+def _show(events: Iterator[_Event], answer: Answer, console: Console) -> None:
     thinking = False
     for event in events:
-        if event.get("usage"):
-            answer.tokens = event["usage"]["completion_tokens"]
-        for choice in event["choices"]:
-            delta = choice["delta"]
-            thought = delta.get("reasoning_content")
+        if event.usage is not None:
+            answer.tokens = event.usage.completion_tokens
+        for choice in event.choices:
+            thought, text = choice.delta.reasoning_content, choice.delta.content
             if thought and console.is_terminal:  # a pipe gets the answer alone
                 console.print(_safe(thought), style="dim italic", end="", markup=False, soft_wrap=True)
                 thinking = True
-            if text := delta.get("content"):
+            if text:
                 if thinking:
                     console.print("\n")
                     thinking = False
@@ -216,10 +247,13 @@ def _first_model(client: httpx2.Client) -> str:
     response = client.get("/v1/models")
     if response.status_code != 200:
         raise _refusal(response)
-    models = response.json()["data"]
+    try:
+        models = [str(model["id"]) for model in response.json()["data"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerRefused("What the server sends is no list of models. Name one with --model.") from error
     if not models:
         raise NotReady("The server has no model. `nimbos pull` brings one.")
-    return str(models[0]["id"])
+    return models[0]
 
 
 def _refusal(response: httpx2.Response) -> ServerRefused:

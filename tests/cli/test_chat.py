@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import httpx2
 import msgspec
 import pytest
+from rich.console import Console
 
-from nimbos.cli.conversation import _connect
+from nimbos.cli.conversation import Conversation, ServerRefused, _connect, _first_model
 from nimbos.errors import InvalidRequest, Unauthorized
 from nimbos.presence import RunningServer
 from tests.cli.command import make_home, refusal
 
 OWN, SECRET = "http://127.0.0.1:8123", "nb-owner"
+DEEP = '{"x": ' + "[" * 100_000
 
 
 @pytest.fixture
@@ -62,3 +66,38 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.write_text("a file")
     assert str(home) in refusal(home, "pull", str(tmp_path / "none.gguf"))
+
+
+def saying(said: str) -> httpx2.Client:
+    """A server of somebody else's, that says this whatever it is asked."""
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, text=said))
+    return httpx2.Client(transport=transport, base_url="http://elsewhere.example")
+
+
+def test_an_answer_of_another_server_is_read_as_far_as_it_goes() -> None:
+    said = [
+        ": alive",
+        'data:{"id": 7, "choices": [{"delta": {"role": "assistant", "content": null}}]}',
+        'data: {"choices": [{"delta": {"content": "Hel"}, "index": 0}], "usage": null}',
+        'data: {"choices": [{"delta": {"content": "lo"}}]}',
+        'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}',
+        'data: {"usage": {"completion_tokens": 2, "prompt_tokens": 1}}',
+        "data:[DONE]",
+    ]
+    with saying("\n\n".join(said)) as client:
+        answer = Conversation(client, "m").ask("hello", Console(file=io.StringIO()))
+    assert (answer.text, answer.tokens) == ("Hello", 2)
+
+
+@pytest.mark.parametrize(
+    "said", ["{", "[]", '{"choices": 7}', '{"choices": [{"delta": 7}]}', '{"error": {"message": "no"}}', DEEP]
+)
+def test_what_is_no_answer_is_said_so(said: str) -> None:
+    with saying(f"data: {said}\n\n") as client, pytest.raises(ServerRefused):
+        Conversation(client, "m").ask("hello", Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("said", ["<html>", "[]", '{"data": 7}', '{"data": [{}]}'])
+def test_what_is_no_list_of_models_is_said_so(said: str) -> None:
+    with saying(said) as client, pytest.raises(ServerRefused, match="--model"):
+        _first_model(client)
