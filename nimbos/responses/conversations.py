@@ -49,6 +49,8 @@ class Conversations:
 
             def add() -> Transaction[str | None]:
                 head = yield from nodes.append(account, None, placed)
+                counted = Placed(id=nodes.UNNAMED, hash=made, size_bytes=len(text))
+                yield from nodes.hold(account, made, [counted])  # the metadata, which has no bytes elsewhere
                 yield _ADD(id=made, account=account, metadata=text, head=head, created_ms=created_ms)
                 return head
 
@@ -75,6 +77,7 @@ class Conversations:
         def remove() -> Transaction[None]:
             rows = yield _REMOVE(id=_checked(conversation_id), account=account)
             yield from nodes.doubt(_only(rows, conversation_id)["head"])
+            yield from nodes.let_go(conversation_id)
 
         await self._database.run(remove, durable=True)
 

@@ -24,6 +24,7 @@ from nimbos.types import new_id
 
 ITEMS_MAX = 10_000
 BYTES_MAX = 64 << 20
+UNNAMED = ""  # the id of what a response or a conversation holds besides: no client can ask for it
 _ITEMS_AT_ONCE = 2_000
 
 
@@ -70,7 +71,7 @@ def check_size(items_total: int, bytes_total: int) -> None:
 
 
 def hold(account: str, owner: str, held: Sequence[Placed]) -> Transaction[None]:
-    """Items of a node, or what a response holds besides; the caller has named them."""
+    """Items of a node, or what a response or a conversation holds besides; the caller has named them."""
     listed = msgspec.json.encode([(one.id, one.hash, one.size_bytes) for one in held]).decode()
     yield _ADD_ITEMS(node=owner, account=account, items=listed)
 

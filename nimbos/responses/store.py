@@ -20,7 +20,7 @@ from nimbos.db.tables.responses import conversations, response_events, responses
 from nimbos.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
 from nimbos.responses import nodes
 from nimbos.responses.nodes import Placed
-from nimbos.responses.room import PROJECT_BYTES, ROW_BYTES, Room
+from nimbos.responses.room import PROJECT_BYTES, Room
 from nimbos.responses.segments import GRACE_MS, Segments, Swept, freed, named
 
 KEEP_S = 30 * 86_400
@@ -176,7 +176,7 @@ class Store:
         account = answered.account
         asked = await self.place(account, answered.asked)
         output = await self.place(account, answered.output)
-        (echo,) = await self.place(account, [Piece(id="", content=answered.echo)])
+        (echo,) = await self.place(account, [Piece(id=nodes.UNNAMED, content=answered.echo)])
         head = answered.past.head
         if head is not None and not await self.database.read(nodes.there(head)):
             await self.place(account, answered.past.pieces)
@@ -249,12 +249,10 @@ class Store:
     def _add_row(
         self, answered: Answered, input_node: str | None, output_node: str | None, output_items: int, echo: Placed
     ) -> Transaction[None]:
-        """A large echo has a row of its own among the items, where its bytes are counted; nothing finds it by its id,
-        which is empty."""
+        """The echo is an item of the response itself, where its bytes are counted."""
         now_ms = time.time_ns() // 1_000_000
         yield from named([echo.hash])
-        if echo.size_bytes > ROW_BYTES:
-            yield from nodes.hold(answered.account, answered.id, [echo])
+        yield from nodes.hold(answered.account, answered.id, [echo])
         yield _ADD(
             id=answered.id,
             account=answered.account,

@@ -92,7 +92,7 @@ async def test_a_chain_is_read_whole_and_its_past_is_written_once(store: Store, 
     assert last is not None
     expected = [text for number in range(50) for text in (f"asked {number}", f"said {number}")]
     assert words(await store.past_of(ME, last)) == expected
-    assert await count(database, response_items) == 100  # two a turn, not two for each turn before it
+    assert await count(database, response_items) == 150  # three a turn, not two for each turn before it
     assert await count(database, response_segments) == 101  # and one for what all requests repeat
 
 
@@ -277,17 +277,19 @@ async def test_what_a_project_keeps_is_bounded_and_free_again_when_it_is_deleted
     background, conversations = Background(store, owner="srv_test"), Conversations(store)
     bound(store, 0)
     first = await turn(store, None, "x" * 8_000, "y" * 8_000)
-    said = 16_000 + 3 * ROW_BYTES  # two items, and the response with a small echo
-    bound(store, said + len(b'{"model":"demo"}'))
+    said = 16_000 + len(b'{"model":"demo"}') + 3 * ROW_BYTES
+    bound(store, said)
     await store.room.sum_up()
     bound(store, said)
     second = await turn(store, None, "x" * 8_000, "y", echo=b"e" * 2_000)
     await store.room.sum_up()
-    said += 1 + 2_000 + 4 * ROW_BYTES  # the same words once, and the echo with a row of its own
+    said += 1 + 2_000 + 3 * ROW_BYTES  # the same words once
     bound(store, said)
     made = await conversations.create(ME, metadata={"a": "b"}, pieces=[])
+    said += len('{"a":"b"}') + ROW_BYTES
+    bound(store, said)
     await store.room.sum_up()
-    bound(store, said + len('{"a":"b"}') + ROW_BYTES)
+    bound(store, said)
     store.check(OTHER, Past(), [piece("z" * LIMIT_BYTES)])
     for one in (first, second):
         await background.delete(ME, one)
@@ -299,11 +301,11 @@ async def test_what_a_project_keeps_is_bounded_and_free_again_when_it_is_deleted
 
 
 async def test_sums_are_not_taken_again_at_once(store: Store) -> None:
-    await store.room.sum_up()
     await turn(store, None, "a", "b")
-    before = store.room._added[ME]
     await store.room.sum_up()
-    assert store.room._added[ME] == before
+    await turn(store, None, "c", "d")
+    await store.room.sum_up()
+    assert store.room._projects[ME].added
 
 
 async def test_a_sweep_ends_when_it_has_taken_much_away(

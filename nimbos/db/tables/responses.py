@@ -4,7 +4,8 @@ What was said is a tree of nodes that only grow: a node has some items and stand
 the path from the root to a node, and n turns share their pasts instead of repeating them. Items name their bytes by
 hash; the bytes are in `blobs`. Nobody counts references: a node goes when no child, response or conversation needs it
 (`response_garbage` lists those to look at), a segment when no item or response names it. What a response repeats of its
-request is an item, too, where it is large: without an id, and with the response in the place of the node.
+request is an item, too, without an id and with the response in the place of the node, so that all that an account keeps
+can be summed up; so is a conversation's metadata, with the conversation's id for a hash.
 """
 
 from __future__ import annotations
