@@ -129,20 +129,29 @@ async def _listeners(
 async def choose(hub: Hub, names: list[str]) -> Chosen:
     """Pulls what was named and is missing; with no name, what is installed, or the default model.
 
-    Raises: DownloadFailed, ModelUnusable, NotFound.
+    Raises: DownloadFailed, ModelUnusable, NotFound, ConfigError.
     """
     scripted: dict[str, ScriptedSource] = {}
     local: dict[str, LocalModel] = {}
+    taken: dict[str, Path] = {}
     for name in names or [await _default(hub)]:
         if name.startswith(_SCRIPTED):
-            source = ScriptedSource.load(Path(name.removeprefix(_SCRIPTED)))
-            if source.card.id in scripted:
-                raise ConfigError(f"Two scripted models are named {source.card.id!r}, after their files. Rename one.")
+            path = Path(name.removeprefix(_SCRIPTED))
+            source = ScriptedSource.load(path)
+            _require_own_name(taken, source.card.id, path)
             scripted[source.card.id] = source
         else:
             model = await _get(hub, name)
+            _require_own_name(taken, model.id, model.path)
             local[model.id] = model
     return Chosen(scripted=tuple(scripted.values()), local=tuple(local.values()), first=next(iter([*scripted, *local])))
+
+
+def _require_own_name(taken: dict[str, Path], model_id: str, path: Path) -> None:
+    """Raises: ConfigError for a second file of the same name: only one of them could be asked for."""
+    other = taken.setdefault(model_id, path)
+    if other != path:
+        raise ConfigError(f"Two models are named {model_id!r}, after their files: {other} and {path}. Rename one.")
 
 
 async def _default(hub: Hub) -> str:
