@@ -37,6 +37,16 @@ SCRIPT = {
 }
 
 OTHER = {"default": {"text": "21 things."}}
+DECIDING = {
+    "nimbos.toml": 'name = "deciding"\nentry = "main.py:main"\n',
+    "main.py": (
+        "from nimbos.adk import ask, think\n\n\n"
+        "async def main(input):\n"
+        '    first = await think("Say hello.")\n'
+        '    city = await ask("Which city?")\n'
+        '    return [first, city, await think(f"Where is {city}?")]\n'
+    ),
+}
 LOSING = {
     "nimbos.toml": 'name = "losing"\n',
     "instructions.md": "Mail it.\n",
@@ -357,6 +367,22 @@ def test_forks_share_the_past_and_are_adopted_or_dropped(mine: Processes, curiou
         assert mine.signal(process, "answer", body="Paris").status_code == 200
         assert mine.over(process)["result"] == "It is Paris."
     error_of(mine.post(f"processes/{pid}/fork", {"at": 10_000}), 400)
+
+
+def test_a_function_is_forked_and_only_what_is_behind_the_fork_is_done_anew(mine: Processes) -> None:
+    pid = mine.spawn(mine.put(DECIDING))
+    asking = mine.until(pid, "asking")
+    assert mine.signal(pid, "answer", body="Paris").status_code == 200
+    assert mine.over(pid)["result"] == ["Hello to you.", "Paris", "It is Paris."]
+    (before, *_) = mine.post(f"processes/{pid}/fork", {"at": asking["events"]}).json()["data"]
+    (last, *_) = mine.post(f"processes/{pid}/fork").json()["data"]
+    mine.until(before["id"], "asking", last=str(asking["events"]))
+    assert mine.signal(before["id"], "answer", body="Paris, again").status_code == 200
+    assert mine.over(before["id"])["result"] == ["Hello to you.", "Paris, again", "It is Paris."]
+    assert mine.over(last["id"])["result"] == ["Hello to you.", "Paris", "It is Paris."]
+    for fork in (before["id"], last["id"]):
+        asked = [one for one in mine.stream(fork) if one.kind == "model.intent" and one.data["pid"] == fork]
+        assert len(asked) == 1, "the first answer is its past's"
 
 
 def test_a_replay_folds_the_log_and_asks_another_model_the_same(live: Live, mine: Processes) -> None:
