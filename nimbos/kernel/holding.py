@@ -204,7 +204,7 @@ class Holding:
         told = result
         if told is None and error and self.view.parent is not None:
             told = await self.put(error)
-        body = ProcExited(reason=reason, result=result, error=error)
+        body = ProcExited(reason=reason, result=result, error=error.replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
         def begin() -> Transaction[Ended]:
             if driven and (yield from self._endings.goes_on(reason, self._owed, hears=not self.program.entry)):

@@ -87,3 +87,22 @@ except StepFailed as failed:
     async with minds(database, database_settings, SCRIPT) as place:
         pid = await start(place, body, also="@child\nasync def talk(n):\n    return 'x' * 1_000\n")
         assert await place.result(pid) == ["too_large", 1_000, 1_000]
+
+
+async def test_what_no_database_stores_is_an_error_that_the_function_sees(
+    database: Database, database_settings: Settings
+) -> None:
+    body = """
+codes = []
+for step in (spawn("kid", label="a\\0b"), spawn("kid", model="a\\0b"), send("proc_\\0", "hello")):
+    try:
+        await step
+    except StepFailed as failed:
+        codes.append(failed.code)
+return codes
+"""
+    kid = {"agents/kid/nimbos.toml": b'name = "kid"\n', "agents/kid/instructions.md": b"Be brief."}
+    async with minds(database, database_settings, SCRIPT) as place:
+        program = await place.program('entry = "main.py:main"\n', {**function(body), **kid})
+        pid = await place.run(program, None)
+        assert await place.result(pid) == ["invalid_request", "invalid_request", "not_found"]

@@ -71,6 +71,14 @@ async def test_a_function_that_ends_its_process_is_given_up_and_its_calls_are_no
         assert head.used["calls"] == len(made)
 
 
+async def test_an_error_that_no_database_stores_is_told_and_is_no_fault_of_the_server(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, SCRIPT) as place:
+        head = await place.over(await start(place, "raise ValueError('of a file: a\\0b')"))
+        assert (head.reason, head.epoch) == (Reason.FAILED, 1) and "of a file: a\ufffdb" in head.error
+
+
 @on_sqlite
 @pytest.mark.parametrize(
     ("later", "also", "says"),

@@ -40,6 +40,8 @@ async def send(
     Raises: StorageUnavailable.
     """
     to = str(arguments["to"])
+    if not to.isprintable():
+        return refused(missing(to))
     try:
         given = allowance_of(arguments.get("budget"))
         body = await segments.put_bytes(view.account, message_of(arguments.get("message")))

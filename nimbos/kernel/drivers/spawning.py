@@ -62,6 +62,9 @@ class Spawning:
 
     async def _birth(self, holding: Holding, program: Program, call_id: str, arguments: Mapping[str, Any]) -> Birth:
         view, manifest = holding.view, holding.program.manifest
+        for word in ("name", "model"):
+            if not str(arguments.get(word, "")).isprintable():
+                raise InvalidRequest(f"`{word}` has characters that cannot be shown.", param=word)
         given = await self._segments.put(view.account, arguments.get("input"))
         return Birth(
             pid=new_id("proc"),
