@@ -10,11 +10,13 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import Text, bindparam, update
 
 from nimbos.accounts import Accounts, Role, people
 from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, Grant
 from nimbos.config import Settings
-from nimbos.db import Database
+from nimbos.db import Database, Statement, Transaction
+from nimbos.db.tables.kernel import process_events
 from nimbos.keys import OwnerKey
 from tests.accounts.conftest import make_key, make_user
 from tests.live import OWNER_SECRET, Live, error_of, serving
@@ -335,6 +337,24 @@ def test_a_log_is_verified_and_a_changed_row_found(live: Live, mine: Processes, 
     good = mine.get(f"processes/{pid}/verify").json()
     assert (good["events"], good["broken_at"]) == (events, None)
     assert good["hash"] == [one for one in mine.stream(pid) if one.id][-1].data["hash"]
+    asyncio.run(change_actor(live.settings, pid, seq=2))
+    assert mine.get(f"processes/{pid}/verify").json()["broken_at"] == 2
+
+
+async def change_actor(settings: Settings, pid: str, *, seq: int) -> None:
+    """By somebody who can write to the database."""
+    change = Statement(
+        update(process_events)
+        .where(process_events.c.pid == bindparam("of", type_=Text), process_events.c.seq == bindparam("at"))
+        .values(actor="user:somebody else")
+    )
+
+    def begin() -> Transaction[None]:
+        yield change(of=pid, at=seq)
+
+    database = await Database.open(settings)
+    await database.run(begin)
+    await database.close()
 
 
 def test_cost_and_tree_name_the_process(mine: Processes, plain: str) -> None:
