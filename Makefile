@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-# Tests wait more than they compute: a worker more than there are cores (tests/conftest.py). A file stays in one.
-PARALLEL ?= -n auto --dist loadfile
+# Tests wait more than they compute: a worker more than there are cores (tests/conftest.py). A file stays in one, and
+# they begin in the order of collection.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: up test test-postgresql test-long lint types check clean
 

@@ -56,5 +56,31 @@ def pytest_configure() -> None:
     compileall.compile_dir(Path(__file__).parent.parent / "nimbos", quiet=2)
 
 
+# Those that take longest begin first: whichever began last would be waited for alone.
+LONG = (
+    "kernel/test_kill_matrix.py",
+    "ledger/test_killed.py",
+    "cli/test_admin.py",
+    "ledger/test_tree_of_budgets.py",
+    "kernel/test_think_engine.py",
+    "kernel/test_killed_answer.py",
+    "cli/test_ps.py",
+    "api/test_up.py",
+    "api/test_openapi.py",
+    "ledger/test_service.py",
+    "batches/test_jobs.py",
+    "batches/test_commands.py",
+    "kernel/test_leases.py",
+    "kernel/test_arguments.py",
+    "kernel/test_fold.py",
+    "kernel/test_context.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_xdist_auto_num_workers() -> int:
     return min(8, 1 + (os.cpu_count() or 1))
