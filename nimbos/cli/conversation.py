@@ -35,7 +35,7 @@ class _Delta(msgspec.Struct, frozen=True):
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
+    delta: _Delta = msgspec.field(default_factory=_Delta)
 
 
 class _Counted(msgspec.Struct, frozen=True):
