@@ -90,11 +90,14 @@ class StorageSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class BatchSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`file_bytes`: the largest file. `project_bytes`: all files of a project. `lines`: of one batch.
-    `line_bytes`: the longest line. `lines_at_once`: lines of all batches that one server answers at a time."""
+    """`file_bytes`: the largest file. `project_bytes`, `project_files`: all files of a project. `open_batches`: of a
+    project, that are not over. `lines`: of one batch. `line_bytes`: the longest line. `lines_at_once`: lines of all
+    batches that one server answers at a time."""
 
     file_bytes: AtLeastOne = 200 * 1024 * 1024
     project_bytes: AtLeastOne = 10 * 1024 * 1024 * 1024
+    project_files: AtLeastOne = 100_000
+    open_batches: AtLeastOne = 1_000
     lines: AtLeastOne = 50_000
     line_bytes: AtLeastOne = 4 * 1024 * 1024
     lines_at_once: AtLeastOne = 32

@@ -96,25 +96,20 @@ def status_of(batch: Batch) -> Status:
     return "canceling" if batch.state is State.CANCELLING else "in_progress"
 
 
-def told(batch: Batch, *, count: int, unanswered: int, base_url: str) -> MessageBatch:
-    """`count`: of its requests. `unanswered`: how many of them a batch that was ended early never came to."""
+def told(batch: Batch, *, count: int, base_url: str) -> MessageBatch:
+    """`count`: of its requests."""
     status = status_of(batch)
     shown = shown_id(batch.id)
     return MessageBatch(
         id=shown,
         processing_status=status,
-        request_counts=_counts(batch, count, unanswered) if status == "ended" else Counts(processing=count),
+        request_counts=_counts(batch, count) if status == "ended" else Counts(processing=count),
         created_at=_moment(batch.created_ms),
         expires_at=_moment(batch.expires_ms),
         ended_at=_moment(batch.at_ms[batch.state]) if status == "ended" else None,
         cancel_initiated_at=_moment(batch.at_ms[State.CANCELLING]) if State.CANCELLING in batch.at_ms else None,
         results_url=f"{base_url}v1/messages/batches/{shown}/results" if status == "ended" else None,
     )
-
-
-def is_unanswered(line: bytes) -> bool:
-    error = msgspec.json.decode(line, type=_Line).error
-    return error is not None and error.code in _UNANSWERED
 
 
 def result_of(line: bytes) -> bytes:
@@ -147,15 +142,14 @@ def _custom_id(line: bytes) -> str | None:
     return msgspec.json.decode(line, type=_Line).custom_id
 
 
-def _counts(batch: Batch, count: int, unanswered: int) -> Counts:
-    """Requests of a batch that ended before all were read are in no file, so they are what remains."""
+def _counts(batch: Batch, count: int) -> Counts:
+    """Requests that a batch which was ended early never came to are what remains."""
     if batch.state is State.FAILED:
         return Counts(errored=count)
-    errored = batch.failed - unanswered
-    left = count - batch.completed - errored
+    left = count - batch.completed - batch.failed
     if batch.state is State.EXPIRED:
-        return Counts(succeeded=batch.completed, errored=errored, expired=left)
-    return Counts(succeeded=batch.completed, errored=errored, canceled=left)
+        return Counts(succeeded=batch.completed, errored=batch.failed, expired=left)
+    return Counts(succeeded=batch.completed, errored=batch.failed, canceled=left)
 
 
 def _error(code: str, message: str) -> ErrorBody:

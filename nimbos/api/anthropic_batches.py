@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -77,18 +78,23 @@ class MessageBatches:
         check_class(account)
         items = self._checked(content)
         file = await self._keep(account, items)
-        batch = await self._desk.create(
-            account,
-            dialect="anthropic",
-            endpoint=PATH,
-            input_file=file.id,
-            completion_window="24h",
-            window_s=WINDOW_S,
-            metadata={_COUNT: str(len(items))},
-            output_expires_s=KEPT_S,
-        )
+        try:
+            batch = await self._desk.create(
+                account,
+                dialect="anthropic",
+                endpoint=PATH,
+                input_file=file.id,
+                completion_window="24h",
+                window_s=WINDOW_S,
+                metadata={_COUNT: str(len(items))},
+                output_expires_s=KEPT_S,
+            )
+        except NimbosError:
+            with suppress(NimbosError):  # a batch that is there after all keeps its file
+                await self._files.delete(account.id, file.id)
+            raise
         self._batches.wake()
-        return json_reply(await self._told(request, batch))
+        return json_reply(self._told(request, batch))
 
     async def page(self, request: Request) -> Response:
         query = request.query_params
@@ -99,14 +105,14 @@ class MessageBatches:
         )
         more = len(found) > limit
         shown = (found[1:] if more and before else found)[:limit]
-        data = [await self._told(request, batch) for batch in shown]
+        data = [self._told(request, batch) for batch in shown]
         page = wire.BatchPage(
             data=data, has_more=more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None
         )
         return json_reply(page)
 
     async def retrieve(self, request: Request) -> Response:
-        return json_reply(await self._told(request, await self._found(request)))
+        return json_reply(self._told(request, await self._found(request)))
 
     async def cancel(self, request: Request) -> Response:
         """Also of one that was cancelled before, and is over by now."""
@@ -118,7 +124,7 @@ class MessageBatches:
             if batch.state is not State.CANCELLED:
                 raise
         self._batches.wake()
-        return json_reply(await self._told(request, batch))
+        return json_reply(self._told(request, batch))
 
     async def delete(self, request: Request) -> Response:
         """With its files, which nobody else knows of."""
@@ -188,20 +194,9 @@ class MessageBatches:
     async def _file(self, batch: Batch, file_id: str) -> File:
         return await self._files.get(batch.project, file_id)
 
-    async def _told(self, request: Request, batch: Batch) -> wire.MessageBatch:
-        unanswered = await self._unanswered(batch)
+    def _told(self, request: Request, batch: Batch) -> wire.MessageBatch:
         count = int((batch.metadata or {}).get(_COUNT, batch.total))
-        return wire.told(batch, count=count, unanswered=unanswered, base_url=str(request.base_url))
-
-    async def _unanswered(self, batch: Batch) -> int:
-        """How many requests a batch that was ended early never came to."""
-        if batch.state not in (State.CANCELLED, State.EXPIRED) or batch.error_file is None:
-            return 0
-        try:
-            file = await self._file(batch, batch.error_file)
-        except NotFound:
-            return 0  # its time was over
-        return sum([1 async for line in _lines(self._files.read(file)) if wire.is_unanswered(line)])
+        return wire.told(batch, count=count, base_url=str(request.base_url))
 
     async def _results(self, batch: Batch, files: list[File]) -> AsyncGenerator[bytes, None]:
         for file in files:

@@ -9,13 +9,21 @@ import msgspec
 from nimbos.batches import rows
 from nimbos.batches.files import Files, missing
 from nimbos.batches.words import OVER, Batch, Dialect, State, batch_of
+from nimbos.config import BatchSettings
 from nimbos.db import Database, Transaction
-from nimbos.errors import Conflict, NotFound
+from nimbos.errors import Conflict, NotFound, Overloaded
 from nimbos.types import Account, new_id
 from nimbos.work import Work
 
-JOBS = "batch.job"
+JOBS = "batch.job"  # every kind of job begins so
+RETRY_OPEN_S = 60.0
 _LINES = "batch.line:"
+
+
+def jobs_of(project: str) -> str:
+    """The kind of work that a project's batches are before and after their lines: each project has a queue of its
+    own."""
+    return f"{JOBS}:{project}"
 
 
 def lines_of(batch_id: str) -> str:
@@ -28,10 +36,11 @@ def batch_of_lines(kind: str) -> str:
 
 
 class Desk:
-    def __init__(self, database: Database, files: Files, work: Work) -> None:
+    def __init__(self, database: Database, files: Files, work: Work, settings: BatchSettings) -> None:
         self._database = database
         self._files = files
         self._work = work
+        self._settings = settings
 
     async def create(
         self,
@@ -45,7 +54,8 @@ class Desk:
         metadata: dict[str, str] | None = None,
         output_expires_s: int | None = None,
     ) -> Batch:
-        """Raises: NotFound for a file that is not this project's."""
+        """Raises: NotFound for a file that is not this project's; Overloaded where the project has too many that are
+        not over."""
         file = await self._files.get(account.id, input_file)
         now_ms = time.time_ns() // 1_000_000
         batch_id = new_id("batch")
@@ -53,6 +63,15 @@ class Desk:
         def begin() -> Transaction[Batch]:
             if not (yield from self._files.lock(account.id, input_file)):
                 raise missing(input_file)
+            (row,) = yield rows.OPEN(project=account.id)
+            if row["open"] >= self._settings.open_batches:
+                raise Overloaded(
+                    limit="open batches",
+                    value=self._settings.open_batches,
+                    used=row["open"],
+                    retry_after_s=RETRY_OPEN_S,
+                    owner=f"project {account.name!r}",
+                )
             yield rows.ADD(
                 id=batch_id,
                 project=account.id,
@@ -80,7 +99,7 @@ class Desk:
                 waiting_until_ms=0,
                 **dict.fromkeys((f"{state}_ms" for state in rows.MOVE), None),
             )
-            yield from self._work.add(JOBS, batch_id)
+            yield from self._work.add(jobs_of(account.id), batch_id)
             (row,) = yield rows.GET(id=batch_id)
             return batch_of(row)
 
@@ -122,13 +141,13 @@ class Desk:
                 found = yield rows.MOVE[State.CANCELLING](id=batch_id, now_ms=time.time_ns() // 1_000_000)
                 yield rows.END(id=batch_id, how=State.CANCELLED.value)
                 yield from self._work.drop_waiting(lines_of(batch_id))
-                yield from self._work.add(JOBS, batch_id)
+                yield from self._work.add(jobs_of(project), batch_id)
             return batch_of(found[0])
 
         return await self._database.run(begin, durable=True)
 
     async def delete(self, project: str, batch_id: str, *, dialect: Dialect) -> None:
-        """The batch is forgotten; its files stay.
+        """The batch is forgotten; its files stay. What is left of its lines goes piece by piece, as work.
 
         Raises: NotFound; Conflict while it is not over.
         """
@@ -140,7 +159,7 @@ class Desk:
             if State(found[0]["state"]) not in OVER:
                 raise Conflict(f"The batch {batch_id} is {found[0]['state']}. Cancel it, or wait until it is over.")
             yield rows.DELETE(id=batch_id)
-            yield rows.DELETE_BELOW(batch=batch_id, number=2**62)
+            yield from self._work.add(jobs_of(project), batch_id)
 
         await self._database.run(begin, durable=True)
 

@@ -38,7 +38,7 @@ class Files:
     async def keep(
         self, account: Account, received: Received, *, filename: str, purpose: str, expires_s: int | None = None
     ) -> File:
-        """Raises: PayloadTooLarge where the project's files together are too large; forget it then."""
+        """Raises: PayloadTooLarge, Conflict where the project's files together are too many; forget it then."""
         file = made(account, received, filename=filename, purpose=purpose, expires_s=expires_s)
         await self._database.run(lambda: self.record(account, file, within_quota=True), durable=True)
         return file
@@ -64,12 +64,16 @@ class Files:
         )
         yield from self.charge(file.project, size_bytes=file.size_bytes, files=1, within_quota=within_quota)
 
-    def charge(self, project: str, *, size_bytes: int, files: int = 0, within_quota: bool) -> Transaction[None]:
-        """So much more, or less, of the project's quota. Raises: PayloadTooLarge."""
+    def charge(self, project: str, *, size_bytes: int, files: int, within_quota: bool) -> Transaction[None]:
+        """So much more, or less, of the project's quota; a part of an upload is a file, too, as even an empty one has
+        its place on the disk. Raises: PayloadTooLarge, Conflict."""
         yield _COUNT(project=project, size_bytes=size_bytes, files=files)
         (row,) = yield _TOTAL(project=project)
         if within_quota and row["size_bytes"] > self._settings.project_bytes:
             raise PayloadTooLarge(have=row["size_bytes"], limit=self._settings.project_bytes, what="project's files")
+        if within_quota and row["files"] > self._settings.project_files:
+            most = self._settings.project_files
+            raise Conflict(f"The project may have {most:,} files, parts of uploads included. Delete some first.")
 
     async def get(self, project: str, file_id: str) -> File:
         """Raises: NotFound, also for another project's file and for one whose time is over."""

@@ -77,11 +77,13 @@ class Finishing:
         await self._database.run(lambda: self._end(batch, claim, output, errors), durable=True)
         return True
 
-    async def clean(self, batch: Batch, claim: Claim) -> None:
-        """The answers are in files now. Ends the job."""
-        await self._database.run(lambda: self._work.drop_all(lines_of(batch.id)))
-        for below in range(_REMOVED_AT_ONCE, batch.validated_lines + _REMOVED_AT_ONCE + 1, _REMOVED_AT_ONCE):
-            await self._database.run(lambda below=below: self._remove(batch, below))  # type: ignore[misc]
+    async def clean(self, batch_id: str, claim: Claim) -> None:
+        """The answers are in files now, or the batch was deleted. Ends the job."""
+        await self._database.run(lambda: self._work.drop_all(lines_of(batch_id)))
+        (row,) = await self._database.read(rows.LAST(batch=batch_id))
+        last = row["last"] or 0
+        for below in range(_REMOVED_AT_ONCE, last + _REMOVED_AT_ONCE + 1, _REMOVED_AT_ONCE):
+            await self._database.run(lambda below=below: _remove(batch_id, below))  # type: ignore[misc]
         await self._database.run(lambda: self._work.finish(claim))
 
     async def _written(self, batch: Batch, query: Statement, what: str) -> Received | None:
@@ -111,7 +113,8 @@ class Finishing:
         output_id = yield from self._keep(batch, output, "output")
         errors_id = yield from self._keep(batch, errors, "error")
         (row,) = yield rows.LEFT(batch=batch.id)
-        yield rows.GIVE(id=batch.id, output=output_id, error=errors_id, left=row["left"])
+        left = row["left"] if batch.dialect == "openai" else 0  # Anthropic counts those as neither done nor failed
+        yield rows.GIVE(id=batch.id, output=output_id, error=errors_id, left=left)
         yield rows.MOVE[State(batch.ending)](id=batch.id, now_ms=time.time_ns() // 1_000_000)
 
     def _keep(self, batch: Batch, received: Received | None, what: str) -> Transaction[str | None]:
@@ -128,8 +131,9 @@ class Finishing:
         yield from self._files.record(batch.account, file, within_quota=False)
         return file.id
 
-    def _remove(self, batch: Batch, below: int) -> Transaction[None]:
-        yield rows.DELETE_BELOW(batch=batch.id, number=below)
+
+def _remove(batch_id: str, below: int) -> Transaction[None]:
+    yield rows.DELETE_BELOW(batch=batch_id, number=below)
 
 
 def _file_id(batch: Batch, what: str) -> str:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import structlog
 
 from nimbos.accounts import Authority
 from nimbos.batches import rows
 from nimbos.batches.contents import Contents
-from nimbos.batches.desk import JOBS, Desk, lines_of
+from nimbos.batches.desk import JOBS, Desk, jobs_of, lines_of
 from nimbos.batches.endpoint import Endpoint
-from nimbos.batches.fairness import Caps
+from nimbos.batches.fairness import Caps, Queue, Turns, places
 from nimbos.batches.files import Files
 from nimbos.batches.finishing import LOOK_AGAIN_S, Finishing
 from nimbos.batches.orphans import Orphans
@@ -31,7 +32,7 @@ from nimbos.batches.words import OVER, State, batch_of
 from nimbos.blobs import Blobs
 from nimbos.config import BatchSettings
 from nimbos.db import Database, Transaction
-from nimbos.errors import StorageUnavailable
+from nimbos.errors import NimbosError
 from nimbos.work import Claim, Crew, Work, shares_of
 
 SWEEP_S = 5.0
@@ -64,8 +65,9 @@ class Batches:
         self.files = Files(database, contents, settings)
         self.uploads = Uploads(database, contents, self.files, settings)
         self._orphans = Orphans(database, contents)
-        self.desk = Desk(database, self.files, self._work)
+        self.desk = Desk(database, self.files, self._work, settings)
         self._caps = Caps()
+        self._turns, self._job_turns = Turns(), Turns()
         self._validating = Validating(database, contents, self._work, settings)
         self._finishing = Finishing(database, contents, self._work, self.files)
         self._running = Running(
@@ -78,14 +80,14 @@ class Batches:
             resolve=resolve or Authority(database).check,
             wake=self.wake,
         )
-        jobs_owner, self._lines_owner = f"{server_id}/jobs", f"{server_id}/lines"
+        self._jobs_owner, self._lines_owner = f"{server_id}/jobs", f"{server_id}/lines"
         self._jobs = Crew(
             database,
             self._work,
             places=_JOBS_AT_ONCE,
-            claim=lambda n: self._work.claim(JOBS, jobs_owner, n),
+            claim=self._claim_jobs,
             run=self._do_job,
-            owner=jobs_owner,
+            owner=self._jobs_owner,
         )
         self._lines = Crew(
             database,
@@ -110,7 +112,8 @@ class Batches:
         await self._database.run(self._work.adopt)
         self._jobs.start()
         self._lines.start()
-        self._sweeping = (asyncio.create_task(self._sweep()), asyncio.create_task(self._sweep_orphans()))
+        sweeps = (self._keep_expiring(), self._keep_tidying(), self._sweep_orphans())
+        self._sweeping = tuple(asyncio.create_task(sweep) for sweep in sweeps)
 
     def wake(self) -> None:
         """A batch was submitted or cancelled, or has no line left."""
@@ -136,30 +139,53 @@ class Batches:
         if moved:
             yield rows.END(id=batch_id, how=State.EXPIRED.value)
             yield from self._work.drop_waiting(lines_of(batch_id))
-            yield from self._work.add(JOBS, batch_id)
+            yield from self._work.add(jobs_of(moved[0]["project"]), batch_id)
+
+    def _claim_jobs(self, n: int) -> Transaction[list[Claim]]:
+        """One place at a time for the project that has fewest: a thousand files of one are read beside another's."""
+        claims: list[Claim] = []
+        queues = yield from self._work.queues(JOBS)
+        holding = {queue: self._jobs.holding(queue) for queue in self._job_turns.ordered(queues)}
+        while shares := shares_of(n - len(claims), holding):
+            for queue, share in shares.items():
+                got = yield from self._work.claim(queue, self._jobs_owner, share)
+                claims += got
+                holding[queue] += len(got)
+                self._job_turns.given(queue)
+                if len(got) < share:
+                    del holding[queue]  # nothing more waits there
+        return claims
 
     def _claim_lines(self, n: int) -> Transaction[list[Claim]]:
+        """One place at a time for the project that has fewest here for its weight."""
         claims: list[Claim] = []
         if not self._endpoints:
             return claims
         found = yield rows.READY(now_ms=time.time_ns() // 1_000_000, limit=_OPEN_MAX)
-        holding = {row["id"]: self._lines.holding(lines_of(row["id"])) for row in found}
-        caps = self._caps.among(holding, time.monotonic())
-        while shares := shares_of(n - len(claims), holding, caps):
+        turn = {project: at for at, project in enumerate(self._turns.ordered(row["project"] for row in found))}
+        queues = {
+            row["id"]: Queue(
+                project=row["project"], held=self._lines.holding(lines_of(row["id"])), weight=row["weight"]
+            )
+            for row in sorted(found, key=lambda row: turn[row["project"]])
+        }
+        caps = self._caps.among(queues, time.monotonic())
+        while shares := places(n - len(claims), queues, caps):
             for batch_id, count in shares.items():
                 got = yield from self._work.claim(lines_of(batch_id), self._lines_owner, count)
                 claims += got
-                holding[batch_id] += len(got)
+                queue = queues[batch_id] = replace(queues[batch_id], held=queues[batch_id].held + len(got))
+                self._turns.given(queue.project)
                 if len(got) < count:
-                    del holding[batch_id]  # nothing more waits there
+                    caps[batch_id] = queue.held  # nothing more waits there
         return claims
 
     async def _do_job(self, claim: Claim) -> None:
         """One stage after the other, until the batch waits for its lines or is over. Raises: ClaimLost."""
         while True:
             found = await self._database.read(rows.GET(id=claim.ref))
-            if not found:
-                await self._database.run(lambda: self._work.finish(claim))
+            if not found or State(found[0]["state"]) in OVER:
+                await self._finishing.clean(claim.ref, claim)
                 return
             batch = batch_of(found[0])
             if batch.state is State.VALIDATING:
@@ -170,9 +196,6 @@ class Batches:
             elif batch.state is State.IN_PROGRESS:
                 if await self._database.run(lambda: self._nothing_to_do(claim)):
                     return
-            elif batch.state in OVER:
-                await self._finishing.clean(batch, claim)
-                return
             elif not await self._finishing.run(batch, claim):
                 await self._database.run(lambda: self._work.release(claim, delay_s=LOOK_AGAIN_S))
                 return
@@ -185,14 +208,22 @@ class Batches:
         yield from self._work.finish(claim)
         return True
 
-    async def _sweep(self) -> None:
+    async def _keep_expiring(self) -> None:
         while True:
             try:
                 await self.expire()
-                await self.files.sweep()
-                await self.uploads.sweep()
-            except StorageUnavailable as error:
-                _log.warning("batches.not_swept", reason=error.reason)
+            except NimbosError as error:
+                _log.warning("batches.not_expired", code=error.code)
+            await asyncio.sleep(SWEEP_S)
+
+    async def _keep_tidying(self) -> None:
+        """Beside the expiry of batches: there may be much, and a file is large."""
+        while True:
+            try:
+                while await self.files.sweep() + await self.uploads.sweep():
+                    pass  # that was a part of them
+            except NimbosError as error:
+                _log.warning("batches.not_swept", code=error.code)
             await asyncio.sleep(SWEEP_S)
 
     async def _sweep_orphans(self) -> None:
@@ -202,6 +233,6 @@ class Batches:
             try:
                 if removed := await self._orphans.sweep():
                     _log.warning("batches.orphans_removed", contents=removed)
-            except StorageUnavailable as error:
-                _log.warning("batches.orphans_not_swept", reason=error.reason)
+            except NimbosError as error:
+                _log.warning("batches.orphans_not_swept", code=error.code)
             await asyncio.sleep(ORPHANS_S)

@@ -7,6 +7,7 @@ A line that is no good is told with the reason; the others go on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from nimbos.batches.words import TEST_BYTES, TEST_LINES, TEST_MODEL
 
 CUSTOM_ID_CHARACTERS = 512
 _SHOWN_CHARACTERS = 200
-_BLANK = b" \t\r\n"
+_BLANKS = frozenset({b" ", b"\t", b"\r", b"\n"})
+_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,29 @@ class Splitter:
         self._line_bytes = line_bytes
         self._held: list[bytes] = []
         self._have = 0  # bytes of the line that is coming, those that were dropped included
+        self._blank = True  # all of them
         self.next_byte = next_byte
         self.next_number = next_number
 
     def feed(self, content: bytes) -> Iterator[Piece]:
-        at = 0
+        at = self._behind_blank(content, 0)
         while (end := content.find(b"\n", at)) >= 0:
             self._hold(content[at:end])
             yield from self._line(ends_with=1)
-            at = end + 1
+            at = self._behind_blank(content, end + 1)
         self._hold(content[at:])
+
+    def _behind_blank(self, content: bytes, at: int) -> int:
+        """Where the next line begins that is not blank. At once: a file may be nothing but line ends."""
+        if self._have or content[at : at + 1] not in _BLANKS:
+            return at
+        found = _NOT_BLANK.search(content, at)
+        begins = content.rfind(b"\n", at, found.start() if found else len(content)) + 1
+        if begins == 0:
+            return at
+        self.next_number += content.count(b"\n", at, begins)
+        self.next_byte += begins - at
+        return begins
 
     def finish(self) -> Iterator[Piece]:
         """The last line, where no line end follows it."""
@@ -77,6 +92,7 @@ class Splitter:
 
     def _hold(self, content: bytes) -> None:
         self._have += len(content)
+        self._blank = self._blank and _NOT_BLANK.search(content) is None
         if self._have > self._line_bytes:
             self._held.clear()
         elif content:
@@ -84,12 +100,12 @@ class Splitter:
 
     def _line(self, *, ends_with: int) -> Iterator[Piece]:
         content = b"".join(self._held) if self._have <= self._line_bytes else None
-        piece = Piece(self.next_number, self.next_byte, self._have, content)
+        piece = None if self._blank else Piece(self.next_number, self.next_byte, self._have, content)
         self.next_byte += self._have + ends_with
         self.next_number += 1
         self._held.clear()
-        self._have = 0
-        if content is None or content.strip(_BLANK):
+        self._have, self._blank = 0, True
+        if piece is not None:
             yield piece
 
 

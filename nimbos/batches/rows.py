@@ -12,6 +12,7 @@ from sqlalchemy import (
     case,
     delete,
     func,
+    literal_column,
     not_,
     null,
     or_,
@@ -22,6 +23,7 @@ from sqlalchemy import text as sql
 
 from nimbos.batches.words import LEGAL, State
 from nimbos.db import Dialect, Statement, insert
+from nimbos.db.tables.accounts import projects
 from nimbos.db.tables.batches import batch_lines, batches
 
 
@@ -67,6 +69,11 @@ def _move(to: State) -> Statement:
     )
 
 
+OPEN = Statement(
+    select(func.count().label("open")).where(
+        batches.c.project == _text("project"), or_(*[batches.c.state == state.value for state in LEGAL if LEGAL[state]])
+    )
+)
 MOVE: dict[State, Statement] = {to: _move(to) for to in State if to is not State.VALIDATING}
 DELETE = Statement(delete(batches).where(batches.c.id == _text("id")))
 END = Statement(update(batches).where(batches.c.id == _text("id")).values(ending=_text("how")))
@@ -107,12 +114,25 @@ WAIT = Statement(
     .where(batches.c.id == _text("id"))
     .values(waiting_for=_text("limit_told"), waiting_until_ms=_at("until_ms"))
 )
-READY = Statement(
-    select(batches.c.id)
-    .where(batches.c.state == State.IN_PROGRESS.value, batches.c.waiting_until_ms <= _at("now_ms"))
-    .order_by(batches.c.id)
-    .limit(bindparam("limit", type_=Integer))
-)
+
+
+def _ready() -> Statement:
+    """The oldest batches of every project, in turn: many of one do not keep those of another from being looked at."""
+    turn = func.row_number().over(partition_by=batches.c.project, order_by=batches.c.id).label("turn")
+    waiting = (
+        select(batches.c.id, batches.c.project, turn)
+        .where(batches.c.state == State.IN_PROGRESS.value, batches.c.waiting_until_ms <= _at("now_ms"))
+        .subquery()
+    )
+    return Statement(
+        select(waiting.c.id, waiting.c.project, func.coalesce(projects.c.weight, literal_column("1.0")).label("weight"))
+        .outerjoin(projects, projects.c.id == waiting.c.project)
+        .order_by(waiting.c.turn, waiting.c.id)
+        .limit(bindparam("limit", type_=Integer))
+    )
+
+
+READY = _ready()
 LAPSED = Statement(
     select(batches.c.id).where(
         or_(batches.c.state == State.VALIDATING.value, batches.c.state == State.IN_PROGRESS.value),
@@ -196,6 +216,7 @@ FAILURES = Statement(
     .order_by(batch_lines.c.number)
     .limit(bindparam("limit", type_=Integer))
 )
+LAST = Statement(select(func.max(batch_lines.c.number).label("last")).where(batch_lines.c.batch == _text("batch")))
 DELETE_BELOW = Statement(
     delete(batch_lines).where(batch_lines.c.batch == _text("batch"), batch_lines.c.number < _at("number"))
 )

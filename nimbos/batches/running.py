@@ -16,7 +16,7 @@ import msgspec
 from nimbos.accounts import allowed_classes, allowed_route
 from nimbos.batches import rows
 from nimbos.batches.contents import Contents
-from nimbos.batches.desk import JOBS, batch_of_lines
+from nimbos.batches.desk import batch_of_lines, jobs_of
 from nimbos.batches.endpoint import Endpoint, Reply
 from nimbos.batches.fairness import Caps
 from nimbos.batches.journal import LineJournal, attempts_of
@@ -154,8 +154,8 @@ class Running:
             yield from self._work.release(claim, delay_s=seconds)
             return seconds
         until_ms = time.time_ns() // 1_000_000 + int(seconds * 1000)
-        yield from self._work.release(claim)
-        yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)
+        if (yield from self._work.release(claim)):  # otherwise the batch may be over
+            yield rows.WAIT(id=batch.id, limit_told=error.message, until_ms=until_ms)
         return seconds
 
 
@@ -234,5 +234,5 @@ class Settling:
             return False
         yield rows.MOVE[State.FINALIZING](id=self._batch_id, now_ms=time.time_ns() // 1_000_000)
         yield rows.END(id=self._batch_id, how=State.COMPLETED.value)
-        yield from self._work.add(JOBS, self._batch_id)
+        yield from self._work.add(jobs_of(row["project"]), self._batch_id)
         return True

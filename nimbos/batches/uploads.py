@@ -126,7 +126,7 @@ class Uploads:
             if row["parts"] >= PARTS_MAX:
                 raise Conflict(f"An upload may have {PARTS_MAX:,} parts; {upload_id} has them. Send larger ones.")
             yield _ADD_PART(**{name: getattr(part, name) for name in Part.__dataclass_fields__})
-            yield from self._files.charge(project, size_bytes=part.size_bytes, within_quota=True)
+            yield from self._files.charge(project, size_bytes=part.size_bytes, files=1, within_quota=True)
 
         await self._database.run(begin, durable=True)
         return part
@@ -230,7 +230,7 @@ class Uploads:
         if parts:
             yield _DROP_PARTS(upload=upload.id)
             freed = sum(part.size_bytes for part in parts)
-            yield from self._files.charge(upload.project, size_bytes=-freed, within_quota=False)
+            yield from self._files.charge(upload.project, size_bytes=-freed, files=-len(parts), within_quota=False)
         return parts
 
     async def _remove(self, parts: Sequence[Part]) -> None:

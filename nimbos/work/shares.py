@@ -6,24 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def shares_of(
-    free: int,
-    holding: Mapping[str, int],
-    caps: Mapping[str, int] | None = None,
-    weights: Mapping[str, float] | None = None,
-) -> dict[str, int]:
-    """How many of `free` places each queue gets, given how many it has and may have; the others are left out. Of those
-    that have as few, the first in `holding` goes first. `weights`: twice the weight is twice the places; 1 is what
-    every queue has."""
-    most, weight = caps or {}, weights or {}
-    levels = {name: held for name, held in holding.items() if held < most.get(name, held + 1)}
+def shares_of(free: int, holding: Mapping[str, int], weights: Mapping[str, float] | None = None) -> dict[str, int]:
+    """How many of `free` places each queue gets, given how many it has; the others are left out. Of those that have as
+    few, the first in `holding` goes first. `weights`: twice the weight is twice the places; 1 is what every queue
+    has."""
+    weight = weights or {}
+    levels = dict(holding)
     shares: dict[str, int] = {}
-    for _ in range(free):
-        if not levels:
-            break
+    for _ in range(free if levels else 0):
         poorest = min(levels, key=lambda name: levels[name] / weight.get(name, 1.0))
         levels[poorest] += 1
         shares[poorest] = shares.get(poorest, 0) + 1
-        if levels[poorest] >= most.get(poorest, levels[poorest] + 1):
-            del levels[poorest]
     return shares

@@ -29,6 +29,7 @@ from nimbos.work import LEASE_S, Work
 PATIENCE_S = 60
 ENDPOINT = "/v1/echo"
 ALICE = Account(id="proj_alice", name="Alice", key="key_alice")
+BOB = Account(id="proj_bob", name="Bob", key="key_bob")
 _WINDOW_OVER = Statement(update(batch_table).where(batch_table.c.id == bindparam("of")).values(expires_ms=1))
 _LINES = Statement(select(batch_lines.c.number).where(batch_lines.c.batch == bindparam("of")))
 _WORK = Statement(select(work_table.c.ref))
@@ -379,3 +380,145 @@ async def test_validation_goes_on_after_a_crash_without_a_line_lost_or_twice(
     await second.batches.close()
     assert [row["custom_id"] for row in rows] == [f"{n:05}" for n in range(1_200)]
     assert [row["error"]["code"] for row in errors] == ["duplicate_custom_id", "invalid_json_line"]
+
+
+@pytest.fixture
+async def shops(database: Database, tmp_path: Path) -> AsyncIterator[Callable[..., Shop]]:
+    """Servers that are closed also where a test fails: what hangs in them would hang the whole run."""
+    made: list[Shop] = []
+
+    def make(**limits: int) -> Shop:
+        made.append(Shop(database, tmp_path, **limits))
+        return made[-1]
+
+    yield make
+    for shop in made:
+        await shop.batches.close()
+
+
+async def test_many_batches_of_one_project_leave_room_for_another_projects(
+    shops: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are looked at at once, each with more lines than there are places."""
+    monkeypatch.setattr("nimbos.batches.jobs._OPEN_MAX", 3)
+    shop = shops(lines_at_once=4)
+    busy, go = 0, asyncio.Semaphore(0)
+
+    async def slow_for_alice(account: Account, body: bytes, *, origin: Origin, journal: Any = None) -> Reply:
+        nonlocal busy
+        if account.id == ALICE.id:
+            busy += 1
+            await go.acquire()
+        return Reply(200, body, "ask")
+
+    shop.batches.serve([Endpoint(path=ENDPOINT, perform=slow_for_alice, refuse=lambda error: b"{}")])
+    await shop.batches.start()
+    many = [await shop.submit([line(f"{n}") for n in range(8)]) for _ in range(5)]
+    for made in many:
+        await shop.until(made, lambda found: found.state is State.IN_PROGRESS)
+    async with asyncio.timeout(PATIENCE_S):
+        while busy < 4:
+            await asyncio.sleep(0.01)
+    single = await shop.submit([line(f"{n}") for n in range(3)], account=BOB)
+    await shop.until(single, lambda found: found.state is State.IN_PROGRESS)
+    go.release()  # one place becomes free: three lines go through it, one after the other
+    assert (await shop.over(single)).completed == 3
+    assert busy <= 5
+
+
+async def test_files_of_one_project_that_are_to_be_read_hold_up_no_other_projects(
+    shops: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = shops()
+    shop.hurry()
+    read, go = [], asyncio.Semaphore(0)
+    run = shop.batches._validating.run
+
+    async def slow_for_alice(batch: Batch, *arguments: Any, **named: Any) -> bool:
+        read.append(batch.project)
+        if batch.project == ALICE.id:
+            await go.acquire()
+        return await run(batch, *arguments, **named)
+
+    monkeypatch.setattr(shop.batches._validating, "run", slow_for_alice)
+    many = [await shop.submit([line("a")]) for _ in range(4)]
+    await shop.open()
+    async with asyncio.timeout(PATIENCE_S):
+        while len(read) < 2:
+            await asyncio.sleep(0.01)
+    single = await shop.submit([line("a")], account=BOB)
+    go.release()  # of two that are being read one goes on
+    async with asyncio.timeout(PATIENCE_S):
+        while len(read) < 3:
+            await asyncio.sleep(0.01)
+    assert read[:3] == [ALICE.id, ALICE.id, BOB.id]
+    for _ in many:
+        go.release()
+    for made in (*many, single):
+        assert (await shop.over(made)).completed == 1
+
+
+async def test_a_project_has_no_more_open_batches_than_it_may(shops: Callable[..., Shop]) -> None:
+    shop = shops(open_batches=2)
+    made = [await shop.submit([line("a")]) for _ in range(2)]
+    with pytest.raises(Overloaded, match="'open batches' of 2 of the project 'Alice'"):
+        await shop.submit([line("a")])
+    await shop.submit([line("a")], account=BOB)
+    await shop.open()
+    for batch in made:
+        await shop.over(batch)
+    await shop.over(await shop.submit([line("a")]))
+
+
+async def test_windows_end_while_what_lapsed_is_being_removed(
+    shops: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred uploads of ten thousand parts take a while."""
+    monkeypatch.setattr("nimbos.batches.jobs.SWEEP_S", 0.01)
+    shop = shops()
+    sweeping, never = asyncio.Event(), asyncio.Event()
+
+    async def sweep() -> int:
+        sweeping.set()
+        await never.wait()
+        return 0
+
+    monkeypatch.setattr(shop.batches.uploads, "sweep", sweep)
+    made = await shop.submit([line("a")])
+    await shop.batches.start()  # without an endpoint: nothing is answered
+    await shop.until(made, lambda found: found.state is State.IN_PROGRESS)
+    async with asyncio.timeout(PATIENCE_S):
+        await sweeping.wait()
+    await shop.set(_WINDOW_OVER, made)
+    assert (await shop.over(made)).state is State.EXPIRED
+
+
+async def test_a_batch_that_is_deleted_before_it_was_tidied_leaves_nothing(
+    shops: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its server ends in between, and piece by piece: its answers may be many."""
+    monkeypatch.setattr("nimbos.batches.finishing._REMOVED_AT_ONCE", 100)
+    shop = shops(lines=510)
+    kept = asyncio.Event()
+
+    async def untidy(*_: Any) -> None:
+        kept.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shop.batches._finishing, "clean", untidy)
+        await shop.open()
+        done = await shop.over(await shop.submit([line(f"{n}") for n in range(5)]))
+        failed = await shop.over(await shop.submit([line(f"{n}") for n in range(600)]))
+        async with asyncio.timeout(PATIENCE_S):
+            await kept.wait()
+        await shop.batches.close()
+    assert (done.state, failed.state) == (State.COMPLETED, State.FAILED)
+    for batch in (done, failed):
+        await shop.batches.desk.delete(ALICE.id, batch.id, dialect="openai")
+    assert await shop.database.read(_LINES(of=done.id)) != []
+    other = shops()
+    await other.open()
+    async with asyncio.timeout(PATIENCE_S):
+        while await shop.database.read(_WORK()) or await shop.database.read(_LINES(of=done.id)):
+            await asyncio.sleep(0.01)

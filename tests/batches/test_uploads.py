@@ -186,15 +186,34 @@ async def test_parts_count_in_the_quota_until_the_file_takes_their_place(databas
     batches = batches_on(database, tmp_path, project_bytes=10)
     upload = await made(batches)
     parts = [await add(batches, upload, content) for content in (b"abc", b"def")]
-    assert await total(database) == (6, 0)
+    assert await total(database) == (6, 2)
     with pytest.raises(PayloadTooLarge, match="project's files"):
         await add(batches, upload, b"12345")
-    assert await total(database) == (6, 0)
+    assert await total(database) == (6, 2)
     _, file = await batches.uploads.complete(ALICE, upload.id, [part.id for part in parts])
     assert await total(database) == (6, 1)
     await batches.files.delete(ALICE.id, file.id)
     assert await total(database) == (0, 0)
     assert contents_in(tmp_path) == []
+
+
+async def test_empty_files_and_parts_count_too(database: Database, tmp_path: Path) -> None:
+    """Each has its place on the disk, whatever it holds."""
+    batches = batches_on(database, tmp_path, project_files=3)
+    upload = await made(batches, 0)
+    parts = [await add(batches, upload, b"") for _ in range(2)]
+    file = await batches.files.keep(ALICE, await batches.files.receive(once(b"")), filename="a", purpose="batch")
+    with pytest.raises(Conflict, match="3 files"):
+        await add(batches, upload, b"")
+    received = await batches.files.receive(once(b""))
+    with pytest.raises(Conflict, match="3 files") as refused:
+        await batches.files.keep(ALICE, received, filename="b", purpose="batch")
+    await batches.files.forget(received, after=refused.value)
+    assert (await total(database), len(contents_in(tmp_path))) == ((0, 3), 3)
+    await batches.uploads.complete(ALICE, upload.id, [part.id for part in parts])
+    assert await total(database) == (0, 2)
+    await batches.files.delete(ALICE.id, file.id)
+    assert (await total(database), len(contents_in(tmp_path))) == ((0, 1), 1)
 
 
 async def test_an_upload_has_no_more_parts_than_it_may(
