@@ -89,20 +89,22 @@ except StepFailed as failed:
         assert await place.result(pid) == ["too_large", 1_000, 1_000]
 
 
-async def test_what_no_database_stores_is_an_error_that_the_function_sees(
+async def test_what_no_database_stores_is_left_out_of_a_name_and_else_an_error_that_the_function_sees(
     database: Database, database_settings: Settings
 ) -> None:
     body = """
 codes = []
-for step in (spawn("kid", label="a\\0b"), spawn("kid", model="a\\0b"), send("proc_\\0", "hello")):
+for step in (spawn("kid", label="a\\0b\\n"), spawn("kid", model="a\\0b"), send("proc_\\0", "hello")):
     try:
-        await step
+        kid = await step
     except StepFailed as failed:
         codes.append(failed.code)
-return codes
+return [*codes, kid.pid]
 """
     kid = {"agents/kid/nimbos.toml": b'name = "kid"\n', "agents/kid/instructions.md": b"Be brief."}
     async with minds(database, database_settings, SCRIPT) as place:
         program = await place.program('entry = "main.py:main"\n', {**function(body), **kid})
         pid = await place.run(program, None)
-        assert await place.result(pid) == ["invalid_request", "invalid_request", "not_found"]
+        *codes, child = await place.result(pid)
+        assert codes == ["invalid_request", "not_found"]
+        assert (await place.head(child)).name == "a b "

@@ -62,15 +62,14 @@ class Spawning:
 
     async def _birth(self, holding: Holding, program: Program, call_id: str, arguments: Mapping[str, Any]) -> Birth:
         view, manifest = holding.view, holding.program.manifest
-        for word in ("name", "model"):
-            if not str(arguments.get(word, "")).isprintable():
-                raise InvalidRequest(f"`{word}` has characters that cannot be shown.", param=word)
+        if not str(arguments.get("model", "")).isprintable():
+            raise InvalidRequest("`model` has characters that cannot be shown.", param="model")
         given = await self._segments.put(view.account, arguments.get("input"))
         return Birth(
             pid=new_id("proc"),
             account=holding.account,
             program=program.hash,
-            name=str(arguments.get("name") or program.name)[:_NAME_CHARACTERS],
+            name=_shown(str(arguments.get("name") or program.name)),
             input=given,
             model=str(arguments.get("model") or program.manifest.model.name or view.model),
             ask_class=view.ask_class,
@@ -94,6 +93,11 @@ class Spawning:
             most = min(most, head.depth + (await self._programs.load(head.program)).manifest.limits.depth)
             above = head.parent or head.forked_from
         return most
+
+
+def _shown(name: str) -> str:
+    """One line, of characters that every database stores."""
+    return "".join(letter if letter.isprintable() else " " for letter in name[:_NAME_CHARACTERS])
 
 
 @contextmanager
