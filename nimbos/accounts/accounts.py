@@ -36,7 +36,7 @@ from nimbos.accounts.words import (
     User,
 )
 from nimbos.db import Database, Transaction
-from nimbos.errors import NimbosError
+from nimbos.errors import Conflict, NimbosError
 from nimbos.keys import FileKey, OwnerKey
 
 T = TypeVar("T")
@@ -184,13 +184,18 @@ def _make_owner() -> Transaction[Changed[User]]:
 
 
 async def _configured(database: Database, key: FileKey) -> ConfiguredKey:
+    """A project that was archived stays so: its keys died with it, whatever the file says."""
+
     def project() -> Transaction[Project]:
-        rows = yield projects.BY_NAME(wanted=key.account)
+        rows = (yield projects.BY_NAME(wanted=key.account)) or (yield projects.ARCHIVED_BY_NAME(wanted=key.account))
         if rows:
             return Project.of(rows[0])
         return (yield from audit.audited(LOCAL, projects.create_project(key.account), at_ms=now_ms()))
 
-    found = await database.run(project, durable=True)
+    try:
+        found = await database.run(project, durable=True)
+    except Conflict:  # another server that starts was faster
+        found = await database.run(project, durable=True)
     role = Role.ADMIN if ADMIN_SCOPE in key.scopes else None
     return ConfiguredKey(
         digest=key.digest,

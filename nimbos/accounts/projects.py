@@ -23,6 +23,12 @@ WEIGHT_MIN, WEIGHT_MAX = 0.01, 100.0
 INSERT = insert(projects)
 BY_ID = Statement(select(projects).where(projects.c.id == bindparam("wanted")))
 BY_NAME = Statement(select(projects).where(projects.c.live_name == bindparam("wanted")))
+ARCHIVED_BY_NAME = Statement(
+    select(projects)
+    .where(projects.c.name == bindparam("wanted"), projects.c.archived_ms.is_not(None))
+    .order_by(projects.c.id.desc())
+    .limit(1)
+)
 PAGE = Statement(
     select(projects)
     .where(projects.c.id > bindparam("after"), (projects.c.archived_ms.is_(None)) | (bindparam("archived") == 1))

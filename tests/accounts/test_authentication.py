@@ -250,6 +250,24 @@ async def test_keys_of_the_file_work_and_their_projects_are_made_once(database: 
     assert [row["id"] for row in rows] == [identity.account.id]
 
 
+async def test_a_key_of_the_file_does_not_bring_its_archived_project_back(database: Database) -> None:
+    """Not at the next start either. One that is made anew under the name takes its key again."""
+    key = FileKey(name="old", digest=digest_of("nb-old"), account="alice", scopes=frozenset())
+    accounts = await Accounts.open(database, owner=OWNER, file_keys=(key,))
+    first = (await accounts.authenticate("nb-old")).account.id
+    await accounts.change(LOCAL, lambda: owned.archive_project(first))
+    assert "archived" in await refused(accounts, "nb-old")
+    await accounts.close()
+    accounts = await Accounts.open(database, owner=OWNER, file_keys=(key,))
+    assert "archived" in await refused(accounts, "nb-old")
+    assert await database.read(owned.BY_NAME(wanted="alice")) == []
+    anew = await make_project(accounts, "alice")
+    await accounts.close()
+    accounts = await Accounts.open(database, owner=OWNER, file_keys=(key,))
+    assert (await accounts.authenticate("nb-old")).account.id == anew.id != first
+    await accounts.close()
+
+
 async def test_the_last_use_is_noted_without_a_write_for_each_ask(
     database: Database, accounts: Accounts, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
