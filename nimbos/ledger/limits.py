@@ -22,6 +22,7 @@ from nimbos.ledger.rate import DUE_NS_MAX, Take, at_new_rate, span_ns, take
 
 ALL_MODELS = "*"
 LIMIT_MAX = 10**12
+MODEL_CHARACTERS = 300
 RETRY_CONCURRENT_S = 1.0
 
 
@@ -296,8 +297,10 @@ def _key(limit: Limit) -> dict[str, str]:
 def _check(limit: Limit) -> None:
     if limit.owner_kind not in OWNER_KINDS:
         raise InvalidRequest(f"There is no owner {limit.owner_kind[:60]!r}; there are {', '.join(OWNER_KINDS)}.")
-    if not limit.owner_id or not limit.model:
-        raise InvalidRequest("A limit needs an owner, and a model or *.")
+    if not limit.owner_id:
+        raise InvalidRequest("A limit needs an owner.")
+    if not 0 < len(limit.model) <= MODEL_CHARACTERS:
+        raise InvalidRequest(f"A limit needs a model's id, of at most {MODEL_CHARACTERS} characters, or *.")
     numbers = {
         "requests_per_min": limit.requests_per_min,
         "requests_burst": limit.requests_burst,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import httpx2
 import pytest
 
 from nimbos.accounts import Action, Role
+from nimbos.accounts.keys import update_key
 from nimbos.accounts.roles import may
-from nimbos.api.admin import admin_routes
-from nimbos.api.admin.desk import AdminRoute
+from nimbos.accounts.words import Key
+from nimbos.api.admin import admin_routes, keys
+from nimbos.api.admin.desk import AdminRoute, Call
 from tests.conftest import DEMO
 from tests.live import Live, serving, user
 
@@ -219,6 +222,36 @@ def test_a_change_that_is_refused_leaves_none(server: Live, method: str, path: s
     whole = path.replace(":path", "")
     response = server.http.request(method, whole, json={"no_such_field": 1})
     assert response.status_code in (400, 404), response.text
+    assert rows(server) == before
+
+
+def test_a_change_of_a_key_keeps_what_another_has_changed_meanwhile(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scopes that one administrator takes away do not come back with the weight that another sets."""
+    world = World(server)
+    project = world.project()
+    key = world.key(project)
+    changeable = keys._changeable
+
+    async def changed_meanwhile(call: Call) -> Key:
+        found = await changeable(call)
+        narrower = replace(found.grant, scopes=("class:batch",))
+        await call.change(lambda: update_key(project, key, grant=narrower))
+        return found
+
+    monkeypatch.setattr(keys, "_changeable", changed_meanwhile)
+    told = world.post(f"/projects/{project}/api_keys/{key}", {"weight": 2.0})["x_nimbos"]
+    assert (told["scopes"], told["weight"]) == (["class:batch"], 2.0)
+
+
+def test_a_limit_is_for_a_model_whose_id_can_be_one(server: Live) -> None:
+    before = rows(server)
+    for model in ("x" * 301, ""):
+        body = {"owner_kind": "project", "owner_id": "default", "model": model, "concurrent": 1}
+        assert server.post("/v1/organization/limits", body).status_code == 400
+    path = f"/v1/organization/projects/proj_default/rate_limits/rl-{'x' * 3000}"
+    assert server.post(path, {"max_requests_per_1_minute": 1}).status_code == 400
     assert rows(server) == before
 
 

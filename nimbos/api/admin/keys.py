@@ -204,22 +204,29 @@ async def retrieve_key(call: Call) -> KeyBody:
 async def update_key(call: Call) -> KeyBody:
     wanted = call.body(KeyUpdate)
     key = await _changeable(call)
-    grant = key.grant
-    if wanted.scopes is not None:
-        grant = replace(grant_of(wanted.scopes), weight=grant.weight)
-        check_grant(call, grant, before=key.grant)
-    if wanted.weight is not None:
-        call.check(Action.LIMITS)
-        grant = replace(grant, weight=wanted.weight)
     expires_ms = expires_at(wanted.expires_in_seconds)
 
     def change() -> Transaction[Changed[Key]]:
-        if grant != key.grant:
+        now = yield from rows.key_of(call.path["project_id"], key.id)  # another change may have been between
+        grant = _grant_wanted(call, wanted, now.grant)
+        if grant != now.grant:
             yield from _check_not_above(call, grant, key.owner_kind, key.owner_id)
         return (yield from rows.update_key(call.path["project_id"], key.id, grant=grant, expires_ms=expires_ms))
 
     await call.change(change)
     return await _body_of(call, key.id)
+
+
+def _grant_wanted(call: Call, wanted: KeyUpdate, before: Grant) -> Grant:
+    """Raises: Forbidden."""
+    grant = before
+    if wanted.scopes is not None:
+        grant = replace(grant_of(wanted.scopes), weight=grant.weight)
+        check_grant(call, grant, before=before)
+    if wanted.weight is not None:
+        call.check(Action.LIMITS)
+        grant = replace(grant, weight=wanted.weight)
+    return grant
 
 
 async def remove_key(call: Call) -> Deleted:
