@@ -38,7 +38,7 @@ def routes(runtime: Runtime) -> list[Route]:
     service, settings = runtime.service, runtime.settings
     conversations = Conversations(service, settings.server)
     embedding = Embedding(service, settings.server)
-    models = Models(service, runtime.hub, settings)
+    models = Models(service, runtime.hub, runtime.accounts, settings)
     return [
         Route("/api/version", models.version, methods=["GET"]),
         Route("/api/tags", models.tags, methods=["GET"]),

@@ -1,20 +1,23 @@
 """Ollama's routes about models: which there are, what one is, which are loaded, and fetching and removing them.
 
-Fetching and removing need the scope `admin`, of an owner or an admin. What Ollama makes of a Modelfile has no
-counterpart here and is refused.
+Fetching and removing need the scope `admin`, of an owner or an admin, and are in the audit log. What Ollama makes of a
+Modelfile has no counterpart here and is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nimbos.accounts import Identity, allowed_model
+from nimbos.accounts import Accounts, Actor, Identity, allowed_model
 from nimbos.accounts.roles import runs_everything
+from nimbos.accounts.words import Changed
 from nimbos.api import body as bodies
 from nimbos.api import ollama_wire as told
 from nimbos.api.access import account_of, identity_of
@@ -24,15 +27,19 @@ from nimbos.api.ollama_pulling import Pulling
 from nimbos.api.ollama_request import plain_name
 from nimbos.api.sse import or_gone
 from nimbos.config import Settings
-from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, NimbosError
-from nimbos.hub import Hub, LocalModel, read_gguf
+from nimbos.db import Transaction
+from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, ModelUnusable, NimbosError
+from nimbos.hub import Hub, LocalModel, Progress, read_gguf
 from nimbos.keys import ADMIN
 from nimbos.service import Service
 from nimbos.sources import Listed
 from nimbos.types import Account
 
 _PULLED = ("hf:", "ms:", "pypi:")
+_NOTED_CHARACTERS = 300
 _UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "K"))
+_log = structlog.get_logger(__name__)
+
 _FIM_KEYS = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
 
 
@@ -53,9 +60,10 @@ class Named(msgspec.Struct, kw_only=True):
 
 
 class Models:
-    def __init__(self, service: Service, hub: Hub, settings: Settings) -> None:
+    def __init__(self, service: Service, hub: Hub, accounts: Accounts, settings: Settings) -> None:
         self._service = service
         self._hub = hub
+        self._accounts = accounts
         self._settings = settings
 
     async def version(self, _: Request) -> Response:
@@ -92,13 +100,13 @@ class Models:
         name = named.wanted
         if self._hub.catalog.get(name) is None and not name.startswith(_PULLED):
             raise ModelNotFound(name, have=tuple(model.name for model in self._hub.catalog.models))
-        pulling = Pulling(self._hub, name)
+        actor = _actor_of(request)
         if named.stream is False:
-            await or_gone(request, self._hub.pull(name))
+            await or_gone(request, self._pulled(actor, name))
             return json_reply(told.Status(status="success"), headers=ignored.header())
         return await event_stream(
             request,
-            pulling.lines(),
+            Pulling(lambda progress: self._pulled(actor, name, progress)).lines(),
             headers=ignored.header,
             settings=self._settings.server,
             framing=told.FRAMING,
@@ -112,7 +120,9 @@ class Models:
         if listed.model is None or self._service.engine_pid(listed.id) is not None:
             why = "is loaded" if listed.model is not None else "is a script of its operator's"
             raise Conflict(f"The model {listed.id!r} {why} and cannot be removed now.")
+        before = await asyncio.to_thread(self._installed, listed.id)
         await asyncio.to_thread(self._hub.remove, listed.id)
+        await self._note(_actor_of(request), "model.removed", listed.id, before=before)
         return Response(headers=ignored.header())
 
     async def refuse(self, request: Request) -> Response:
@@ -120,6 +130,35 @@ class Models:
             f"{request.url.path[:100]} is not supported: models are made of GGUF files here, by /api/pull or "
             "`nimbos pull`."
         )
+
+    async def _pulled(self, actor: Actor, name: str, progress: Progress | None = None) -> None:
+        """Raises: what `Hub.pull` raises; StorageUnavailable."""
+        before = await asyncio.to_thread(self._installed, name)
+        model = await self._hub.pull(name, progress=progress)
+        after = _noted(model)
+        if after != before:
+            await self._note(actor, "model.pulled", model.id, before=before, after=after)
+
+    def _installed(self, name: str) -> dict[str, Any] | None:
+        try:
+            return _noted(self._hub.find(name, allow_path=False))
+        except ModelNotFound:
+            return None
+        except ModelUnusable as error:
+            return {"problem": error.message[:_NOTED_CHARACTERS]}
+
+    async def _note(self, actor: Actor, action: str, model: str, *, before: Any, after: Any = None) -> None:
+        """In the audit log, when it is done: files cannot be in a transaction. Also where the client is gone."""
+
+        def change() -> Transaction[Changed[None]]:
+            yield from ()
+            return Changed(value=None, action=action, target=model, before=before, after=after)
+
+        try:
+            await asyncio.shield(self._accounts.change(actor, change))
+        except NimbosError as error:
+            _log.error("models.change_not_audited", action=action, model=model, actor=actor.id, code=error.code)
+            raise
 
     async def _visible(self, request: Request) -> list[Listed]:
         """Those that this key may ask."""
@@ -149,6 +188,15 @@ class Models:
             (listed for listed in models if listed.id == found.id),
             Listed(id=found.id, created=0, owner="nimbos", model=found),
         )
+
+
+def _noted(model: LocalModel) -> dict[str, Any]:
+    return {"source": model.source, "sha256": model.sha256, "size_bytes": model.size_bytes}
+
+
+def _actor_of(request: Request) -> Actor:
+    address = request.client.host if request.client is not None else ""
+    return replace(identity_of(request).actor, address=address)
 
 
 def check_model(account: Account, model: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from msgspec import UNSET
 
 from nimbos.api import ollama_wire as told
-from nimbos.hub import Hub, LocalModel
+from nimbos.hub import Progress
 
 _NOTES_MAX = 32
 
@@ -18,9 +18,8 @@ _NOTES_MAX = 32
 class Pulling:
     """A `nimbos.hub.Progress`: parts of a download may tell it from other threads."""
 
-    def __init__(self, hub: Hub, name: str) -> None:
-        self._hub = hub
-        self._name = name
+    def __init__(self, pull: Callable[[Progress], Coroutine[Any, Any, None]]) -> None:
+        self._pull = pull
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._notes: deque[str] = deque(maxlen=_NOTES_MAX)
@@ -47,9 +46,9 @@ class Pulling:
     async def lines(self) -> AsyncGenerator[bytes, None]:
         """As many as their reader takes: what happened between two is one.
 
-        Raises: what `Hub.pull` raises; before the first line where nothing had begun.
+        Raises: what the download raises; before the first line where nothing had begun.
         """
-        pulling = asyncio.ensure_future(self._hub.pull(self._name, progress=self))
+        pulling = asyncio.ensure_future(self._pull(self))
         try:
             await self._next(pulling)
             if pulling.done():
@@ -67,7 +66,7 @@ class Pulling:
             pulling.cancel()
             await asyncio.wait({pulling})
 
-    async def _next(self, pulling: asyncio.Future[LocalModel]) -> None:
+    async def _next(self, pulling: asyncio.Future[None]) -> None:
         change = asyncio.ensure_future(self._changed.wait())
         both: set[asyncio.Future[Any]] = {pulling, change}
         try:

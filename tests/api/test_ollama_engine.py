@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -266,6 +267,30 @@ def test_a_model_is_pulled_with_its_progress_shown_and_removed(
     assert client.pull(other).status == "success"
     assert client.delete(other).status == "success"
     assert other not in {model.model for model in client.list().models}
+
+
+def test_who_fetched_and_removed_a_model_is_in_the_audit_log(
+    tiny: Live, client: ollama.Client, site: FakeHub, tmp_path: Path
+) -> None:
+    content = tiny_gguf.write("qwen3", tmp_path).read_bytes()
+    source = site.add("owner/repo/noted.gguf", content)
+    list(client.pull(source, stream=True))
+    client.pull(source)  # it is there: that changes nothing
+    client.delete(source)
+    client.pull(source)
+    client.delete(source)
+    with pytest.raises(ollama.ResponseError):
+        client.delete(source)
+    log = tiny.http.get("/v1/organization/audit_logs", params={"resource_ids[]": source}).json()["data"]
+    assert [entry["x_nimbos"]["action"] for entry in log] == ["model.removed", "model.pulled"] * 2
+    for removed, pulled in (log[:2], log[2:]):
+        facts = pulled["x_nimbos"]["after"]
+        assert (facts["sha256"], facts["size_bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+        assert removed["x_nimbos"]["before"] == facts
+        assert pulled["x_nimbos"]["before"] is removed["x_nimbos"]["after"] is None
+        assert {entry["actor"]["api_key"]["id"] for entry in (removed, pulled)} == {"key_owner"}
+        assert {entry["type"] for entry in (removed, pulled)} == {"organization.updated"}
+    assert tiny.http.get("/v1/organization/audit_logs/verify").json()["problem"] is None
 
 
 def test_a_pull_that_fails_is_told(client: ollama.Client, site: FakeHub) -> None:

@@ -34,6 +34,8 @@ _TYPES = {
     "budget.updated": "organization.updated",
     "budget.deleted": "organization.updated",
     "prices.updated": "organization.updated",
+    "model.pulled": "organization.updated",
+    "model.removed": "organization.updated",
 }
 _FILTER_VALUES_MAX = 100
 _LAST = 2**62
