@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx2
 import msgspec
@@ -23,7 +23,11 @@ from nimbos.presence import find_running
 
 Query = Mapping[str, str | int | list[str]]
 
+T = TypeVar("T")
+
 _PAGE = 100
+_AHEAD = 16  # pieces of a long answer that are not taken yet
+_GOOD = 200
 
 
 class Admin(Protocol):
@@ -64,11 +68,12 @@ class OverHttp:
 
 
 class OnDatabase:
-    """Inside this process, on an event loop of its own."""
+    """Inside this process, on an event loop of its own. Whoever made it closes it."""
 
-    def __init__(self, runner: asyncio.Runner, client: httpx2.AsyncClient) -> None:
+    def __init__(self, runner: asyncio.Runner, app: Any) -> None:
         self._runner = runner
-        self._client = client
+        self._app = app
+        self._client = _inside(app)
 
     def get(self, path: str, query: Query | None = None) -> Any:
         return _answer(self._run(self._client.get(path, params=_parameters(query))))
@@ -80,13 +85,66 @@ class OnDatabase:
         return _answer(self._run(self._client.delete(path)))
 
     def lines(self, path: str, query: Query) -> Iterator[bytes]:
-        response = self._run(self._client.get(path, params=_parameters(query)))
-        if response.status_code != 200:
-            _answer(response)
-        yield response.content
+        pieces: asyncio.Queue[bytes] = asyncio.Queue(_AHEAD)
+        client = _inside(_aside(self._app, pieces))
+        asking = self._runner.get_loop().create_task(client.get(path, params=_parameters(query)))
+        try:
+            while (piece := self._run(_next(pieces, asking))) is not None:
+                yield piece
+        finally:
+            asking.cancel()
+            self._runner.run(_ended(client, asking))
 
-    def _run(self, work: Coroutine[Any, Any, httpx2.Response]) -> httpx2.Response:
+    def close(self) -> None:
+        self._runner.run(self._client.aclose())
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return run_interruptible(work, self._runner)
+
+
+def _inside(app: Any) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://localhost")
+
+
+def _aside(app: Any, pieces: asyncio.Queue[bytes]) -> Any:
+    """The same app, whose good answers go into `pieces`: the transport would hold the whole of one."""
+
+    async def taken(scope: Any, receive: Any, send: Any) -> None:
+        status = 0
+
+        async def put(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif status == _GOOD and message.get("body"):
+                await pieces.put(message["body"])
+                message = {**message, "body": b""}
+            await send(message)
+
+        await app(scope, receive, put)
+
+    return taken
+
+
+async def _next(pieces: asyncio.Queue[bytes], asking: asyncio.Task[httpx2.Response]) -> bytes | None:
+    """None at the end. Raises: ServerRefused."""
+    if not asking.done():
+        taking = asyncio.ensure_future(pieces.get())
+        await asyncio.wait({taking, asking}, return_when=asyncio.FIRST_COMPLETED)
+        if taking.done():
+            return taking.result()
+        taking.cancel()
+    if not pieces.empty():
+        return pieces.get_nowait()
+    response = await asking
+    if response.status_code != _GOOD:
+        _answer(response)
+    return None
+
+
+async def _ended(client: httpx2.AsyncClient, asking: asyncio.Task[httpx2.Response]) -> None:
+    await asyncio.wait({asking})
+    await client.aclose()
 
 
 @contextmanager
@@ -119,12 +177,11 @@ def on_database(settings: Settings) -> Iterator[Admin]:
         database = run_interruptible(Database.open(settings), runner)
         try:
             accounts = run_interruptible(Accounts.open(database), runner)
-            transport = httpx2.ASGITransport(app=admin.app(accounts, owner))
-            client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
+            direct = OnDatabase(runner, admin.app(accounts, owner))
             try:
-                yield OnDatabase(runner, client)
+                yield direct
             finally:
-                runner.run(client.aclose())
+                direct.close()
                 runner.run(accounts.close())
         finally:
             runner.run(database.close())

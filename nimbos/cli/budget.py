@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from nimbos.cli.key import Per
+
+if TYPE_CHECKING:
+    from nimbos.cli.admin import Admin
 
 OWNER = "organisation, project:NAME, key:NAME, model:ID or process:ID."
 _PERIOD = "day, month or total."
@@ -110,15 +113,39 @@ def remove(
     meter = "cost_micros" if money else "tokens"
     with connect(config.load()) as server:
         query = {"process_id": name} if kind == "process" else None
-        for budget in server.get("/v1/organization/budgets", query)["data"]:
-            of = budget["owner"]
-            if (of["kind"], budget["meter"], budget["period"]) == (kind, meter, per.value) and (
-                kind == "organisation" or name in (of["id"], of["name"])
-            ):
-                server.delete(f"/v1/organization/budgets/{budget['id']}")
-                typer.echo(f"The budget of the {owner} is removed.", err=True)
-                return
-    raise NotFound(f"The {owner} has no such budget; `nimbos budget` shows those there are.")
+        found = [
+            budget
+            for budget in server.get("/v1/organization/budgets", query)["data"]
+            if (budget["owner"]["kind"], budget["meter"], budget["period"]) == (kind, meter, per.value)
+        ]
+        budget = _chosen(server, found, kind, name)
+        if budget is None:
+            raise NotFound(f"The {owner} has no such budget; `nimbos budget` shows those there are.")
+        server.delete(f"/v1/organization/budgets/{budget['id']}")
+    typer.echo(f"The budget of the {owner} is removed.", err=True)
+
+
+def _chosen(server: Admin, found: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any] | None:
+    """By the owner's id, or its name: that of a living one, as one that was revoked or archived may have had the same,
+    and still has its budget.
+
+    Raises: Conflict for a name of several.
+    """
+    from nimbos.cli.key import find_key, find_project
+    from nimbos.errors import Conflict, NotFound
+
+    by_id = {budget["owner"]["id"]: budget for budget in found}
+    if kind == "organisation":
+        return found[0] if found else None
+    if name in by_id or kind not in ("key", "project"):
+        return by_id.get(name)
+    try:
+        return by_id.get(find_project(server, name) if kind == "project" else find_key(server, name, None)["id"])
+    except NotFound as error:
+        called = {owner: budget for owner, budget in by_id.items() if budget["owner"]["name"] == name}
+        if len(called) > 1:
+            raise Conflict(f"Several had the name {name!r}: give one of their ids ({', '.join(called)}).") from error
+        return next(iter(called.values()), None)
 
 
 def show_prices(

@@ -124,22 +124,24 @@ def revoke(
     from nimbos.cli.admin import connect
 
     with connect(config.load()) as server:
-        found = _find_key(server, key, project)
+        found = find_key(server, key, project)
         place = f"/v1/organization/projects/{found['x_nimbos']['project_id']}/api_keys/{found['id']}"
         server.delete(place)
     typer.echo(f"The key {found['name']!r} ({found['id']}) is revoked.", err=True)
 
 
 def find_project(server: Admin, wanted: str) -> str:
-    """The id of a living project, by its name or id.
+    """The id of a living project, by its id, which no other's name can take away, or by its name.
 
     Raises: NotFound.
     """
     from nimbos.errors import NotFound
 
-    for project in _projects(server):
-        if wanted in (project["id"], project["name"]) and project["status"] == "active":
-            return str(project["id"])
+    living = [project for project in _projects(server) if project["status"] == "active"]
+    for called in ("id", "name"):
+        for project in living:
+            if project[called] == wanted:
+                return str(project["id"])
     raise NotFound(f"There is no project {wanted!r}. `nimbos project list` shows those there are.")
 
 
@@ -149,7 +151,8 @@ def _projects(server: Admin) -> list[dict[str, Any]]:
     return list(pages(server, "/v1/organization/projects", include_archived="true"))
 
 
-def _find_key(server: Admin, wanted: str, project: str | None) -> dict[str, Any]:
+def find_key(server: Admin, wanted: str, project: str | None) -> dict[str, Any]:
+    """A living key, by its id or its name. Raises: NotFound; Conflict where several have the name."""
     from nimbos.cli.admin import pages
     from nimbos.errors import Conflict, NotFound
 

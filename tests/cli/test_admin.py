@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -20,8 +21,9 @@ import pytest
 import typer
 
 from nimbos.cli import app
-from nimbos.cli.admin import Admin, OverHttp, on_database, pages
+from nimbos.cli.admin import Admin, OnDatabase, OverHttp, on_database, pages
 from nimbos.cli.budget import prices_of
+from nimbos.cli.conversation import ServerRefused
 from nimbos.cli.quantities import exact_money, micros_of, money_of, seconds_until, since_ms
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, NimbosError
@@ -196,10 +198,63 @@ def test_budgets_are_set_raised_shown_and_removed(home: Path) -> None:
     assert json.loads(called(home, "budget", "show", "--json").stdout) == []
 
 
+def test_a_budget_is_removed_of_the_key_that_lives_and_not_of_one_that_had_its_name(home: Path) -> None:
+    for _ in range(2):
+        made_key(home, "laptop", "--budget-tokens", "5")
+        assert called(home, "key", "revoke", "laptop").returncode == 0
+    made_key(home, "laptop", "--budget-tokens", "5")
+    (living,) = json.loads(called(home, "key", "list", "--json").stdout)
+
+    def owners() -> list[str]:
+        return [budget["owner"]["id"] for budget in json.loads(called(home, "budget", "show", "--json").stdout)]
+
+    assert (len(owners()), called(home, "budget", "remove", "key:laptop").returncode) == (3, 0)
+    assert len(owners()) == 2 and living["id"] not in owners()
+    assert called(home, "budget", "remove", "key:laptop").returncode == 1  # the living one has none
+    assert called(home, "key", "revoke", "laptop").returncode == 0
+    for of_them in owners():
+        several = called(home, "budget", "remove", "key:laptop")
+        if len(owners()) == 2:
+            assert several.returncode == 1 and of_them in several.stderr
+            assert called(home, "budget", "remove", f"key:{of_them}").returncode == 0
+        else:
+            assert several.returncode == 0
+    assert owners() == []
+
+
 def test_the_budget_of_a_process_that_is_not_there_can_be_removed(home: Path) -> None:
     assert called(home, "budget", "set", "process:proc_mistyped", "--tokens", "5").returncode == 0
     for code in (0, 1):  # then there is none
         assert called(home, "budget", "remove", "process:proc_mistyped").returncode == code
+
+
+def test_a_long_answer_without_a_server_is_taken_in_pieces() -> None:
+    """Every ask of a year is never held in memory."""
+    sent = 0
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        if scope["path"] == "/wrong":
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            await send({"type": "http.response.body", "body": b'{"error": {"message": "Not so."}}'})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(1_000):
+            await send({"type": "http.response.body", "body": b"%d\n" % number, "more_body": True})
+            sent += 1
+        await send({"type": "http.response.body", "body": b""})
+
+    with asyncio.Runner() as runner:
+        direct = OnDatabase(runner, endless)
+        lines = direct.lines("/asks", {})
+        assert [next(lines) for _ in range(3)] == [b"0\n", b"1\n", b"2\n"]
+        assert sent < 100
+        lines.close()  # type: ignore[attr-defined]
+        sent = 0
+        assert list(direct.lines("/asks", {})) == [b"%d\n" % number for number in range(1_000)]
+        with pytest.raises(ServerRefused, match="Not so"):
+            list(direct.lines("/wrong", {}))
+        direct.close()
 
 
 def test_limits_are_set_shown_and_taken_away(home: Path) -> None:
