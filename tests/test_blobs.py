@@ -6,17 +6,21 @@ import asyncio
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import pytest
 from sqlalchemy import text
 
 from nimbos.blobs import Blobs, Stored, hash_of, open_blobs
+from nimbos.blobs.folder import FolderBlobs
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database, Statement, Transaction
 from nimbos.errors import NotFound, PayloadTooLarge, StorageUnavailable
+from tests.live import PATIENCE_S
 
 LARGE = os.urandom(1_000_003)
 PIECE_COUNT = Statement(text("SELECT count(*) AS n FROM blob_pieces"))
@@ -165,3 +169,26 @@ async def test_what_a_dead_program_left_is_removed_after_a_day(tmp_path: Path, d
     await database.run(leave)
     await rows.put(b"whole")
     assert [row["n"] for row in await database.read(UPLOAD_COUNT())] == [0]
+
+
+async def test_a_file_is_closed_whose_reader_went_while_it_was_opened(tmp_path: Path) -> None:
+    began, go = threading.Event(), threading.Event()
+    opened: list[BinaryIO] = []
+
+    class Slow(FolderBlobs):
+        def _open(self, hash: str, start: int) -> BinaryIO:
+            opened.append(super()._open(hash, start))
+            began.set()
+            assert go.wait(PATIENCE_S)
+            return opened[0]
+
+    blobs = Slow(tmp_path)
+    pieces = blobs.read(await blobs.put(b"content"))
+    reading = asyncio.ensure_future(anext(pieces))
+    assert await asyncio.to_thread(began.wait, PATIENCE_S)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    go.set()
+    await asyncio.get_running_loop().shutdown_default_executor()  # the thread is through
+    assert opened[0].closed

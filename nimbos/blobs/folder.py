@@ -58,12 +58,13 @@ class FolderBlobs:
     async def read(
         self, hash: str, *, start: int = 0, end: int | None = None, piece_bytes: int = READ_BYTES
     ) -> AsyncIterator[bytes]:
-        file = await asyncio.to_thread(self._open, hash, start)
+        reading = _Reading()
         digest, position = hashlib.sha256(), start
         try:
+            await asyncio.to_thread(lambda: reading.begin(self._open(hash, start)))
             while end is None or position < end:
                 wanted = piece_bytes if end is None else min(piece_bytes, end - position)
-                piece = await asyncio.to_thread(_read, file, wanted)
+                piece = await asyncio.to_thread(reading.read, wanted)
                 if not piece:
                     break
                 digest.update(piece)
@@ -72,7 +73,7 @@ class FolderBlobs:
             if start == 0 and (end is None or position < end):
                 check_content(hash, digest)
         finally:
-            file.close()
+            reading.close()
 
     async def has(self, hash: str) -> bool:
         return await asyncio.to_thread(self._path(hash).is_file)
@@ -123,6 +124,31 @@ class FolderBlobs:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise _meaning(error, path) from error
+
+
+class _Reading:
+    """A file that threads open and read; closed also where its reader goes while a thread still opens it."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def begin(self, file: BinaryIO) -> None:
+        with self._lock:
+            self._file = file
+            if self._closed:
+                file.close()
+
+    def read(self, size: int) -> bytes:
+        assert self._file is not None
+        return _read(self._file, size)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._file is not None:
+                self._file.close()
 
 
 class _Incoming:
