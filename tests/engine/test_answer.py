@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -457,3 +458,50 @@ def test_a_forced_token_cannot_be_left_out() -> None:
 def test_a_vocabulary_without_ends_has_nothing_to_ban() -> None:
     vocab: Vocab = small_vocab(ends=False)
     assert Answer(vocab, ask(ignore_eos=True), 0, None, (), 5).banned() == ()
+
+
+def test_a_stop_string_does_not_reach_over_thinking_and_all_comes_in_order() -> None:
+    target = answer(ask(stop=("aba",), thinking=Thinking(open="<think>", close="</think>", budget_tokens=100)))
+    chunks = take(target, [*spell("a"), OPEN, *spell("x"), CLOSE, *spell("bac")])
+    assert [(chunk.channel, chunk.text) for chunk in chunks if chunk.text] == [
+        (Channel.TEXT, "a"), (Channel.THINKING, "x"), (Channel.TEXT, "bac"),
+    ]  # fmt: skip
+    assert target.finish is None
+
+
+def test_what_was_given_out_begins_no_stop_string() -> None:
+    matcher = StopMatcher(["aab"])
+    assert [matcher.feed("a"), matcher.flush(), matcher.feed("ab")] == ["", "a", "ab"]
+    assert matcher.hit is None
+
+
+@pytest.mark.parametrize("end", [IM_END, ord("z")])
+def test_an_end_counts_behind_the_least_number_of_tokens(end: int) -> None:
+    target = answer(ask(min_tokens=3, stop_ids=(ord("z"),)))
+    take(target, [end] * 3)
+    assert target.finish is None
+    take(target, [end])
+    assert target.finish is FinishReason.STOP
+
+
+def test_what_follows_the_closing_mark_of_a_farewell_comes_once() -> None:
+    thinking = Thinking(open="<think>", close="</think>", budget_tokens=0, started=True, farewell="</think>\n\n")
+    target = answer(ask(thinking=thinking), matcher=grammar("regex", "[0-9]{2}"))
+    farewell = target.forced()
+    assert VOCAB.join(farewell) == b"</think>\n\n"
+    assert text_of(take(target, farewell)) == ""
+    assert target.forced() == ()
+    assert target.phase is Phase.AFTER
+
+
+@pytest.mark.parametrize("written", [[], [ord("x")]])
+def test_a_mark_that_this_vocabulary_cannot_write_ends_thinking_all_the_same(written: list[int]) -> None:
+    vocab = replace(VOCAB, tokenize=lambda raw, special: list(written))
+    thinking = Thinking(open="<think>", close="</think>", budget_tokens=2, started=True)
+    target = Answer(vocab, ask(thinking=thinking), 0, None, (), 100)
+    told = take(target, spell("ab"))
+    told += take(target, target.forced())
+    assert target.phase is Phase.AFTER
+    told += take(target, spell("c"))
+    assert text_of(told) == "c"
+    assert text_of(told, Channel.THINKING) == "ab" + "x" * len(written)

@@ -382,6 +382,7 @@ def test_what_is_too_much_for_the_memory_goes_to_the_disk_and_the_oldest_there_i
     for piece in pieces[2:]:
         kept.remove(piece)
     assert (len(kept), kept.used_bytes, kept.disk_bytes) == (0, 0, 0)
+    assert not kept._of_account, "what an account that has nothing here leaves behind"
     kept.put(Piece("a", list(range(60)), 0, 20, np.zeros(101, np.uint8)))
     assert len(kept) == 0, "larger than both"
 
