@@ -153,8 +153,9 @@ def test_guessing_gets_a_429_with_an_honest_time(tmp_path_factory: pytest.TempPa
         body = {"name": "owner", "password": "wrong password"}
         answers = [httpx2.post(f"{server.url}/v1/console/login", json=body) for _ in range(8)]
         assert [answer.status_code for answer in answers[:5]] == [401] * 5
-        assert answers[-1].status_code == 429
-        assert int(answers[-1].headers["retry-after"]) >= 1
+        slowed = answers[6]  # the seventh; on a slow machine a later one may come when its wait is over
+        assert slowed.status_code == 429
+        assert int(slowed.headers["retry-after"]) >= 1
         for _ in range(30):
             last = httpx2.get(f"{server.url}/v1/models", headers={"x-api-key": "nb-guess"})
         assert last.status_code == 429
