@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import AbstractContextManager, aclosing, suppress
+from contextlib import AbstractContextManager, aclosing
+
+import msgspec
 
 from nimbos.db import Database
 from nimbos.errors import NotReady
@@ -20,6 +22,7 @@ from nimbos.types import Account
 
 POLL_S = 1.0  # other servers ring no bell here
 EVENTS_MAX = 1_000
+_ENDS = frozenset({"model.done", "model.failed", "proc.exited"})
 
 
 class Looking:
@@ -72,6 +75,8 @@ class Looking:
                 while events := await self.log.read(pid, after=after):
                     for event in events:
                         after = event.seq
+                        for delta in _told_by(event, follower):
+                            yield delta
                         yield event
                 if head.state is State.DONE and after >= head.seq:
                     return
@@ -100,15 +105,27 @@ class Looking:
         return [head_of(row) for row in await self.database.read(page)]
 
 
+def _told_by(event: Event, follower: Follower) -> list[Delta]:
+    """What is to be told before this event: of an answer that ends with it, or of a process that does."""
+    if event.kind not in _ENDS or not follower.deltas:
+        return []
+    ended = msgspec.json.decode(event.body).get("ask_id")  # None for a process, with which all answers end
+    told = [delta for delta in follower.deltas if ended in (None, delta.ask_id)]
+    left = [delta for delta in follower.deltas if ended not in (None, delta.ask_id)]
+    follower.deltas.clear()
+    follower.deltas.extend(left)
+    return told
+
+
 async def _said(follower: Follower) -> AsyncGenerator[Delta, None]:
-    """Until there may be new events."""
-    while True:
-        with suppress(TimeoutError):
+    """Until there may be new events, which go first: one of them may begin the answer that says it."""
+    while not follower.appended:
+        if follower.deltas:
+            yield follower.deltas.popleft()
+            continue
+        follower.news.clear()
+        try:
             async with asyncio.timeout(POLL_S):
                 await follower.news.wait()
-        found = follower.news.is_set()
-        follower.news.clear()
-        while follower.deltas:
-            yield follower.deltas.popleft()
-        if follower.appended or not found:
+        except TimeoutError:
             return

@@ -13,7 +13,7 @@ from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
 from nimbos.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound, NotFound, Unauthorized
 from nimbos.kernel import Delta, Event, Reason, SignalKind, State
-from nimbos.kernel.events import CallDone, Note
+from nimbos.kernel.events import CallDone, ModelDone, ModelIntent, Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
 from nimbos.kernel.runner import FAILURES_MAX
@@ -122,6 +122,48 @@ async def test_a_follower_is_told_everything_to_the_end_and_deltas_on_the_way(
         with pytest.raises(NotFound):
             async with aclosing(place.kernel.follow(OTHER, pid)) as foreign:
                 await anext(foreign)
+
+
+async def test_words_stand_between_the_events_of_their_answer(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of the log is seen when, and with an answer of another ask that goes on."""
+
+    async def say(holding: Holding) -> None:
+        for ask_id in ("one", "two"):
+            await holding.append(Draft(body=ModelIntent(ask_id=ask_id, model="m", purpose="step", step=ask_id)))
+        message = await holding.put({})
+        for ask_id in ("one", "two"):
+            done = ModelDone(ask_id=ask_id, model_hash="h", finish="stop", message=message)
+            await holding.append(Draft(body=done))
+        await say_and_end(holding)
+
+    async with running(database, database_settings, {"plain": say}) as place:
+        pid = await place.spawn()
+        await place.over(pid)
+        read, bells, calls = place.kernel.log.read, place.kernel.bells, 0
+
+        async def late(pid: str, *, after: int = 0, limit: int = 100) -> list[Event]:
+            """First what was there before an answer began, then nothing more, then all; and words come meanwhile."""
+            nonlocal calls
+            calls += 1
+            found = await read(pid, after=after)
+            if calls > 2:
+                return found
+            bells.appended(pid)
+            for ask_id in ("one", "two"):
+                bells.tell(Delta(pid=pid, ask_id=ask_id, text=f"{ask_id} {calls}"))
+            begun = next(at for at, event in enumerate(found) if event.kind == "model.intent")
+            return found[:begun] if calls == 1 else []
+
+        monkeypatch.setattr(place.kernel.log, "read", late)
+        heard = [one.text if isinstance(one, Delta) else one.kind for one in await told(place, pid)]
+    words = [one for one in heard if not one.startswith(("proc.", "ctx.", "note"))]
+    assert words == [
+        *("model.intent", "model.intent"),
+        *("one 1", "one 2", "model.done"),
+        *("two 1", "two 2", "model.done"),
+    ]
 
 
 async def test_a_program_that_ends_without_an_exit_has_failed(database: Database, database_settings: Settings) -> None:
