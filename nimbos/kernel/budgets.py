@@ -11,6 +11,7 @@ Budgets are locked before heads: call these first in a transaction. The rows are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -37,6 +38,7 @@ __all__ = [
     "exhausted",
     "give",
     "make",
+    "meant",
     "own",
     "reserve_call",
     "settle_call",
@@ -64,6 +66,17 @@ def make(
 def own(budget: Budget) -> Allowance:
     """What a program says of itself."""
     return Allowance(tokens=budget.tokens, cost_micros=budget.cost_micros, seconds=budget.seconds, calls=budget.calls)
+
+
+def meant(given: Allowance | None, budget: Budget) -> Allowance:
+    """Of a new process: what whoever starts it says, and of each meter that they do not name what its program says."""
+    said, program = given or _EVERY, own(budget)
+    return Allowance(
+        **{
+            field.name: amount if (amount := getattr(said, field.name)) is not None else getattr(program, field.name)
+            for field in fields(Allowance)
+        }
+    )
 
 
 def reserve_call(pid: str, call_id: str, *, deadline_ms: int) -> Transaction[tuple[Draft, ...]]:

@@ -145,7 +145,7 @@ class Kernel(Looking):
             key=key,
             actor=_user(account),
         )
-        allowance = budget or budgets.own(found.manifest.budget)
+        allowance = budgets.meant(budget, found.manifest.budget)
 
         def begin() -> Transaction[str]:
             pid = yield from create(self.log, self.work, birth)

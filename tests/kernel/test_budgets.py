@@ -81,6 +81,21 @@ async def test_a_budget_of_money_ends_an_answer_as_well(database: Database, data
         assert (await budgets(database, pid))["cost_micros"].used == 200
 
 
+async def test_a_limit_that_is_given_leaves_the_programs_other_limits_as_they_are(
+    database: Database, database_settings: Settings
+) -> None:
+    async with minds(database, database_settings, script(default=words(2))) as place:
+        program = await place.program("[budget]\ntokens = 700\ncost = 0.5\ncalls = 9\n")
+        pid = await place.run(program, budget=Allowance(tokens=1_000, calls=0))
+        assert {meter: budget.limit for meter, budget in (await budgets(database, pid)).items()} == {
+            "tokens": 1_000,
+            "cost_micros": 500_000,
+            "seconds_ms": None,
+            "calls": 0,
+        }
+        await place.result(pid)
+
+
 async def test_the_same_top_up_is_given_once_and_a_process_that_is_over_gets_none(
     database: Database, database_settings: Settings
 ) -> None:
