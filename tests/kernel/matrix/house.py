@@ -130,8 +130,9 @@ class House:
         os.replace(made, self.doom)
         self.power = deed == "power"
 
-    def send(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """Until there is an answer. A server that died is started again."""
+    def send(self, method: str, path: str, body: Any = None, *, once: bool = False, **query: Any) -> Any:
+        """Until there is an answer. A server that died is started again. `once`: and then None, as what was sent may
+        have been done."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             assert time.monotonic() < deadline, path
@@ -140,6 +141,8 @@ class House:
                 reply = self.http.request(method, f"/v1/{path}", json=body, params=query)
             except httpx2.HTTPError:
                 self._bury()
+                if once:
+                    return None
                 continue
             if reply.status_code < 400:
                 return reply.json()
@@ -183,7 +186,7 @@ class House:
         forks = sorted(one["id"] for one in listed if (one["forked_from"] or {}).get("id") == root)
         (now,) = (one for one in listed if one["id"] == root)
         if len(forks) < FORKS and (now["state"], now["reason"]) == ("asking", "input"):
-            self.send("POST", f"processes/{root}/fork", {"n": FORKS - len(forks)})
+            self.send("POST", f"processes/{root}/fork", {"n": FORKS - len(forks)}, once=True)
             return self._forks(root)
         if forks and self.send("GET", f"processes/{forks[0]}")["withheld"]:
             self.send("POST", f"processes/{forks[0]}/adopt")
