@@ -191,8 +191,7 @@ class Thinker:
             if not consuming.done():
                 journal.failing = await answering.interrupted()
         finally:
-            await _put_away(told)
-            await _put_away(consuming)
+            await _put_away(told, consuming)
         if not consuming.cancelled() and (error := consuming.exception()) is not None:
             if not journal.void:
                 await self._refresh(holding, answering)
@@ -331,8 +330,16 @@ async def wait_for_room(holding: Holding, error: Overloaded) -> None:
         await holding.park(State.WAITING, Reason.MODEL, due_ms=holding.now_ms() + int(seconds * 1000))
 
 
-async def _put_away(task: asyncio.Task[None] | None) -> None:
-    """Ends it, and waits until what it held is put away."""
-    if task is not None and not task.done():
+async def _put_away(*tasks: asyncio.Task[None] | None) -> None:
+    """Ends them, and waits until what they held is put away. What they raised is the caller's to tell, or, if the
+    caller is stopped in this moment, nobody's."""
+    live = [task for task in tasks if task is not None]
+    for task in live:
         task.cancel()
-        await asyncio.wait({task})
+        task.add_done_callback(_seen)
+    await asyncio.wait(live)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
 from nimbos.config import Settings
 from nimbos.db import Database
+from nimbos.errors import EngineFailed
 from nimbos.kernel import Delta, Event, Reason, SignalKind, State
 from nimbos.kernel.answering import PARTIAL_TOKENS
 from nimbos.kernel.events import BudgetExhausted, ModelDone, ModelFailed, ModelIntent, ModelPartial
+from nimbos.kernel.think import _put_away
 from nimbos.ledger import Allowance
 from tests.kernel.minds import ACCOUNT, Minds, minds, words
 from tests.kernel.running import told
@@ -163,3 +166,26 @@ async def test_a_fork_in_the_middle_of_an_answer_goes_on_apart_and_pays_for_itse
         await place.send(pid, SignalKind.RESUME)
         assert await place.result(pid) == TEXT
         await holds(place, pid)
+
+
+async def test_a_generation_that_fails_while_it_is_stopped_is_nobodys_surprise() -> None:
+    """Whoever is stopped does not tell any more what it failed of."""
+    told: list[dict[str, object]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+
+    async def fail() -> None:
+        raise EngineFailed("It broke.")
+
+    async def last() -> None:
+        await asyncio.Event().wait()
+
+    failed, waiting = asyncio.create_task(fail()), asyncio.create_task(last())
+    await asyncio.wait({failed})
+    await _put_away(None, failed, waiting)
+    assert waiting.cancelled()
+    del failed
+    gc.collect()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert told == []
