@@ -177,14 +177,17 @@ async def test_a_generation_that_fails_while_it_is_stopped_is_nobodys_surprise()
     async def fail() -> None:
         raise EngineFailed("It broke.")
 
-    async def last() -> None:
-        await asyncio.Event().wait()
+    async def fail_at_the_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise EngineFailed("It broke while it was stopped.")
 
-    failed, waiting = asyncio.create_task(fail()), asyncio.create_task(last())
+    failed, failing = asyncio.create_task(fail()), asyncio.create_task(fail_at_the_end())
     await asyncio.wait({failed})
-    await _put_away(None, failed, waiting)
-    assert waiting.cancelled()
-    del failed
+    await _put_away(None, failed, failing)
+    assert failing.done()
+    del failed, failing
     gc.collect()
     await asyncio.sleep(0)
     gc.collect()
