@@ -58,22 +58,25 @@ def pytest_configure() -> None:
 
 # Those that take longest begin first: whichever began last would be waited for alone.
 LONG = (
-    "kernel/test_kill_matrix.py",
-    "ledger/test_killed.py",
-    "cli/test_admin.py",
-    "ledger/test_tree_of_budgets.py",
-    "kernel/test_think_engine.py",
-    "kernel/test_killed_answer.py",
-    "cli/test_ps.py",
+    "kernel/test_durable.py",
     "api/test_up.py",
-    "api/test_openapi.py",
-    "ledger/test_service.py",
+    "engine/test_engine.py",
+    "cli/test_ps.py",
+    "api/test_admin_changes.py",
+    "cli/test_admin.py",
+    "ledger/test_killed.py",
+    "kernel/test_budgets.py",
     "batches/test_jobs.py",
-    "batches/test_commands.py",
-    "kernel/test_leases.py",
-    "kernel/test_arguments.py",
-    "kernel/test_fold.py",
+    "kernel/test_forks.py",
+    "cli/test_bench.py",
     "kernel/test_context.py",
+    "kernel/test_worker.py",
+    "engine/test_metering.py",
+    "cli/test_doctor.py",
+    "cli/test_up_stopped.py",
+    "kernel/test_kill_matrix.py",
+    "ledger/test_tree_of_budgets.py",
+    "api/test_openapi.py",
 )
 
 
