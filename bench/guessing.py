@@ -75,6 +75,7 @@ async def _rate(server: Server, prompts: Sequence[str], most: int) -> float:
     async with httpx2.AsyncClient(timeout=None, trust_env=False, headers=server.headers) as http:
         for prompt in prompts:
             body = {
+                "model": server.model,
                 "messages": [{"role": "user", "content": prompt}],
                 "temperature": 0,
                 "max_tokens": most,
