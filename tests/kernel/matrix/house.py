@@ -18,7 +18,7 @@ import msgspec
 
 from tests.cli.command import environment
 from tests.kernel.matrix.doom import Deed, Doom
-from tests.kernel.matrix.scenarios import Scenario, programs, script
+from tests.kernel.matrix.scenarios import Scenario, mail_result, programs, script
 from tests.live import OWNER_SECRET, PATIENCE_S
 
 POLL_S = 0.02
@@ -202,7 +202,8 @@ class House:
             elif reason == "in_doubt":
                 self.doubts += 1
                 happened = any((one, tool) == (pid, "mail") for one, tool, _ in self.world.done())
-                body["body"] = {"verdict": "happened", "result": "mail is done"} if happened else {"verdict": "retry"}
+                told = {"verdict": "happened", "result": mail_result(**asked["what"]["arguments"])}
+                body["body"] = told if happened else {"verdict": "retry"}
             elif reason == "permission":
                 body["body"] = {"approve": True}
             else:

@@ -92,6 +92,11 @@ async def main(given):
 """
 
 
+def mail_result(to: str = "") -> str:
+    """What the tool would have said: another word would make the model go on in another way."""
+    return "mail is done" + (f" for {to}" if to else "")
+
+
 def calling(name: str, **arguments: Any) -> dict[str, Any]:
     return {"text": "", "tool_calls": [{"name": name, "arguments": arguments}]}
 
