@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 import msgspec
@@ -83,7 +84,7 @@ class Finishing:
         (row,) = await self._database.read(rows.LAST(batch=batch_id))
         last = row["last"] or 0
         for below in range(_REMOVED_AT_ONCE, last + _REMOVED_AT_ONCE + 1, _REMOVED_AT_ONCE):
-            await self._database.run(lambda below=below: _remove(batch_id, below))  # type: ignore[misc]
+            await self._database.run(partial(_remove, batch_id, below))
         await self._database.run(lambda: self._work.finish(claim))
 
     async def _written(self, batch: Batch, query: Statement, what: str) -> Received | None:

@@ -4,6 +4,8 @@ while one is on its way."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -77,9 +79,11 @@ async def test_no_call_begins_while_a_server_that_stops_waits_for_one(
         assert await place.result(pid) == SENT
 
 
-async def test_no_call_begins_while_a_pause_waits_for_one(
-    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@asynccontextmanager
+async def pausing(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Minds, str]]:
+    """A process that is to pause, knows it, and waits for its first call."""
     must_stop, told = Holding.must_stop, asyncio.Event()
 
     async def and_tells(self: Holding) -> Stop:
@@ -89,12 +93,19 @@ async def test_no_call_begins_while_a_pause_waits_for_one(
         return stop
 
     monkeypatch.setattr(Holding, "must_stop", and_tells)
-    async with minds(database, database_settings, SCRIPT) as place:
+    async with minds(database, settings, SCRIPT) as place:
         pid = await start(place, MAILS)
         await first_is_sent(place, pid)
         await place.send(pid, SignalKind.PAUSE)
         async with asyncio.timeout(PATIENCE_S):
             await told.wait()
+        yield place, pid
+
+
+async def test_no_call_begins_while_a_pause_waits_for_one(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pausing(database, database_settings, monkeypatch) as (place, pid):
         let_go(place, pid)
         await place.until(pid, State.PAUSED)
         assert len(done(place, pid)) == 1 and await starts_of(place, pid) == 1
@@ -105,21 +116,7 @@ async def test_no_call_begins_while_a_pause_waits_for_one(
 async def test_a_pause_that_is_taken_back_while_it_waits_lets_calls_begin_again(
     database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    must_stop, told = Holding.must_stop, asyncio.Event()
-
-    async def and_tells(self: Holding) -> Stop:
-        stop = await must_stop(self)
-        if stop is Stop.AFTER_CALLS:
-            told.set()
-        return stop
-
-    monkeypatch.setattr(Holding, "must_stop", and_tells)
-    async with minds(database, database_settings, SCRIPT) as place:
-        pid = await start(place, MAILS)
-        await first_is_sent(place, pid)
-        await place.send(pid, SignalKind.PAUSE)
-        async with asyncio.timeout(PATIENCE_S):
-            await told.wait()
+    async with pausing(database, database_settings, monkeypatch) as (place, pid):
         await place.send(pid, SignalKind.RESUME)
         let_go(place, pid)
         assert await place.result(pid) == SENT
