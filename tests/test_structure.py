@@ -300,7 +300,7 @@ LOOP_TOPS = {
     "adk/worker.py:_plainly",
     "adk/worker.py:_run",
     "db/writer.py:_perform",
-    "engine/worker.py:_prepare",
+    "engine/worker.py:_prepare_one",
     "engine/loop.py:_sample",
     "api/errors.py:__call__",
     "api/sse.py:_pump",

@@ -237,6 +237,6 @@ def configure_logs(*, enabled: bool) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=True,  # each request writes lines, or passes them over
     )
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log whole tracebacks, with their texts

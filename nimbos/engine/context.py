@@ -123,19 +123,20 @@ class ContextTree:
     def free_cells(self) -> int:
         return self.cells - self.used_cells
 
-    def evictable_cells(self, keep: Match | None = None) -> int:
-        """Cells that forgetting every retired branch would free, pins and `keep`'s path excepted."""
+    def evictable_cells(self, keep: Match | None = None, *, live: Sequence[int] | None = None) -> int:
+        """Cells that forgetting every retired branch would free, pins and `keep`'s path excepted. `live`: as if of the
+        live branches only these were."""
         kept = set(self._pins.kept())
         node = keep.node if keep else None
         while node is not None:
             kept.add(id(node))
             node = node.parent
-        live = self._tips.keys() - self._retired.keys()
+        held = self._tips.keys() - self._retired.keys() if live is None else set(live)
         total = 0
         stack = list(self._roots.values())
         while stack:
             node = stack.pop()
-            if node.parent is not None and id(node) not in kept and node.users.isdisjoint(live):
+            if node.parent is not None and id(node) not in kept and node.users.isdisjoint(held):
                 total += len(node.tokens)
             for children in node.children.values():
                 stack.extend(children)

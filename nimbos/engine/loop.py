@@ -296,9 +296,10 @@ class Loop:
     def _make_live(self, job: Job) -> bool:
         """False when there are not enough cells for it, now."""
         match = self._match(job)
-        if not self._has_room(job, match) and not self._could_have_room(job, match):
-            return False
-        while not self._has_room(job, match):
+        kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
+        if not self._has_room(job, match, kept):
+            return False  # though all others gave way to it, and nobody does for nothing
+        while not self._has_room(job, match, self._live):
             loser = victim(self._live, job)
             if loser is None:
                 return False
@@ -339,20 +340,15 @@ class Loop:
         if cached is not None:
             self._post(Admitted(ask_id=job.ask_id, branch=job.branch, cached=cached))
 
-    def _has_room(self, job: Job, match: Match) -> bool:
-        if not self._live:
+    def _has_room(self, job: Job, match: Match, beside: list[Job]) -> bool:
+        """Whether there are cells for it when of the live jobs only those `beside` it go on. By itself it always has
+        room: then pins give way as well."""
+        if not beside:
             return True
-        promised = sum(j.pending + min(self._remaining(j), RESERVE_TOKENS) for j in self._live)
+        promised = sum(j.pending + min(self._remaining(j), RESERVE_TOKENS) for j in beside)
         need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
-        spare = self._spare_beside(self._live, job)
-        return need <= self.tree.free_cells + self.tree.evictable_cells(match) - promised - spare
-
-    def _could_have_room(self, job: Job, match: Match) -> bool:
-        """Whether giving up every live job of a lower class would make room; nothing is preempted for nothing."""
-        kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
-        held = sum(len(j.tokens) + min(self._remaining(j), RESERVE_TOKENS) for j in kept)
-        need = len(job.tokens) - match.length + min(self._remaining(job), RESERVE_TOKENS)
-        return not kept or need + held + self._spare_beside(kept, job) <= self.tree.cells
+        free = self.tree.free_cells + self.tree.evictable_cells(match, live=[_sequence(j) for j in beside])
+        return need + promised + self._spare_beside(beside, job) <= free
 
     def _spare_beside(self, live: list[Job], job: Job) -> int:
         """Cells that the job's account leaves to others, if it holds some."""

@@ -23,6 +23,8 @@ from nimbos.errors import InvalidRequest, ModelUnusable
 MATCHED_CHARACTERS = 20_000  # a pattern sees no more of a message: a slow one must not hold the server
 PATTERN_CHARACTERS = 2_000
 
+_DECODER = json.JSONDecoder()
+
 
 class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
@@ -107,7 +109,7 @@ def conversation_of(prompt: str) -> tuple[Message, ...]:
     Behind the JSON there may be a mark that opens thinking.
     """
     try:
-        found, _ = json.JSONDecoder().raw_decode(prompt)
+        found, _ = _DECODER.raw_decode(prompt)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not found or not all(map(_is_message, found)):

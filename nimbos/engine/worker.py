@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -141,11 +142,10 @@ class Worker:
             self._loop.warm()
         self._costs = costs
         self._inbox: deque[_Arrival] = deque()
-        self._compiling: dict[str, protocol.Extend | None] = {}  # asks whose grammar is not ready, and what came since
-        self._ready_matchers: dict[str, Matcher] = {}
+        self._compiling: set[str] = set()  # asks whose grammar is not taken in yet; whoever is cancelled is not here
+        self._extended: dict[str, protocol.Extend] = {}  # what came for those meanwhile
         self._arrived = threading.Event()
         self._preparing: Turns[protocol.Prepare | protocol.Submit] = Turns()
-        self._cancelled: set[str] = set()
         self._learned_at = time.monotonic()
         self._learned_steps = 0
         pipe.send(
@@ -191,15 +191,13 @@ class Worker:
             self._preparing.drop(message.number)
         elif isinstance(message, protocol.Submit):
             if message.ask.grammar is not None:
-                self._compiling[message.ask.id] = None
+                self._compiling.add(message.ask.id)
                 self._queue(message, message.ask.id)
             else:
                 self._arrive(message)
         elif isinstance(message, protocol.Cancel):
-            if self._preparing.drop(message.ask_id):
-                self._compiling.pop(message.ask_id, None)
-                return
-            self._cancelled.add(message.ask_id)
+            self._preparing.drop(message.ask_id)
+            self._compiling.discard(message.ask_id)  # before the main thread hears of it
             self._arrive(message)
         elif isinstance(message, protocol.Extend | protocol.StatsRequest):
             self._arrive(message)
@@ -211,7 +209,8 @@ class Worker:
     def _arrive(self, message: _Arrival) -> None:
         self._inbox.append(message)
         self._arrived.set()
-        urgent = isinstance(message, protocol.Submit) and message.ask.ask_class is AskClass.INTERACTIVE
+        submit = message.submit if isinstance(message, _Compiled) else message
+        urgent = isinstance(submit, protocol.Submit) and submit.ask.ask_class is AskClass.INTERACTIVE
         if urgent and self._loop.abortable:
             self._model.abort()
         if urgent and self._lease is not None:
@@ -221,25 +220,26 @@ class Worker:
 
     def _prepare(self) -> None:
         while True:
-            work = self._preparing.get()
-            try:
-                if isinstance(work, protocol.Prepare):
-                    self._pipe.send(self._prompts.prepare(work, self._grammars))
-                else:
-                    assert work.ask.grammar is not None
-                    self._ready_matchers[work.ask.id] = self._grammars.compile(work.ask.grammar)
-                    self._arrive(work)
-            except NimbosError as error:
-                self._refuse(work, protocol.refusal_of(error))
-            except BaseException:  # a loop top (a panic in Rust is no Exception): fails this request, keeps the process
-                traceback.print_exc()
-                self._refuse(work, protocol.Refusal(message="The prompt could not be prepared.", server_fault=True))
+            self._prepare_one(self._preparing.get())
+
+    def _prepare_one(self, work: protocol.Prepare | protocol.Submit) -> None:
+        try:
+            if isinstance(work, protocol.Prepare):
+                self._pipe.send(self._prompts.prepare(work, self._grammars))
+            else:
+                assert work.ask.grammar is not None
+                self._arrive(_Compiled(work, self._grammars.compile(work.ask.grammar)))
+        except NimbosError as error:
+            self._refuse(work, protocol.refusal_of(error))
+        except BaseException:  # a loop top (a panic in Rust is no Exception): fails this request, keeps the process
+            traceback.print_exc()
+            self._refuse(work, protocol.Refusal(message="The prompt could not be prepared.", server_fault=True))
 
     def _refuse(self, work: protocol.Prepare | protocol.Submit, refusal: protocol.Refusal) -> None:
         if isinstance(work, protocol.Prepare):
             self._pipe.send(protocol.PreparedReply(number=work.number, refusal=refusal))
         else:
-            self._compiling.pop(work.ask.id, None)
+            self._compiling.discard(work.ask.id)
             self._pipe.send(protocol.Failed(ask_id=work.ask.id, refusal=refusal))
 
     # --- main thread, between steps
@@ -249,30 +249,36 @@ class Worker:
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, protocol.Submit):
-                self._submit(message)
+                self._submit(message, None)
+            elif isinstance(message, _Compiled):
+                self._take_compiled(message)
             elif isinstance(message, protocol.Cancel):
                 self._loop.cancel(message.ask_id)
-                self._ready_matchers.pop(message.ask_id, None)
+                self._extended.pop(message.ask_id, None)
             elif isinstance(message, protocol.Extend):
                 self._extend(message)
             else:
                 self._pipe.send(self._stats(message.number))
-        if len(self._cancelled) > 4096:
-            self._cancelled.clear()
 
     def _extend(self, message: protocol.Extend) -> None:
         if message.ask_id in self._compiling:
-            self._compiling[message.ask_id] = message
+            self._extended[message.ask_id] = message
         elif isinstance(self._loop, Loop):
             self._loop.extend(message.ask_id, allowance_tokens=message.allowance_tokens, last=message.last)
 
-    def _submit(self, submit: protocol.Submit) -> None:
-        ask = submit.ask
-        matcher = self._ready_matchers.pop(ask.id, None)
-        extended = self._compiling.pop(ask.id, None)
-        if ask.id in self._cancelled:
-            self._cancelled.discard(ask.id)
+    def _take_compiled(self, compiled: _Compiled) -> None:
+        """Unless it was cancelled meanwhile. If it is right now, the cancel is behind it in the inbox."""
+        ask_id = compiled.submit.ask.id
+        extended = self._extended.pop(ask_id, None)
+        if ask_id not in self._compiling:
             return
+        self._compiling.discard(ask_id)
+        self._submit(compiled.submit, compiled.matcher)
+        if extended is not None:
+            self._extend(extended)
+
+    def _submit(self, submit: protocol.Submit, matcher: Matcher | None) -> None:
+        ask = submit.ask
         inputs = tuple(part.ids for part in ask.parts if isinstance(part, Tokens))
         try:
             row = None
@@ -282,8 +288,6 @@ class Worker:
                 self._loop.submit(submit, inputs, row)
             else:
                 self._loop.submit(submit, tuple(token for ids in inputs for token in ids), matcher, row)
-            if extended is not None:
-                self._extend(extended)
         except NimbosError as error:
             self._pipe.send(protocol.Failed(ask_id=ask.id, refusal=protocol.refusal_of(error)))
 
@@ -332,7 +336,15 @@ class Worker:
         self._learned_at = time.monotonic()
 
 
-_Arrival = protocol.Submit | protocol.Cancel | protocol.Extend | protocol.StatsRequest
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """An ask and its grammar, ready."""
+
+    submit: protocol.Submit
+    matcher: Matcher
+
+
+_Arrival = protocol.Submit | _Compiled | protocol.Cancel | protocol.Extend | protocol.StatsRequest
 
 
 def _swap_file(settings: Settings) -> SwapFile | None:
