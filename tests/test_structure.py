@@ -258,6 +258,7 @@ PURE = {
     "frozenset",
     "get_args",
     "hashlib.sha256",
+    "json.JSONDecoder",
     "len",
     "msgspec.Meta",
     "msgspec.Raw",

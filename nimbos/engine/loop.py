@@ -182,6 +182,7 @@ class Loop:
         Returns: False when there is nothing to compute.
         """
         self.model.arm()
+        self.tree.expire(_now_ms())
         look()
         started = time.perf_counter()
         self._go_on_putting_back()
@@ -236,7 +237,6 @@ class Loop:
             return
         self._changed = False
         now = _now_ms()
-        self.tree.expire(now)
         candidates = [job for job in self._waiting if job.leader is None and not job.parked]
         short_of_cells = len(RANK)
         for job in admission_order(candidates, self.clock, self.rules, now, self._live)[:LOOKED_AT]:
