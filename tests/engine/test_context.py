@@ -86,6 +86,17 @@ class Tree(RuleBasedStateMachine):
         self.now += ticks
         self.tree.expire(self.now)
 
+    @rule(data=st.data())
+    def give_way(self, data: st.DataObject) -> None:
+        """What some live ones would free is what they do free, with all that is idle; pins keep theirs."""
+        staying = [branch for branch in self.live if data.draw(st.booleans())]
+        promised = self.tree.free_cells + self.tree.evictable_cells(live=staying)
+        for branch in [branch for branch in self.live if branch not in staying]:
+            self.live.remove(branch)
+            self.perform(self.tree.retire(branch))
+        self.perform(self.tree.make_room(CELLS))
+        assert self.tree.free_cells == promised
+
     @rule(cells=st.integers(1, CELLS), unpin=st.booleans())
     def evict(self, cells: int, unpin: bool) -> None:
         self.perform(self.tree.make_room(cells, unpin=unpin))
