@@ -88,7 +88,7 @@ class Responder:
         check_context(items)
         own = pieces_of(asked)
         if _keeps(body):
-            self._store.check(call.account.id, past, own)
+            await self._store.check(call.account.id, past, own)
         return await self._understood(call, body, past, own=own, items=items)
 
     async def again(self, call: Call, body: requests.ResponsesBody, begun: Response, past: Past) -> Turn:

@@ -41,7 +41,7 @@ class Conversations:
         made = new_id("conv")
         created_ms = time.time_ns() // 1_000_000
         text = msgspec.json.encode(metadata).decode()
-        self._store.check(account, Past(), pieces)
+        await self._store.check(account, Past(), pieces)
         self._store.room.add(account, len(text), rows=1)
 
         async def adding() -> Callable[[], Transaction[str | None]]:
@@ -93,7 +93,7 @@ class Conversations:
         Raises: InvalidRequest when it would hold too much, TooMuchKept when its project does; Conflict when one of the
         pieces was added meanwhile.
         """
-        self._store.check(account, past, pieces)
+        await self._store.check(account, past, pieces)
 
         async def appending() -> Callable[[], Transaction[None]]:
             placed = await self._store.place(account, pieces)

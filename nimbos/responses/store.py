@@ -137,15 +137,16 @@ class Store:
         (content,) = await self.segments.load(account, [rows[0]["hash"]])
         return Piece(id=item_id, content=content)
 
-    def check(self, account: str, past: Past, asked: Sequence[Piece]) -> None:
+    async def check(self, account: str, past: Past, asked: Sequence[Piece]) -> None:
         """Whether a response can be kept, before it is computed and paid for: whatever it answers is kept then.
 
-        Raises: InvalidRequest when its context would hold too much, TooMuchKept when its project does.
+        Raises: InvalidRequest when its context would hold too much, TooMuchKept when its project does;
+        StorageUnavailable.
         """
         size_bytes = sum(len(piece.content) for piece in asked)
         past_bytes = sum(one.size_bytes for one in past.placed)
         nodes.check_size(len(past.placed) + len(asked), past_bytes + size_bytes)
-        self.room.check(account, size_bytes)
+        await self.room.check(account, size_bytes)
 
     async def place(self, account: str, pieces: Sequence[Piece]) -> list[Placed]:
         """Keeps their bytes, for a transaction of `run` to name."""

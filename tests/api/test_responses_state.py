@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,17 @@ def test_a_project_that_keeps_too_much_is_told_what_to_do(tmp_path: Path) -> Non
             assert "Delete some of them" in error["message"]
         assert asks == []
         assert say(live, "count", store=False).output_text
+
+
+def test_a_project_that_keeps_too_much_is_told_so_also_by_the_next_server(tmp_path: Path) -> None:
+    def serve() -> AbstractContextManager[Live]:
+        return serving(tmp_path / "home", {"demo": DEMO}, server=ServerSettings(responses_bytes=3_000), database_url="")
+
+    with serve() as live:
+        assert say(live, "count").output_text
+    with serve() as live:
+        error_of(live.post("/v1/responses", {"model": "demo", "input": "count"}), 413)
+        assert live.sources["demo"].asks == []
 
 
 def test_state_outlives_the_server(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pytest
 from sqlalchemy import func, select
 
 from nimbos.blobs.folder import FolderBlobs
-from nimbos.db import Database, Statement
+from nimbos.db import Bound, Database, Row, Statement
 from nimbos.db.tables.responses import response_items, response_nodes, response_segments, responses
-from nimbos.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
+from nimbos.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge, StorageUnavailable
 from nimbos.responses import Answered, Background, Conversations, Past, Piece, Status, Store, nodes, room
-from nimbos.responses.room import ROW_BYTES
+from nimbos.responses.room import ROW_BYTES, TooMuchKept
 from nimbos.types import new_id
+from tests.databases import sqlite_template
 
 ME, OTHER = "proj_me", "proj_other"
 
@@ -238,10 +241,10 @@ async def test_a_response_that_is_not_stored_leaves_nothing_but_what_its_convers
 async def test_a_context_cannot_grow_without_bound(store: Store) -> None:
     many = tuple(piece("x") for _ in range(9_999))
     one = replace(answered(Past(), "a", "b"), asked=many)
-    store.check(ME, one.past, one.asked)
+    await store.check(ME, one.past, one.asked)
     await store.keep(one)
     with pytest.raises(InvalidRequest, match="10000 items"):
-        store.check(ME, await store.past_of(ME, one.id), [piece("c")])
+        await store.check(ME, await store.past_of(ME, one.id), [piece("c")])
 
 
 async def test_no_item_is_twice_in_a_conversation_that_two_speak_in_at_once(store: Store) -> None:
@@ -257,12 +260,12 @@ async def test_no_item_is_twice_in_a_conversation_that_two_speak_in_at_once(stor
     assert words(await conversations.past(ME, made.id)) == ["start", "asked", "one", "two", "more"]
 
 
-def bound(store: Store, kept_bytes: int) -> None:
+async def bound(store: Store, kept_bytes: int) -> None:
     """The project may keep as much more as is left, and not one byte beyond."""
     left = LIMIT_BYTES - kept_bytes
-    store.check(ME, Past(), [piece("z" * left)])
+    await store.check(ME, Past(), [piece("z" * left)])
     with pytest.raises(PayloadTooLarge, match=r"Delete some of them.*`store: false`"):
-        store.check(ME, Past(), [piece("z" * (left + 1))])
+        await store.check(ME, Past(), [piece("z" * (left + 1))])
 
 
 LIMIT_BYTES = 40_000
@@ -275,29 +278,78 @@ async def test_what_a_project_keeps_is_bounded_and_free_again_when_it_is_deleted
     monkeypatch.setattr(room, "_REST_SHARE", 0)
     store = Store(database, blobs, grace_ms=-1, project_bytes=LIMIT_BYTES)
     background, conversations = Background(store, owner="srv_test"), Conversations(store)
-    bound(store, 0)
+    await bound(store, 0)
     first = await turn(store, None, "x" * 8_000, "y" * 8_000)
     said = 16_000 + len(b'{"model":"demo"}') + 3 * ROW_BYTES
-    bound(store, said)
+    await bound(store, said)
     await store.room.sum_up()
-    bound(store, said)
+    await bound(store, said)
     second = await turn(store, None, "x" * 8_000, "y", echo=b"e" * 2_000)
     await store.room.sum_up()
     said += 1 + 2_000 + 3 * ROW_BYTES  # the same words once
-    bound(store, said)
+    await bound(store, said)
     made = await conversations.create(ME, metadata={"a": "b"}, pieces=[])
     said += len('{"a":"b"}') + ROW_BYTES
-    bound(store, said)
+    await bound(store, said)
     await store.room.sum_up()
-    bound(store, said)
-    store.check(OTHER, Past(), [piece("z" * LIMIT_BYTES)])
+    await bound(store, said)
+    await store.check(OTHER, Past(), [piece("z" * LIMIT_BYTES)])
     for one in (first, second):
         await background.delete(ME, one)
     await conversations.delete(ME, made.id)
     await swept(store)
     await store.room.sum_up()
-    bound(store, 0)
+    await bound(store, 0)
     assert await count(database, response_items) == await count(database, response_segments) == 0
+
+
+async def test_what_a_project_keeps_is_known_from_the_first_request_after_a_start(
+    database: Database, blobs: CountedBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await turn(Store(database, blobs), None, "x" * 8_000, "y" * 8_000)
+    said = 16_000 + len(b'{"model":"demo"}') + 3 * ROW_BYTES
+    sums, began, may_go_on, read = 0, asyncio.Event(), asyncio.Event(), database.read
+
+    async def slow(query: Bound) -> list[Row]:
+        nonlocal sums
+        sums += 1
+        began.set()
+        await may_go_on.wait()
+        return await read(query)
+
+    monkeypatch.setattr(database, "read", slow)
+    store = Store(database, blobs, project_bytes=LIMIT_BYTES)
+    some = [asyncio.create_task(store.check(ME, Past(), [piece("z" * size)])) for size in (1, LIMIT_BYTES - said, 40)]
+    other = asyncio.create_task(store.check(OTHER, Past(), []))
+    await began.wait()
+    some[0].cancel()  # who leaves takes the sum from nobody
+    store.room.add(ME, 40, rows=0)  # what is kept meanwhile counts on top
+    may_go_on.set()
+    first, *others = await asyncio.gather(*some, other, return_exceptions=True)
+    assert isinstance(first, asyncio.CancelledError)
+    assert [type(one) for one in others] == [TooMuchKept, type(None), type(None)]
+    await bound(store, said + 40)
+    assert sums == 2
+
+
+async def test_a_sum_that_fails_is_taken_again(
+    store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(query: Bound) -> list[Row]:
+        raise StorageUnavailable("nimbos.db", reason="it is gone.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "read", gone)
+        with pytest.raises(StorageUnavailable):
+            await store.check(ME, Past(), [])
+    await store.check(ME, Past(), [])
+
+
+def test_the_first_sum_reads_nothing_of_other_projects() -> None:
+    text, values = room._SUM(account=ME).prepared("sqlite")
+    with closing(sqlite3.connect(sqlite_template())) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+    assert "SEARCH response_items USING INDEX ix_response_items_account_item (account=?)" in plan
 
 
 async def test_sums_are_not_taken_again_at_once(store: Store) -> None:
