@@ -104,6 +104,7 @@ def _calibrate(settings: Settings, model: LocalModel, *, quick: bool, bar: Bar) 
         deep_rows=() if quick else DEEP_ROWS,
         deep_cells=0 if quick else deep,
         step_tokens=settings.engine.max_step_tokens,
+        sequences=settings.engine.sequences,
         repeats=1 if quick else 3,
         flash_attention=settings.engine.flash_attention,
     )

@@ -57,6 +57,7 @@ def compare(settings: Settings, model: LocalModel, paths: list[Path], bar: Bar) 
         threads=thread_count(settings.engine),
         rows=rows,
         step_tokens=settings.engine.max_step_tokens,
+        sequences=settings.engine.sequences,
         flash_attention=settings.engine.flash_attention,
     )
     times: dict[Path, dict[int, list[float]]] = {path: defaultdict(list) for path in paths}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 
 REPEATS_MIN, REPEATS_MAX = 3, 25
 TIMING_S = 4.0  # about how long the repeats take together
-MEASURE_SEQUENCES = 64
 
 Point = tuple[int, int, float]  # rows, cells each row attends to before the step, median milliseconds
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of `rows` rows before any context, and of `deep_rows` that each attend to `deep_cells` cells: they take
-    much longer, and a few tell what a cell costs. `repeats`: None takes as many as fit in a few seconds."""
+    much longer, and a few tell what a cell costs. `sequences`: of an engine with these settings. `repeats`: None takes
+    as many as fit in a few seconds."""
 
     model: str
     threads: int
     rows: tuple[int, ...]
     step_tokens: int
+    sequences: int
     deep_rows: tuple[int, ...] = ()
     deep_cells: int = 0
     repeats: int | None = None
@@ -104,16 +106,18 @@ def measure(library: Library, timing: Timing) -> Timed:
     Raises: ModelUnusable, EngineFailed.
     """
     from nimbos.engine.model import Model, ModelOptions
+    from nimbos.engine.sizes import measuring_sequences
 
     path = Path(timing.model)
     options = ModelOptions(
         cells=timing.deep_cells + max(1024, timing.step_tokens),
-        sequences=MEASURE_SEQUENCES,
+        sequences=1,
         threads=timing.threads,
         step_tokens=timing.step_tokens,
         flash_attention=timing.flash_attention,
     )
     model = Model(library, path, options)
+    model.options = replace(options, sequences=measuring_sequences(model, timing.sequences))
     confine.confine([path, library.folder, *confine.code_paths()])
     model.open_context()
     try:

@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PRIOR = (1.0, 1.7, 2.2, 2.5, 3.6, 4.4, 5.6, 6.8, 8.6, 11.2, 13, 15, 20, 26, 38, 50, 75, 100)  # × t(1)
 _PRIOR_BYTES_PER_MS = 15e6  # weights that a small machine reads in a millisecond
 _PRIOR_IDLE_NS = 3.8  # for a head of a layer to pass a cell that is masked, on one thread
+SPREAD_ROWS = 32  # so many at most are of one sequence each
 _LEARN = 0.15
 _IDLE_COUNTS = 0.2  # of a step
 
@@ -134,17 +136,19 @@ def measure_model(
     repeats: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, int, float]]:
-    """Times steps of a loaded model. The pool must be empty, and is empty afterwards.
+    """Times steps of a loaded model, up to `SPREAD_ROWS` rows as in decoding, more as in prefill; those for which it
+    has too few sequences are left out. The pool must be empty, and is empty afterwards.
 
     Returns: (rows, cells each row attends to before the step, median milliseconds).
     """
 
     found: list[tuple[int, int, float]] = []
-    counts = [m for m in rows if m <= model.options.step_tokens]
+    spread_most = min(SPREAD_ROWS, model.options.sequences - 1)  # one holds the context
+    counts = [m for m in rows if m <= model.options.step_tokens and not spread_most < m <= SPREAD_ROWS]
     for level, context in enumerate(contexts):
         with _context_of(model, context):
             for number, m in enumerate(counts, start=1):
-                if context + m * (m <= 32) + m <= model.cells:
+                if context + m * (m <= SPREAD_ROWS) + m <= model.cells:
                     found.append((m, context, _time_step(model, m, context, repeats if m <= 64 else 1)))
                 if progress:
                     progress(level * len(counts) + number, len(contexts) * len(counts))
@@ -155,11 +159,9 @@ def _time_step(model: Model, m: int, context: int, repeats: int) -> float:
     """Median milliseconds of `m` rows; the first run warms up and is not counted."""
     from nimbos.engine.model import Rows
 
-    # up to 32 rows: one row for each of m sequences, as in decoding; above: one sequence, as in prefill
-    spread = m <= 32 and m + 1 < model.options.sequences
     step = (
         [Rows(sequence=1 + i, start=context, tokens=[10 + i], logits=True) for i in range(m)]
-        if spread
+        if m <= SPREAD_ROWS
         else [Rows(sequence=1, start=context, tokens=[10 + i % 50 for i in range(m)], logits=True)]
     )
     times = []
@@ -197,16 +199,18 @@ def measure(
     from nimbos.engine.library import candidates, quiet_environment, thread_count
     from nimbos.engine.llama import open_library
     from nimbos.engine.model import Model, ModelOptions
+    from nimbos.engine.sizes import measuring_sequences
 
     quiet_environment()
     library, _ = open_library(candidates(settings))
     options = ModelOptions(
         cells=max(contexts) + 1024,
-        sequences=64,
+        sequences=1,
         threads=thread_count(settings.engine),
         flash_attention=settings.engine.flash_attention,
     )
     model = Model(library, model_path, options)
+    model.options = replace(options, sequences=measuring_sequences(model, settings.engine.sequences))
     model.open_context()
     try:
         return measure_model(model, contexts=contexts, repeats=repeats)
@@ -220,7 +224,7 @@ def table_from(found: list[tuple[int, int, float]], prior: StepTime) -> StepTime
     base = {rows: ms for rows, c, ms in found if c == shortest}
     deep = {rows: ms for rows, c, ms in found if c == longest}
     span = longest - shortest
-    per_cell = [(deep[m] - base[m]) / (m * span) * 1e3 for m in base if span and m in deep and m <= 32]
+    per_cell = [(deep[m] - base[m]) / (m * span) * 1e3 for m in base if span and m in deep and m <= SPREAD_ROWS]
     cell_us = max(0.0, statistics.median(per_cell)) if per_cell else prior.table.cell_us
     row_ms = [max(0.01, base.get(m, prior.table.row_ms[i]) - cell_us * m * shortest / 1e3) for i, m in enumerate(KNOTS)]
     return StepTimeTable(row_ms=row_ms, seen=[8 if m in base else 0 for m in KNOTS], cell_us=cell_us)

@@ -31,12 +31,12 @@ from nimbos.engine.lease import Lease
 from nimbos.engine.library import candidates, thread_count
 from nimbos.engine.llama import open_library
 from nimbos.engine.loop import Loop
-from nimbos.engine.model import SEQUENCES_MAX, Model, ModelOptions
+from nimbos.engine.model import Model, ModelOptions
 from nimbos.engine.prompts import Prompts
 from nimbos.engine.ranker import Ranker
 from nimbos.engine.ranking import Ranking
 from nimbos.engine.scheduler import RANK, Rules
-from nimbos.engine.sizes import choose_cells
+from nimbos.engine.sizes import choose_cells, choose_sequences
 from nimbos.engine.swapfile import SwapFile
 from nimbos.engine.turns import Turns
 from nimbos.errors import ModelUnusable, NimbosError
@@ -46,8 +46,6 @@ from nimbos.types import AskClass, Kind, ModelCard, Tokens
 EMBED_STEP_TOKENS = 2048
 LEARN_EVERY_S = 30.0
 TIDY_AFTER_S = 5.0  # without work
-RECURRENT_SEQUENCES = 16
-SHARING_SEQUENCES_MIN = 5
 
 
 class Pipe:
@@ -106,7 +104,7 @@ class Worker:
             cells=max(cells, step),
             threads=threads,
             step_tokens=step,
-            sequences=_sequences(model, settings.engine.sequences),
+            sequences=choose_sequences(model, settings.engine.sequences),
             flash_attention=settings.engine.flash_attention,
         )
         model.open_context(lease.flag if lease and model.can_truncate else None)
@@ -350,14 +348,6 @@ _Arrival = protocol.Submit | _Compiled | protocol.Cancel | protocol.Extend | pro
 def _swap_file(settings: Settings) -> SwapFile | None:
     size_bytes = settings.engine.swap_disk_mib * 1024 * 1024
     return SwapFile.make(settings.run_dir, size_bytes) if size_bytes else None
-
-
-def _sequences(model: Model, wanted: int) -> int:
-    """Ids in use: each costs a recurrent model a whole state, and others nothing. Where prefixes are shared, an ask may
-    need one while others compute, one is pinned, and one holds the prefix that it is to go on with."""
-    most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES
-    least = SHARING_SEQUENCES_MIN if model.shares_prefixes else 2
-    return max(least, min(most, wanted if model.kind is Kind.GENERATE else 64))
 
 
 def _rules(settings: EngineSettings, model: Model) -> Rules:

@@ -88,14 +88,20 @@ def test_a_machine_that_others_use_keeps_no_step_times(home: Path, tiny: Path, m
     assert not list((home / "cache").rglob("steps/*"))
 
 
+@pytest.mark.parametrize(
+    ("arch", "decoded"),
+    [
+        ("gemma3", 32),
+        ("qwen35", 15),  # each of its sequences costs a state: as many as its engine has, one of them for a context
+    ],
+)
 def test_a_model_that_cannot_share_is_measured_without_a_context(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, decoded: int
 ) -> None:
     monkeypatch.setattr(benchmark, "Size", lambda: benchmark.QUICK)
     settings = load(home)
-    sliding = tiny_gguf.write("gemma3", tmp_path)
-    results = benchmark.run(settings, Hub(settings).find(str(sliding)), quick=False, bar=Bar())
-    assert [point.rows for point in results.calibration] == list(KNOTS)
+    results = benchmark.run(settings, Hub(settings).find(str(tiny_gguf.write(arch, tmp_path))), quick=False, bar=Bar())
+    assert [point.rows for point in results.calibration] == [rows for rows in KNOTS if rows <= decoded or rows > 32]
     assert {point.cells for point in results.calibration} == {0}
     assert results.table is None
 

@@ -175,7 +175,7 @@ def test_a_probe_that_is_killed_is_a_refusal_that_names_the_signal(tiny: Path) -
             (child,) = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
             os.kill(int(child), signal.SIGKILL)
 
-    timing = Timing(model=str(tiny), threads=1, rows=(1, 8, 128), step_tokens=128, repeats=200)
+    timing = Timing(model=str(tiny), threads=1, rows=(1, 8, 128), step_tokens=128, sequences=8, repeats=200)
     answer = time_library(wheel_library(), timing, Killer(), "dying")
     assert isinstance(answer, Refused)
     assert "SIGKILL" in answer.reason

@@ -36,8 +36,8 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
         made._model.close()
 
 
-def constrained(source: str = "[0-9]{20}", **fields: object) -> Ask:
-    wanted = ask(grammar=Grammar(kind="regex", source=source), **fields)
+def constrained(source: str = "[0-9]{20}", *, allowance_tokens: int | None = None) -> Ask:
+    wanted = ask(grammar=Grammar(kind="regex", source=source), allowance_tokens=allowance_tokens)
     return msgspec.structs.replace(wanted, parts=(Tokens((7, 8, 9)),))
 
 
