@@ -19,7 +19,6 @@ and what is certain behind both is released.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -211,19 +210,6 @@ class Answer:
     def drain(self) -> list[TokenChunk]:
         """What became certain since the last call, in order; every accepted id is in exactly one chunk."""
         return self._outbox.take(self.branch, logprobs=self._ask.sampling.logprobs is not None)
-
-    def fork(self, branch: int) -> Answer:
-        """A branch that goes on apart from here. What was not drained yet is the new branch's to drain as well."""
-        twin = copy.copy(self)
-        twin.branch = branch
-        twin.recent = self.recent.copy()
-        twin._matcher = self._matcher.copy() if self._matcher is not None else None
-        twin._mask = None
-        twin._outbox = self._outbox.copy()
-        twin._queue = self._queue.copy()
-        twin._starts = list(self._starts)
-        twin._block = self._block.copy() if self._block is not None else None
-        return twin
 
     @property
     def _goes_on(self) -> bool:

@@ -7,7 +7,6 @@ through the stop strings.
 from __future__ import annotations
 
 import codecs
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -76,14 +75,6 @@ class Outbox:
             )
             for run in runs
         ]
-
-    def copy(self) -> Outbox:
-        twin = copy.copy(self)
-        twin._decoder = _Utf8("replace")
-        twin._decoder.setstate(self._decoder.getstate())
-        twin._stop = self._stop.copy()
-        twin._runs = [_Run(run.channel, [*run.ids], [*run.text], [*run.logprobs]) for run in self._runs]
-        return twin
 
     def _put(self, text: str, *, stops: bool) -> None:
         if self._stop.hit is not None:

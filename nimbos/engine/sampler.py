@@ -64,9 +64,6 @@ class RecentCounts:
         tokens.append(token)
         counts[token] += 1
 
-    def copy(self) -> RecentCounts:
-        return RecentCounts(self._tokens, window=self._tokens.maxlen or 0)
-
     def arrays(self) -> tuple[Ids, NDArray[np.float32]]:
         """Distinct ids and the count of each."""
         size = len(self._counts)

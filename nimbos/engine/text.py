@@ -6,7 +6,6 @@ cut into pieces' chunks or when somebody looked, so feeding the same tokens agai
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -87,11 +86,6 @@ class ThinkingBlock:
         self._after_mark = True
         return out
 
-    def copy(self) -> ThinkingBlock:
-        twin = copy.copy(self)
-        twin._held, twin._shown = bytearray(self._held), bytearray(self._shown)
-        return twin
-
     def _give(self, out: list[tuple[Phase, bytes]], count: int) -> None:
         text, shown = bytes(self._held[:count]), self._shown[:count]
         self._drop(count)
@@ -155,11 +149,6 @@ class StopMatcher:
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held
-
-    def copy(self) -> StopMatcher:
-        twin = copy.copy(self)
-        twin._matched = list(self._matched)
-        return twin
 
     def _advance(self, index: int, text: str) -> int | None:
         """Where in `text` this stop string ends first, if it does."""

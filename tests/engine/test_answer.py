@@ -165,19 +165,16 @@ def test_replay_repeats_and_loses_nothing(
     emitted = ids_of(first)
     two = answer(wanted, max_tokens=max(len(ids), 1))
     two.replay(emitted)
-    fork = two.fork(1)
-    for target in (one, two, fork):
+    for target in (one, two):
         for token in ids[len(emitted) :]:
             if target.finish is None:
                 target.accept(token)
-    rest, again, forked = one.drain(), two.drain(), fork.drain()
-    assert [chunk.branch for chunk in forked] == [1] * len(forked)
+    rest, again = one.drain(), two.drain()
     for channel in Channel:
-        assert text_of(rest, channel) == text_of(again, channel) == text_of(forked, channel)
-    assert ids_of(again) == ids_of(rest) == ids_of(forked)
-    for target in (two, fork):
-        for name in ("finish", "stopped_by", "output_tokens", "thinking_tokens", "phase"):
-            assert getattr(target, name) == getattr(one, name)
+        assert text_of(rest, channel) == text_of(again, channel)
+    assert ids_of(again) == ids_of(rest)
+    for name in ("finish", "stopped_by", "output_tokens", "thinking_tokens", "phase"):
+        assert getattr(two, name) == getattr(one, name)
 
 
 @given(
@@ -393,12 +390,10 @@ def test_text_in_the_closing_token_is_not_part_of_a_constrained_answer() -> None
     assert text_of(take(target, spell("ab"))) == "ab" and target.finish is FinishReason.STOP
 
 
-def test_grammar_survives_replay_and_fork() -> None:
+def test_grammar_survives_replay() -> None:
     target = answer(ask(), matcher=grammar("regex", "a(b|c)d(e|f)"))
     target.replay(spell("ab"))
-    twin = target.fork(1)
-    assert target.forced() == (ord("d"),) == twin.forced()
-    assert text_of(take(twin, spell("de"))) == "de" and twin.finish is FinishReason.STOP
+    assert target.forced() == (ord("d"),)
     assert text_of(take(target, spell("df"))) == "df" and target.finish is FinishReason.STOP
     with pytest.raises(AnswerFailed, match="grammar"):
         answer(ask(), matcher=grammar("regex", "ab")).accept(ord("x"))
