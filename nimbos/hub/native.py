@@ -76,13 +76,6 @@ class NativeLibrary:
                 return folder
         return None
 
-    def verify(self, folder: Path) -> list[str]:
-        """The names of files whose bytes are not those that were installed."""
-        manifest = _read_manifest(folder)
-        if manifest is None:
-            return ["manifest.json"]
-        return [name for name, sha256 in manifest.files.items() if sha256_of(folder / name) != sha256]
-
     async def install(
         self,
         *,
@@ -91,16 +84,20 @@ class NativeLibrary:
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> Path | None:
-        """Installs from npm, by building, or from `folder`. With `if_possible` it is content with any library that is
-        there, and None with a note takes the place of an error.
+        """Installs from npm, by building, or from `folder`; one that is there already is left alone, if its files are
+        as they were. With `if_possible` it is content with any library that is there, and None with a note takes the
+        place of an error.
 
         Raises: DownloadFailed; InvalidRequest for a folder without a libllama.
         """
         progress = progress or Silent()
         present = self.installed()
-        if present is not None and (if_possible or (folder is None and present.name == _name(source))):
+        if present is not None and if_possible:
             return present
         try:
+            same = present if folder is None and present is not None and present.name == _name(source) else None
+            if same is not None and await asyncio.to_thread(_unchanged, same):
+                return same
             return await self._install(source, folder, progress)
         except (NimbosError, OSError) as error:
             if not if_possible:
@@ -214,6 +211,12 @@ def _read_manifest(folder: Path) -> _Manifest | None:
         return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def _unchanged(folder: Path) -> bool:
+    """Whether its files' bytes are those that were installed."""
+    manifest = _read_manifest(folder)
+    return manifest is not None and all(sha256_of(folder / name) == sha256 for name, sha256 in manifest.files.items())
 
 
 def _complete(folder: Path) -> bool:
