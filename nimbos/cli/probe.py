@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nimbos.engine import confine
-from nimbos.engine.calibrate import StepTime, StepTimeTable, measure_model, table_from
+from nimbos.engine.calibrate import StepTime, StepTimeTable, measure_model, measuring_sequences, table_from
 from nimbos.engine.llama import Library
 from nimbos.errors import EngineFailed, ModelUnusable
 
@@ -106,7 +106,6 @@ def measure(library: Library, timing: Timing) -> Timed:
     Raises: ModelUnusable, EngineFailed.
     """
     from nimbos.engine.model import Model, ModelOptions
-    from nimbos.engine.sizes import measuring_sequences
 
     path = Path(timing.model)
     options = ModelOptions(

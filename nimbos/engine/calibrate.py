@@ -155,6 +155,14 @@ def measure_model(
     return found
 
 
+def measuring_sequences(model: Model, wanted: int) -> int:
+    """Enough to time steps of `SPREAD_ROWS` rows; of a recurrent model as many as an engine has, whose memory was
+    checked."""
+    from nimbos.engine.sizes import choose_sequences
+
+    return choose_sequences(model, 2 * SPREAD_ROWS if model.can_truncate else wanted)
+
+
 def _time_step(model: Model, m: int, context: int, repeats: int) -> float:
     """Median milliseconds of `m` rows; the first run warms up and is not counted."""
     from nimbos.engine.model import Rows
@@ -199,7 +207,6 @@ def measure(
     from nimbos.engine.library import candidates, quiet_environment, thread_count
     from nimbos.engine.llama import open_library
     from nimbos.engine.model import Model, ModelOptions
-    from nimbos.engine.sizes import measuring_sequences
 
     quiet_environment()
     library, _ = open_library(candidates(settings))

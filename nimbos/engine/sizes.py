@@ -11,7 +11,7 @@ CELLS_MIN = 2048
 CELLS_MAX = 131_072
 SHARING_SEQUENCES_MIN = 5
 RECURRENT_SEQUENCES_MAX = 16
-WHOLE_INPUTS_SEQUENCES = MEASURING_SEQUENCES = 64
+WHOLE_INPUTS_SEQUENCES = 64
 
 
 def choose_cells(model: Model, settings: EngineSettings) -> int:
@@ -28,8 +28,3 @@ def choose_sequences(model: Model, wanted: int) -> int:
     most = SEQUENCES_MAX if model.can_truncate else RECURRENT_SEQUENCES_MAX
     least = SHARING_SEQUENCES_MIN if model.shares_prefixes else 2
     return max(least, min(most, wanted if model.kind is Kind.GENERATE else WHOLE_INPUTS_SEQUENCES))
-
-
-def measuring_sequences(model: Model, wanted: int) -> int:
-    """Enough to time steps of many rows; of a recurrent model as many as an engine has, whose memory was checked."""
-    return choose_sequences(model, MEASURING_SEQUENCES if model.can_truncate else wanted)

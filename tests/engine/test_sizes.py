@@ -8,10 +8,10 @@ import pytest
 
 from nimbos.config import EngineSettings
 from nimbos.engine import llama
-from nimbos.engine.calibrate import SPREAD_ROWS
+from nimbos.engine.calibrate import SPREAD_ROWS, measuring_sequences
 from nimbos.engine.llama import Library
 from nimbos.engine.model import Model, ModelOptions
-from nimbos.engine.sizes import choose_sequences, measuring_sequences
+from nimbos.engine.sizes import choose_sequences
 from nimbos.hub import Hub
 from nimbos.models import sequences_of
 from tests import tiny_gguf
