@@ -159,6 +159,9 @@ DOORS = {
         "unpack",
     },
     "ledger": {
+        "PAGE_MOST",
+        "ROWS",
+        "ROWS_MOST",
         "Alert",
         "Allowance",
         "Attempt",
@@ -260,6 +263,7 @@ PURE = {
     "hashlib.sha256",
     "json.JSONDecoder",
     "len",
+    "lru_cache",
     "msgspec.Meta",
     "msgspec.Raw",
     "msgspec.field",

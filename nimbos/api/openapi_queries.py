@@ -23,6 +23,7 @@ from nimbos.api.admin import audit, usage
 from nimbos.api.admin.desk import LIST_MAX
 from nimbos.api.responses_query import LIMIT_MAX
 from nimbos.api.responses_request import INCLUDES
+from nimbos.ledger import PAGE_MOST, ROWS_MOST
 
 _BY = ("key", "model", "project", "day", "class", "process")
 _SECONDS_MAX = 2**40
@@ -178,11 +179,13 @@ def _usage() -> dict[str, Query]:
     tokens = (*frame, _grouped(usage.TOKEN_GROUPS))
     rest = [_texts(name) for name in ("batch", "sizes", "sources", "vector_store_ids", "context_levels")]
     report = "/v1/organization/usage"
+    pages = (_number("limit", 1, ROWS_MOST), _number("page", 0, PAGE_MOST))
     return {
-        "GET /v1/usage": (_choice("by", *own_usage.BY), *_span_ms()),
+        "GET /v1/usage": (_choice("by", *own_usage.BY), *_span_ms(), *pages),
         f"GET {report}": (
             _choice("by", *_BY),
             *_span_ms(),
+            *pages,
             *(_texts(name) for name in ("project", "key", "model", "class", "process")),
         ),
         f"GET {report}/asks": (_choice("format", "csv", "json"), *_span_ms()),

@@ -10,9 +10,9 @@ from starlette.routing import Route
 
 from nimbos.api.access import account_of
 from nimbos.api.exchange import json_reply
-from nimbos.api.query import choice_of, only
+from nimbos.api.query import choice_of, limit_of, only
 from nimbos.errors import InvalidRequest
-from nimbos.ledger import Budget, Span, budgets_of, usage
+from nimbos.ledger import PAGE_MOST, ROWS, ROWS_MOST, Budget, Span, budgets_of, usage
 from nimbos.runtime import Runtime
 
 BY = ("model", "day", "class", "process")
@@ -43,13 +43,15 @@ class OwnBudget(msgspec.Struct, kw_only=True):
 
 
 class OwnUsage(msgspec.Struct, kw_only=True):
-    """`total` and `rows` as `nimbos usage --json` has them, of this key alone."""
+    """`total`, `rows` and their pages as `nimbos usage --json` has them, of this key alone."""
 
     key: str
     name: str
     project: str
     total: dict[str, int]
     rows: list[dict[str, int | str]]
+    has_more: bool
+    next_page: str | None
     budgets: list[OwnBudget]
 
 
@@ -57,12 +59,13 @@ def routes(runtime: Runtime) -> list[Route]:
     database = runtime.database
 
     async def get(request: Request) -> Response:
-        query = only(request, "by", "since_ms", "until_ms")
+        query = only(request, "by", "since_ms", "until_ms", "limit", "page")
         by = choice_of(query, "by", BY)
         since_ms, until_ms = _at(query.get("since_ms"), "since_ms"), _at(query.get("until_ms"), "until_ms")
         account = account_of(request)
         span = Span(since_ms=since_ms, until_ms=until_ms, filters={"key": (account.key,), "project": (account.id,)})
-        body = (await usage(database, by=by, span=span)).body()
+        limit, page = limit_of(query, default=ROWS, most=ROWS_MOST), _page(query.get("page"))
+        body = (await usage(database, by=by, span=span, limit=limit, page=page)).body()
         budgets = await database.run(lambda: budgets_of("key", account.key))
         return json_reply(
             OwnUsage(
@@ -71,6 +74,8 @@ def routes(runtime: Runtime) -> list[Route]:
                 project=account.name,
                 total=body["total"],
                 rows=body["rows"],
+                has_more=body["has_more"],
+                next_page=body["next_page"],
                 budgets=[OwnBudget.of(budget) for budget in budgets],
             )
         )
@@ -83,4 +88,12 @@ def _at(text: str | None, name: str) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
         raise InvalidRequest(f"`{name}` must be milliseconds since 1970.", param=name)
+    return int(text)
+
+
+def _page(text: str | None) -> int:
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX and int(text) <= PAGE_MOST):
+        raise InvalidRequest("`page` must be the `next_page` of the page before.", param="page")
     return int(text)

@@ -33,8 +33,10 @@ def usage(
     until: Annotated[str | None, typer.Option(help="Not including this moment.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable, one document.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="So many rows at most.")] = 1_000,
+    page: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="So many rows are left out before.")] = 0,
 ) -> None:
-    """Show what was used and what it cost. Days are in UTC; spans are whole hours."""
+    """Show what was used and what it cost, the most costly first. Days are in UTC; spans are whole hours."""
     import sys
     from datetime import UTC, datetime
 
@@ -58,13 +60,15 @@ def usage(
             for piece in server.lines("/v1/organization/usage/asks", wanted):
                 sys.stdout.buffer.write(piece)
             return
-        report = server.get("/v1/organization/usage", {**query, "by": by.value})
+        report = server.get("/v1/organization/usage", {**query, "by": by.value, "limit": limit, "page": page})
     if json:
         show_document(report)
     elif csv:
         _write_csv(by, report["rows"])
     else:
         _show(by, report)
+    if report["has_more"] and not json:
+        typer.echo(f"There are more rows: --page {report['next_page']} goes on there.", err=True)
 
 
 def _show(by: By, report: dict[str, Any]) -> None:

@@ -16,13 +16,16 @@ from nimbos.ledger.ledger import Extended, Ledger, Progress, Reserved, Settled
 from nimbos.ledger.limits import Limit, all_limits, limits_of, set_limit
 from nimbos.ledger.prices import Price, PriceTable, current_table, set_prices
 from nimbos.ledger.recovery import Recovery
-from nimbos.ledger.reports import Report, Span, UsageRow, Used, usage, usage_buckets
+from nimbos.ledger.reports import PAGE_MOST, ROWS, ROWS_MOST, Report, Span, UsageRow, Used, usage, usage_buckets
 from nimbos.ledger.rows import Settlement
 from nimbos.ledger.running import Running
 from nimbos.ledger.spent import Spent, spent
 from nimbos.ledger.tree import all_budgets, budgets_of, find_budget, remove_budget, set_budget
 
 __all__ = [
+    "PAGE_MOST",
+    "ROWS",
+    "ROWS_MOST",
     "Alert",
     "Allowance",
     "Attempt",

@@ -1,27 +1,24 @@
 """What was used, from the sums: by key, model, project, day, class or process, and in the buckets of a time line.
 
 Whole months are read from the sums by month, and what is left at the ends of a span from those by day and by hour.
-Only buckets of a minute read the asks themselves. A span is half-open, `[since_ms, until_ms)`, and is widened to whole
-hours.
+Only buckets of a minute, and what was used by processes that are named, come from the asks themselves. A span is
+half-open, `[since_ms, until_ms)`, and is widened to whole hours. Read `sums.py` for the statements.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, Literal, get_args
 
-from sqlalchemy import BigInteger, ColumnElement, bindparam, cast, func, literal_column, select
-
-from nimbos.db import Database, Row, Statement
-from nimbos.db.tables.ledger import asks, meters, usage_days, usage_hours, usage_months
+from nimbos.db import Database, Row
 from nimbos.errors import InvalidRequest, StorageUnavailable
 from nimbos.ledger import periods
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
-from nimbos.ledger.rollups import ASKS, fold_all
+from nimbos.ledger.rollups import fold_all
+from nimbos.ledger.sums import Part, Source, sums
 
 By = Literal["key", "model", "project", "day", "class", "process"]
 Width = Literal["1m", "1h", "1d"]
@@ -30,7 +27,11 @@ DIMENSIONS = ("project", "key", "model", "class", "process")
 WIDTH_MS: dict[Width, int] = {"1m": 60_000, "1h": HOUR_MS, "1d": DAY_MS}
 FILTER_VALUES_MAX = 100
 MINUTES_MAX_MS = 2 * DAY_MS  # a span of buckets of a minute reads every ask in it
+ROWS = 1000  # of a report, where nothing else is said
+ROWS_MOST = 10_000
+PAGE_MOST = 2**31 - 1
 _FOREVER_MS = 2**62
+_LEVELS: tuple[Source, ...] = ("hours", "days", "months")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,18 +46,13 @@ class Used:
     cost_micros: int = 0
     recomputed_tokens: int = 0
 
-    def add(self, meter: str, quantity: int, cost_micros: int) -> None:
-        if meter == ASKS:
-            self.asks += quantity
-            self.cost_micros += cost_micros
-        elif meter == "recomputed":
-            self.recomputed_tokens += quantity
-        elif meter in ("input", "cached", "cache_write", "cache_read"):
-            self.input_tokens += quantity
-            self.cached_tokens += quantity if meter in ("cached", "cache_read") else 0
-        elif meter in ("output", "thinking"):
-            self.output_tokens += quantity
-            self.thinking_tokens += quantity if meter == "thinking" else 0
+    @classmethod
+    def of(cls, row: Row) -> Used:
+        return cls(**{name: int(row[name]) for name in cls.__slots__})
+
+    def add(self, more: Used) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(more, name))
 
     def body(self) -> dict[str, int]:
         """The fields of `nimbos usage --json`."""
@@ -81,14 +77,19 @@ class UsageRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
+    """`total`: of all rows, also those of other pages. `next_page`: where the next begins; None where none does."""
+
     by: str
     total: Used
     rows: list[UsageRow]
+    next_page: int | None = None
 
     def body(self) -> dict[str, Any]:
         """The shape of `nimbos usage --json`."""
         rows = [{self.by: row.group[0], **row.used.body()} for row in self.rows]
-        return {"total": self.total.body(), "rows": rows}
+        following = None if self.next_page is None else str(self.next_page)
+        more = following is not None
+        return {"total": self.total.body(), "rows": rows, "has_more": more, "next_page": following}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ class Span:
 
     since_ms: int | None = None
     until_ms: int | None = None
-    filters: dict[str, Sequence[str]] = field(default_factory=dict)
+    filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def hours(self) -> tuple[int, int]:
         since = 0 if self.since_ms is None else self.since_ms
@@ -105,27 +106,39 @@ class Span:
         return since - since % HOUR_MS, -(-until // HOUR_MS) * HOUR_MS
 
 
-async def usage(database: Database, *, by: str = "key", span: Span | None = None) -> Report:
-    """One row for each value of `by`, the most costly first, then by tokens; days in their order.
+async def usage(
+    database: Database, *, by: str = "key", span: Span | None = None, limit: int = ROWS, page: int = 0
+) -> Report:
+    """One row for each value of `by`, the most costly first, then by tokens; days in their order. `page`: so many rows
+    are left out before.
 
     Raises: InvalidRequest.
     """
     if by not in BY:
         raise InvalidRequest(f"Usage is told by {', '.join(BY)}; not by {by[:60]!r}.", param="by")
     span = span or Span()
-    total, groups = Used(), dict[tuple[str, ...], Used]()
-    dimensions = () if by == "day" else (by,)
-    levels: tuple[str, ...] = ("hours", "days") if by == "day" else ("hours", "days", "months")
-    if not await _folded(database):
+    filters = _checked(span.filters)
+    levels: tuple[Source, ...] = ("hours", "days") if by == "day" else _LEVELS
+    if "" not in filters.get("process", [""]):
+        levels = ("asks",)
+    elif not await _folded(database):
         levels = ("hours",)
-    for table, since_ms, until_ms in _parts(*span.hours(), levels):
-        width_ms = DAY_MS if by == "day" else 0
-        for row in await _sums(database, table, since_ms, until_ms, dimensions, width_ms, span.filters):
-            name = _day(row["start_ms"]) if by == "day" else row[by]
-            for used in (total, groups.setdefault((name,), Used())):
-                used.add(row["meter"], int(row["quantity"]), int(row["cost_micros"]))
-    rows = [UsageRow(group=group, used=used) for group, used in groups.items()]
-    return Report(by=by, total=total, rows=sorted(rows, key=_by_day if by == "day" else _by_cost))
+    parts = _parts(*span.hours(), levels)
+    groups, width_ms = ((), DAY_MS) if by == "day" else ((by,), 0)
+    order: Literal["cost", "time"] = "time" if by == "day" else "cost"
+    query = sums(parts, groups=groups, filters=filters, width_ms=width_ms, order=order, limit=limit + 1, offset=page)
+    found = await database.read(query)
+    rows = [
+        UsageRow(group=(_day(row["start_ms"]) if by == "day" else row[by],), used=Used.of(row)) for row in found[:limit]
+    ]
+    total = Used()
+    if page or len(found) > limit:
+        (row,) = await database.read(sums(parts, groups=(), filters=filters, limit=1))
+        total = Used.of(row)
+    else:
+        for one in rows:
+            total.add(one.used)
+    return Report(by=by, total=total, rows=rows, next_page=page + limit if len(found) > limit else None)
 
 
 async def usage_buckets(
@@ -144,14 +157,21 @@ async def usage_buckets(
     until_ms = -(-until_ms // width_ms) * width_ms
     if width == "1m" and until_ms - since_ms > MINUTES_MAX_MS:
         raise InvalidRequest("Buckets of a minute span at most two days; ask for less, or for hours.")
-    table = {"1m": "asks", "1h": "hours", "1d": "days"}[width]
-    if table == "days" and not await _folded(database):
-        table = "hours"
-    found: dict[tuple[int, tuple[str, ...]], Used] = {}
-    for row in await _sums(database, table, since_ms, until_ms, tuple(group_by), width_ms, span.filters):
-        group = (int(row["start_ms"]), tuple(row[name] for name in group_by))
-        found.setdefault(group, Used()).add(row["meter"], int(row["quantity"]), int(row["cost_micros"]))
-    return [UsageRow(group=group, used=used, start_ms=start) for (start, group), used in sorted(found.items(), key=_at)]
+    source: Source = "asks" if width == "1m" else "hours" if width == "1h" else "days"
+    if source == "days" and not await _folded(database):
+        source = "hours"
+    query = sums(
+        [Part(source=source, since_ms=since_ms, until_ms=until_ms)],
+        groups=tuple(group_by),
+        filters=_checked(span.filters),
+        width_ms=width_ms,
+        order="time",
+        limit=PAGE_MOST,
+    )
+    return [
+        UsageRow(group=tuple(row[name] for name in group_by), used=Used.of(row), start_ms=int(row["start_ms"]))
+        for row in await database.read(query)
+    ]
 
 
 async def _folded(database: Database) -> bool:
@@ -163,16 +183,20 @@ async def _folded(database: Database) -> bool:
     return True
 
 
-def _parts(since_ms: int, until_ms: int, levels: tuple[str, ...]) -> list[tuple[str, int, int]]:
+def _parts(since_ms: int, until_ms: int, levels: tuple[Source, ...]) -> list[Part]:
     """The span as whole months, whole days at their ends, and hours at the ends of those."""
     level, *coarser = levels
-    if not coarser:
-        return [(level, since_ms, until_ms)]
-    first, last = _next_start(coarser[0], since_ms), _start(coarser[0], until_ms)
+    first = _next_start(coarser[0], since_ms) if coarser else until_ms
+    last = _start(coarser[0], until_ms) if coarser else until_ms
     if first >= last:
-        return [(level, since_ms, until_ms)]
-    parts = [(level, since_ms, first), *_parts(first, last, tuple(coarser)), (level, last, until_ms)]
-    return [part for part in parts if part[1] < part[2]]
+        return [Part(source=level, since_ms=since_ms, until_ms=until_ms)]
+    inner = _parts(first, last, tuple(coarser))
+    parts = [
+        Part(source=level, since_ms=since_ms, until_ms=first),
+        *inner,
+        Part(source=level, since_ms=last, until_ms=until_ms),
+    ]
+    return [part for part in parts if part.since_ms < part.until_ms]
 
 
 def _start(level: str, at_ms: int) -> int:
@@ -187,108 +211,19 @@ def _next_start(level: str, at_ms: int) -> int:
     return periods.end_ms("month" if level == "months" else "day", at_ms) or at_ms
 
 
-async def _sums(
-    database: Database,
-    table: str,
-    since_ms: int,
-    until_ms: int,
-    dimensions: tuple[str, ...],
-    width_ms: int,
-    filters: dict[str, Sequence[str]],
-) -> list[Row]:
-    values: dict[str, int | str] = {"since_ms": since_ms, "until_ms": until_ms}
-    shape = []
+def _checked(filters: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Each value once. Raises: InvalidRequest."""
+    checked = {}
     for name in sorted(filters):
         if name not in DIMENSIONS:
             raise InvalidRequest(f"There is no filter {name[:60]!r}; there are {', '.join(DIMENSIONS)}.")
-        wanted = list(dict.fromkeys(filters[name]))
+        wanted = checked[name] = list(dict.fromkeys(filters[name]))
         if len(wanted) > FILTER_VALUES_MAX:
             raise InvalidRequest(
                 f"A filter takes at most {FILTER_VALUES_MAX} values; {name} has {len(wanted)}.", param=name
             )
-        shape.append((name, len(wanted)))
-        values |= {f"{name}_{number}": value for number, value in enumerate(wanted)}
-    make = _sum_of_asks if table == "asks" else _sum_of_table
-    return await database.read(make(table, dimensions, width_ms, tuple(shape))(**values))
-
-
-_Shape = tuple[tuple[str, int], ...]
-
-
-@cache
-def _sum_of_table(name: str, dimensions: tuple[str, ...], width_ms: int, filters: _Shape) -> Statement:
-    table = {"hours": usage_hours, "days": usage_days, "months": usage_months}[name]
-    at = table.c[f"{name.removesuffix('s')}_ms"]
-    own = {"hours": HOUR_MS, "days": DAY_MS, "months": 0}[name]
-    groups: list[ColumnElement[Any]] = [table.c[dimension] for dimension in dimensions]
-    columns = [*groups]
-    if width_ms:
-        start = at if width_ms == own else _floor(at, width_ms)
-        groups.append(start)
-        columns.append(start.label("start_ms"))
-    where = [at >= bindparam("since_ms"), at < bindparam("until_ms"), *_wanted(table.c, filters)]
-    quantity = cast(func.sum(table.c.quantity), BigInteger).label("quantity")
-    cost = cast(func.sum(table.c.cost_micros), BigInteger).label("cost_micros")
-    query = select(*columns, table.c.meter, quantity, cost).where(*where).group_by(*groups, table.c.meter)
-    return Statement(query)
-
-
-@cache
-def _sum_of_asks(_: str, dimensions: tuple[str, ...], width_ms: int, filters: _Shape) -> Statement:
-    """From the asks themselves; an ask's cost stands with its count, as in the sums."""
-    groups: list[ColumnElement[Any]] = [asks.c[dimension] for dimension in dimensions]
-    start = _floor(asks.c.ended_ms, width_ms)
-    where = [
-        asks.c.ended_ms >= bindparam("since_ms"),
-        asks.c.ended_ms < bindparam("until_ms"),
-        *_wanted(asks.c, filters),
-    ]
-    keys = [*groups, start]
-    columns = [*groups, start.label("start_ms")]
-    tokens = (
-        select(
-            *columns,
-            meters.c.meter.label("meter"),
-            cast(func.sum(meters.c.quantity), BigInteger).label("quantity"),
-            literal_column("0").label("cost_micros"),
-        )
-        .select_from(asks.join(meters, meters.c.ask == asks.c.id))
-        .where(*where)
-        .group_by(*keys, meters.c.meter)
-    )
-    counts = (
-        select(
-            *columns,
-            literal_column(f"'{ASKS}'").label("meter"),
-            cast(func.count(), BigInteger).label("quantity"),
-            cast(func.sum(asks.c.cost_micros), BigInteger).label("cost_micros"),
-        )
-        .where(*where)
-        .group_by(*keys)
-    )
-    return Statement(tokens.union_all(counts))
-
-
-def _floor(at: ColumnElement[int], width_ms: int) -> ColumnElement[int]:
-    return at - at % literal_column(str(width_ms))
-
-
-def _wanted(columns: Any, filters: _Shape) -> list[ColumnElement[bool]]:
-    return [columns[name].in_([bindparam(f"{name}_{number}") for number in range(count)]) for name, count in filters]
+    return checked
 
 
 def _day(start_ms: int) -> str:
     return datetime.fromtimestamp(int(start_ms) / 1000, UTC).strftime("%Y-%m-%d")
-
-
-def _by_day(row: UsageRow) -> Any:
-    return row.group
-
-
-def _by_cost(row: UsageRow) -> Any:
-    used = row.used
-    return -used.cost_micros, -(used.input_tokens + used.output_tokens), row.group
-
-
-def _at(found: tuple[tuple[int, tuple[str, ...]], Used]) -> Any:
-    return found[0]

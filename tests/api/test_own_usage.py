@@ -21,8 +21,8 @@ def make_key(live: Live, name: str) -> str:
     return made.api_key.value
 
 
-def ask(live: Live, secret: str, words: str) -> None:
-    body = {"model": "demo", "messages": user(words)}
+def ask(live: Live, secret: str, words: str, *, model: str = "demo") -> None:
+    body = {"model": model, "messages": user(words)}
     reply = live.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"})
     assert reply.status_code == 200, reply.text
 
@@ -45,6 +45,26 @@ def test_a_key_sees_its_own_use_to_the_token_and_no_other(tmp_path: Path) -> Non
         assert own(live, make_key(live, "third")).json()["total"]["asks"] == 0
         (day,) = own(live, first, "?by=day").json()["rows"]
         assert day["output_tokens"] == 6
+
+
+def test_a_report_comes_in_pages(tmp_path: Path) -> None:
+    with serving(tmp_path, {"demo": SCRIPT, "other": SCRIPT}) as live:
+        secret = make_key(live, "one")
+        for model in ("demo", "other", "other"):
+            ask(live, secret, "two words", model=model)
+        for path in ("/v1/usage", "/v1/organization/usage"):
+            told, page = [], ""
+            while page is not None:
+                query = f"?by=model&limit=1{page and f'&page={page}'}"
+                report = live.http.get(f"{path}{query}").json() if "org" in path else own(live, secret, query).json()
+                assert report["total"]["asks"] == 3
+                told += [(row["model"], row["asks"]) for row in report["rows"]]
+                page = report["next_page"]
+                assert report["has_more"] == (page is not None)
+            assert told == [("other", 2), ("demo", 1)]
+        for query in ("?limit=0", "?limit=10001", "?page=-1", "?page=2147483648", "?page=x"):
+            error_of(own(live, secret, query), 400)
+            error_of(live.http.get(f"/v1/organization/usage{query}"), 400)
 
 
 @pytest.mark.parametrize(

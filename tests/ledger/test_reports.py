@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import random
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +19,9 @@ from nimbos.ledger import Price, Span, Used, export_asks, set_prices, usage, usa
 from nimbos.ledger import ledger as module
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
 from nimbos.ledger.reports import FILTER_VALUES_MAX
+from nimbos.ledger.sums import Part, Source, sums
 from nimbos.types import Account, AskClass, Usage
+from tests.databases import sqlite_template
 from tests.ledger.books import ASKS, DAYS, HOURS, METERS, MONTHS, Books, an_ask
 
 BEGIN_MS = int(datetime(2026, 3, 30, 21, 30, tzinfo=UTC).timestamp() * 1000)
@@ -101,6 +105,71 @@ async def test_usage_may_be_filtered(database: Database, history: list[dict[str,
     report = (await usage(database, by="project", span=span)).body()
     wanted = expected([one for one in history if one["key"] != "key_1" and one["class"] == "batch"], "project")
     assert {row.pop("project"): row for row in report["rows"]} == wanted
+
+
+FILTERS = (
+    {"project": ["proj_1"]},
+    {"project": ["proj_0", "proj_1"], "key": ["key_0", "key_2"]},
+    {"project": ["proj_9"]},
+    {"process": ["proc_1"]},
+    {"process": ["proc_1", "proc_2"], "project": ["proj_0"], "class": ["batch", "agent"]},
+    {"process": ["", "proc_1"], "key": ["key_1"]},
+)
+
+
+async def test_what_one_project_or_process_used_is_what_its_asks_say(
+    database: Database, history: list[dict[str, Any]]
+) -> None:
+    """These are looked up and not filtered out: moment by moment, or among the asks."""
+    for filters in FILTERS:
+        for since, until in SPANS[:4]:
+            since_ms = None if since is None else BEGIN_MS + int(since * HOUR_MS)
+            until_ms = None if until is None else BEGIN_MS + int(until * HOUR_MS)
+            first = -1 if since_ms is None else since_ms - since_ms % HOUR_MS
+            last = 2**62 if until_ms is None else -(-until_ms // HOUR_MS) * HOUR_MS
+            inside = [one for one in history if first <= one["at_ms"] < last]
+            inside = [one for one in inside if all(one[name] in wanted for name, wanted in filters.items())]
+            span = Span(since_ms=since_ms, until_ms=until_ms, filters=filters)
+            for by in ("model", "day"):
+                report = (await usage(database, by=by, span=span)).body()
+                assert {row.pop(by): row for row in report["rows"]} == expected(inside, by), (filters, since, until)
+
+
+async def test_pages_of_a_report_are_the_report(database: Database, history: list[dict[str, Any]]) -> None:
+    for by in ("process", "key", "day"):
+        whole = await usage(database, by=by)
+        assert whole.next_page is None
+        assert not whole.body()["has_more"]
+        for limit in (1, len(whole.rows) - 1, len(whole.rows)):
+            rows, page = [], 0
+            while True:
+                report = await usage(database, by=by, limit=limit, page=page)
+                assert report.total == whole.total
+                assert 0 < len(report.rows) <= limit
+                rows += report.rows
+                if report.next_page is None:
+                    break
+                page = report.next_page
+            assert rows == whole.rows
+    beyond = await usage(database, by="process", page=10)
+    assert (beyond.rows, beyond.total, beyond.next_page) == ([], whole.total, None)
+
+
+def plan_of(source: Source, **filters: list[str]) -> list[str]:
+    part = Part(source=source, since_ms=0, until_ms=2**62)
+    text, values = sums([part], groups=("model",), filters=filters, limit=1).prepared("sqlite")
+    with closing(sqlite3.connect(sqlite_template())) as connection:
+        return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+
+
+def test_what_others_used_is_not_read() -> None:
+    for source in ("hours", "days", "months"):
+        found = f"SEARCH usage_{source} USING PRIMARY KEY ({source.removesuffix('s')}_ms=? AND project=?"
+        assert f"{found})" in plan_of(source, project=["a", "b"])
+        assert f"{found} AND key=?)" in plan_of(source, project=["a"], key=["b", "c"])
+    plan = plan_of("asks", process=["a", "b"], project=["c"])
+    assert plan.count("SEARCH asks USING INDEX ix_asks_process (process=?)") == 2
+    assert not [step for step in plan if "ix_asks_ended" in step or step.startswith("SCAN asks")]
 
 
 WIDTHS: list[tuple[Any, int]] = [("1m", 60_000), ("1h", HOUR_MS), ("1d", DAY_MS)]

@@ -1,7 +1,6 @@
 """`/v1/organization/usage/…` and `/v1/organization/costs` in OpenAI's buckets, and our own report for `nimbos usage`.
 
-The ledger's sums know the model of an ask and not its route, so a model's first ask in the time that is asked for tells
-whether it makes vectors, moderates, or answers. Every ask is in exactly one of completions, embeddings and moderations.
+Every ask is in exactly one of completions, embeddings and moderations (`kinds.py`).
 """
 
 from __future__ import annotations
@@ -19,18 +18,17 @@ from starlette.responses import Response, StreamingResponse
 from nimbos.accounts import Action
 from nimbos.accounts.words import OWNER_KEY, OWNER_USER
 from nimbos.api.admin.desk import AdminRoute, Call, Query, get
+from nimbos.api.admin.kinds import Kind, Kinds
 from nimbos.api.admin.names import names_of
 from nimbos.db import Database, Statement
 from nimbos.db.tables.accounts import api_keys
-from nimbos.db.tables.ledger import asks
 from nimbos.errors import InvalidRequest
-from nimbos.ledger import Span, UsageRow, Used, export_asks, usage, usage_buckets
+from nimbos.ledger import PAGE_MOST, ROWS, ROWS_MOST, Span, UsageRow, Used, export_asks, usage, usage_buckets
 from nimbos.types import AskClass
 
 USAGE = "/v1/organization/usage"
 COSTS = "/v1/organization/costs"
 Width = Literal["1m", "1h", "1d"]
-Kind = Literal["completions", "embeddings", "moderations"]
 
 _WIDTH_S: dict[str, int] = {"1m": 60, "1h": 3600, "1d": 86_400}
 BUCKETS: dict[str, tuple[int, int]] = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}  # default, most
@@ -51,15 +49,6 @@ EMPTY: dict[str, tuple[str, ...]] = {
     "decisions": ("project_id", "user_id", "api_key_id", "model", "batch", "service_tier"),
 }
 _TIERS = {AskClass.INTERACTIVE: "priority", AskClass.AGENT: "default", AskClass.BATCH: "flex"}
-_ONE_ASK = Statement(
-    select(asks.c.kind, asks.c.route)
-    .where(
-        asks.c.model == bindparam("model"),
-        asks.c.ended_ms >= bindparam("since_ms"),
-        asks.c.ended_ms < bindparam("until_ms"),
-    )
-    .limit(1)
-)
 _USER_OF = Statement(
     select(api_keys.c.owner_id).where(api_keys.c.id == bindparam("key"), api_keys.c.owner_kind == "user")
 )
@@ -153,14 +142,15 @@ async def nothing(name: str, call: Call) -> Buckets:
 
 
 async def report(call: Call) -> dict[str, Any]:
-    """`{"total": …, "rows": […]}`, with names beside the ids of keys and projects."""
+    """`{"total": …, "rows": […], …}`, with names beside the ids of keys and projects."""
     by = call.query.text("by") or "key"
     since, until = call.query.integer("since_ms", 0, 2**62), call.query.integer("until_ms", 0, 2**62)
     filters = {
         name: values for name in ("project", "key", "model", "class", "process") if (values := call.query.texts(name))
     }
-    span = Span(since_ms=since, until_ms=until, filters=dict(filters))
-    body = (await usage(call.accounts.database, by=by, span=span)).body()
+    limit, page = call.query.integer("limit", 1, ROWS_MOST) or ROWS, call.query.integer("page", 0, PAGE_MOST) or 0
+    span = Span(since_ms=since, until_ms=until, filters=filters)
+    body = (await usage(call.accounts.database, by=by, span=span, limit=limit, page=page)).body()
     if by in ("key", "project"):
         names = await names_of(call.accounts.database, by, [row[by] for row in body["rows"]])
         body["rows"] = [{by: row[by], "name": names.get(row[by], ""), **row} for row in body["rows"]]
@@ -198,11 +188,11 @@ async def _rows(
     wanted |= {"key"} if users or "user_id" in groups else set()
     dimensions = tuple(sorted(wanted))
     owners = _Users(database)
-    kinds = _Kinds(database, span)
+    kinds = Kinds(database, width_ms=_WIDTH_S[frame.width] * 1000)
     found: dict[tuple[Any, ...], Used] = {}
     for row in await usage_buckets(database, width=frame.width, span=span, group_by=dimensions):
         values = dict(zip(dimensions, row.group, strict=True))
-        if kind is not None and await kinds.of(values["model"]) != kind:
+        if kind is not None and await kinds.of(values["model"], row.start_ms) != kind:
             continue
         user = await owners.of(values["key"]) if "key" in values else None
         if users and user not in users:
@@ -273,27 +263,6 @@ class _Users:
             rows = await self._database.read(_USER_OF(key=key))
             self._known[key] = rows[0]["owner_id"] if rows else None
         return self._known[key]
-
-
-class _Kinds:
-    def __init__(self, database: Database, span: Span) -> None:
-        self._database = database
-        self._span = span
-        self._known: dict[str, Kind] = {}
-
-    async def of(self, model: str) -> Kind:
-        if model not in self._known:
-            rows = await self._database.read(
-                _ONE_ASK(model=model, since_ms=self._span.since_ms, until_ms=self._span.until_ms)
-            )
-            self._known[model] = _kind(rows[0]["kind"], rows[0]["route"]) if rows else "completions"
-        return self._known[model]
-
-
-def _kind(kind: str, route: str) -> Kind:
-    if route == "/v1/moderations":
-        return "moderations"
-    return "embeddings" if kind == "embed" else "completions"
 
 
 def routes() -> list[AdminRoute]:
