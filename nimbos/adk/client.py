@@ -166,9 +166,11 @@ class Process:
         """To what it asks; `about` where it asks several things."""
         return await self.signal("answer", body, about=about)
 
-    async def fork(self, *, at: int | None = None, n: int = 1) -> list[Process]:
-        """What if: `n` processes that share its past, to event `at` or all of it."""
-        made = await self.client.send("POST", self._place("fork"), json={"at": at, "n": n})
+    async def fork(self, *, at: int | None = None, n: int = 1, key: str = "") -> list[Process]:
+        """What if: `n` processes that share its past, to event `at` or all of it. `key`: the same one never makes
+        second forks of it."""
+        body = {"at": at, "n": n, "key": key or None}
+        made = await self.client.send("POST", self._place("fork"), json=body)
         return [Process(self.client, one["id"]) for one in made["data"]]
 
     async def _streamed(self, after: int, watch: bool) -> AsyncGenerator[Seen, None]:

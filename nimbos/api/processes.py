@@ -49,10 +49,12 @@ class ProcessBody(msgspec.Struct, kw_only=True):
 
 
 class ForkBody(msgspec.Struct, kw_only=True):
-    """`at`: the event up to which the past is shared; without it, all there is."""
+    """`at`: the event up to which the past is shared; without it, all there is. `key`: the same one makes no second
+    forks of this process."""
 
     at: int | None = None
     n: int = 1
+    key: str | None = None
 
 
 class ReplayBody(msgspec.Struct, kw_only=True):
@@ -185,7 +187,7 @@ class ProcessRoutes:
     async def fork(self, request: Request) -> Response:
         body = await self._body(request, ForkBody)
         account, pid = _changing(request), request.path_params["pid"]
-        made = await self._kernel.fork(account, pid, at=body.at, n=body.n)
+        made = await self._kernel.fork(account, pid, at=body.at, n=body.n, key=body.key or "")
         return json_reply(Family(data=[await self._now(account, fork) for fork in made]))
 
     async def adopt(self, request: Request) -> Response:

@@ -11,8 +11,6 @@ from nimbos.cli.processes import PID
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PATIENCE_S = 600.0
-
 
 def register(app: typer.Typer) -> None:
     for command in (fork, adopt, drop, replay):
@@ -28,12 +26,12 @@ def fork(
 ) -> None:
     """Fork a process; prints the forks' ids. What they do outside is withheld until one is adopted."""
     from nimbos import config
-    from nimbos.cli.remote import Remote, place
+    from nimbos.cli.remote import Remote
 
     with Remote(config.load()) as remote:
-        found = remote.post(place(remote.find(pid), "fork"), {"at": at, "n": n}, timeout_s=_PATIENCE_S)
-    for one in found["data"]:
-        typer.echo(one["id"])
+        made = remote.fork(remote.find(pid), at=at, n=n)
+    for fork in made:
+        typer.echo(fork)
 
 
 def adopt(pid: PID) -> None:

@@ -7,11 +7,11 @@ that was seen.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -30,9 +30,12 @@ _EVENTS_PAGE = 500
 _STREAM_PATIENCE_S = 90.0  # a silent stream has comments
 _CONNECT_S = 5.0
 _UPLOAD_PATIENCE_S = 120.0
+_FORK_PATIENCE_S = 600.0  # files may have to be copied
 _RETURN_S = 120.0  # how long a server that went away is waited for
 _RETURN_LOOK_S = 0.25
 _PASSING = ("not_ready", "storage_unavailable")
+
+T = TypeVar("T")
 
 
 class _Away(Exception):  # never leaves this file
@@ -90,11 +93,13 @@ class Remote:
     def signal_once(self, pid: str, signal: str, **fields: Any) -> dict[str, Any]:
         """The same, also to the next server if this one went away: under one id it is one signal."""
         fields["id"] = new_id("sig")
-        try:
-            return self.signal(pid, signal, **fields)
-        except NotReady:
-            self._connect_again(time.monotonic())
-            return self.signal(pid, signal, **fields)
+        return self._insist(lambda: self.signal(pid, signal, **fields))
+
+    def fork(self, pid: str, *, at: int | None, n: int) -> list[str]:
+        """The forks' ids, also from the next server if this one went away: under one key they are made once."""
+        body = {"at": at, "n": n, "key": new_id("fork")}
+        made = self._insist(lambda: self.post(place(pid, "fork"), body, timeout_s=_FORK_PATIENCE_S))
+        return [one["id"] for one in made["data"]]
 
     def processes(self, **query: str | int) -> Iterator[dict[str, Any]]:
         """Newest first, page by page."""
@@ -168,6 +173,14 @@ class Remote:
                 response.read()
                 _answer(response, passing=True)
             yield from _messages(response.iter_lines())
+
+    def _insist(self, send: Callable[[], T]) -> T:
+        """Once more, when the answer was lost: only for what is one thing however often it is sent."""
+        try:
+            return send()
+        except NotReady:
+            self._connect_again(time.monotonic())
+            return send()
 
     def _connect_again(self, since: float) -> None:
         """Raises: NotReady once it has been away for too long."""

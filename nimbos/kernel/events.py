@@ -63,11 +63,13 @@ class ProcCreated(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 class ProcForked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="proc.forked"):
     """The first event of a fork: its past is `of`'s, up to and with `at_seq`. `prev_hash` of its row is `at_hash`.
-    Effects that are not internal or pure are withheld until it is adopted."""
+    Effects that are not internal or pure are withheld until it is adopted. `key`: whoever forked it, so that the same
+    forks are not made twice."""
 
     of: str
     at_seq: int
     at_hash: str
+    key: str = ""
 
 
 class ProcState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="proc.state"):

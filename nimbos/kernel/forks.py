@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from nimbos.db import Database, Transaction
@@ -23,6 +23,7 @@ from nimbos.kernel.bells import Bells
 from nimbos.kernel.children import ADOPTION, check_project
 from nimbos.kernel.events import ProcForked
 from nimbos.kernel.fold import View
+from nimbos.kernel.fork_keys import ForkKey, MadeBefore
 from nimbos.kernel.fork_points import last_answer, point
 from nimbos.kernel.holding import adopted
 from nimbos.kernel.log import Draft, Log
@@ -62,35 +63,44 @@ class Forks:
         self._bells = bells
         self._workspaces = workspaces
 
-    async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1) -> list[str]:
+    async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1, key: str = "") -> list[str]:
         """`n` processes whose past is that of `pid` up to and with event `at`, and what was written together with it;
         None: all there is, and of one that is over, what was before its last answer. They run as soon as a server takes
-        them.
+        them. With a `key` that it was forked with before, those forks.
 
-        Raises: NotFound, InvalidRequest, Overloaded, StorageUnavailable.
+        Raises: NotFound, InvalidRequest, Overloaded, StorageUnavailable; Conflict for a key that others were made with.
         """
         if not 1 <= n <= FORKS_MAX:
             raise InvalidRequest(f"From 1 to {FORKS_MAX} forks can be made at once, not {n}.", param="n")
+        asked = ForkKey(pid=pid, word=key, at=at, n=n)
+        if key and (before := asked.made(await self._database.read(asked.looking()))):
+            return before
         if at is None:
             at = await last_answer(self._database, self._log, pid)
         made = [new_id("proc") for _ in range(n)]
         await self._workspaces.fork(pid, made)
         try:
-            original = await self._database.run(partial(self._forking, account, pid, at, made), durable=True)
-        except NimbosError as error:
+            original = await self._database.run(partial(self._forking, account, asked, at, made), durable=True)
+        except (NimbosError, MadeBefore) as error:
             if not (isinstance(error, StorageUnavailable) and error.in_doubt):
                 for fork in made:
                     await self._workspaces.drop(fork)
+            if isinstance(error, MadeBefore):
+                return error.pids
             raise
         if original.state is State.RUNNING:  # it may be writing; else the files are copied when somebody begins to
             await self._workspaces.settle(pid)
         self._bells.work()
         return made
 
-    def _forking(self, account: Account, pid: str, at: int | None, made: Sequence[str]) -> Transaction[Head]:
+    def _forking(self, account: Account, asked: ForkKey, at: int | None, made: Sequence[str]) -> Transaction[Head]:
+        """Raises: MadeBefore when somebody else was quicker with the same key."""
+        pid = asked.pid
         for fork in made:  # budgets are locked before heads
             yield from budgets.make(fork, None, pid)
         original = yield from locked_head(pid)
+        if asked.word and (before := asked.made((yield asked.looking()))):
+            raise MadeBefore(before)
         yield from check_project(account, more=len(made))
         at_seq, at_hash = original.seq, original.hash
         if at is not None and at != original.seq:
@@ -108,11 +118,11 @@ class Forks:
             forked_seq=at_seq,
             forked_hash=at_hash,
         )
-        first = Draft(
-            body=ProcForked(of=pid, at_seq=at_seq, at_hash=at_hash), actor=f"user:{account.key or account.id}"
-        )
-        for fork in made:
-            yield from self._log.create(fork, [first], head=head)
+        actor = f"user:{account.key or account.id}"
+        for number, fork in enumerate(made):
+            key = asked.of(number)
+            first = Draft(body=ProcForked(of=pid, at_seq=at_seq, at_hash=at_hash, key=key), actor=actor)
+            yield from self._log.create(fork, [first], head=replace(head, key=key))
             yield from self._work.add(queue_of(account.id), fork)
         return original
 

@@ -212,11 +212,13 @@ class Kernel(Looking):
         """For larger transactions; ring `bells.posted` when it is committed."""
         return post(self.log, self.work, pid, mail)
 
-    async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1) -> list[str]:
+    async def fork(self, account: Account, pid: str, *, at: int | None = None, n: int = 1, key: str = "") -> list[str]:
         """`n` processes that go on from the event `at` of its past, or from its last; their effects are withheld until
-        they are adopted. Raises: NotFound, InvalidRequest, Conflict, Overloaded."""
+        they are adopted. With the same `key` again, the same processes. Raises: NotFound, InvalidRequest, Conflict,
+        Overloaded."""
+        _check_word(key, "key", ID_CHARACTERS_MAX)
         await self.find(account, pid)
-        return await self._forks.fork(account, pid, at=at, n=n)
+        return await self._forks.fork(account, pid, at=at, n=n, key=key)
 
     async def adopt(self, account: Account, pid: str) -> None:
         """Raises: NotFound; Conflict for what is no fork, or is over."""

@@ -389,6 +389,21 @@ def test_forks_share_the_past_and_are_adopted_or_dropped(mine: Processes, curiou
     error_of(mine.post(f"processes/{pid}/fork", {"at": 10_000}), 400)
 
 
+def test_the_same_key_makes_the_same_forks(mine: Processes, curious: str) -> None:
+    pid = mine.spawn(curious, "Ask me.")
+    mine.until(pid, "asking")
+    body = {"n": 2, "key": "once"}
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda _: mine.post(f"processes/{pid}/fork", body), range(4)))
+    made = {tuple(one["id"] for one in reply.json()["data"]) for reply in replies}
+    assert (len(made), {reply.status_code for reply in replies}) == (1, {200})
+    refusal = error_of(mine.post(f"processes/{pid}/fork", {"n": 1, "key": "once"}), 409)
+    assert (refusal["code"], refusal["param"]) == ("conflict", "key")
+    assert error_of(mine.post(f"processes/{pid}/fork", {"key": "two\nlines"}), 400)["param"] == "key"
+    for one in (pid, *made.pop()):
+        mine.signal(one, "kill")
+
+
 def test_a_function_is_forked_and_only_what_is_behind_the_fork_is_done_anew(mine: Processes) -> None:
     pid = mine.spawn(mine.put(DECIDING))
     asking = mine.until(pid, "asking")

@@ -7,9 +7,11 @@ import re
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,50 @@ def test_forks_are_made_adopted_and_dropped(home: Path, mine: Processes, asking:
     assert "no fork" in refusal(home, "adopt", asking)
     assert "no fork" in refusal(home, "drop", asking)
     assert "no event" in refusal(home, "fork", asking, "--at", "9999")
+
+
+def test_a_fork_whose_answer_was_lost_is_made_once(tmp_path: Path, mine: Processes, asking: str) -> None:
+    elsewhere = make_home(tmp_path)
+    with losing_the_first_answer(mine) as (url, asked):
+        (elsewhere / "run").mkdir(mode=0o700)
+        (elsewhere / "run" / "server.json").write_text(json.dumps({"pid": 1, "url": url}))
+        printed = shell(elsewhere, "fork", asking, "-n", "2").split()
+    assert (len(asked), asked[0]) == (2, asked[1])
+    children = [
+        one["id"] for one in mine.get("processes").json()["data"] if (one["forked_from"] or {}).get("id") == asking
+    ]
+    assert sorted(printed) == sorted(children)
+
+
+@contextmanager
+def losing_the_first_answer(mine: Processes) -> Iterator[tuple[str, list[bytes]]]:
+    """Its address, and what it was asked: it hands that on, and nobody hears the first answer."""
+    asked: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.rfile.read(int(self.headers["content-length"])))
+            headers = {**mine.headers, "content-type": "application/json"}
+            reply = mine.http.post(self.path, content=asked[-1], headers=headers)
+            if len(asked) == 1:
+                self.close_connection = True
+                return
+            self.send_response(reply.status_code)
+            self.send_header("content-length", str(len(reply.content)))
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        running = threading.Thread(target=server.serve_forever)
+        running.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            running.join()
 
 
 def test_a_replay_shows_where_another_model_parts(home: Path, done: str) -> None:

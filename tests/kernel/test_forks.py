@@ -286,6 +286,47 @@ async def test_what_cannot_be_forked_or_adopted_says_so(database: Database, data
         assert await said(place, pid, "write") == "Written."
 
 
+async def test_forks_that_are_asked_for_again_with_their_key_are_the_same(
+    database: Database, database_settings: Settings
+) -> None:
+    async with asking(database, database_settings) as (place, pid):
+
+        async def forks(key: str, of: str = pid, n: int = 3, at: int | None = None) -> list[str]:
+            return await place.kernel.fork(ACCOUNT, of, n=n, at=at, key=key)
+
+        at_once = await asyncio.gather(*(forks("once") for _ in range(4)))
+        made = at_once[0]
+        assert len(set(made)) == 3
+        assert at_once == [made] * 4
+        files = {path.stem for path in place.kernel.workspaces.path(pid).parent.glob("proc_*")}
+        assert files == {pid, *made}, "what the others had begun is gone"
+        assert await said(place, pid, "write") == "Written."
+        assert await forks("once") == made, "also when the original has gone on, and is over"
+        for number, at in ((2, None), (3, 1)):
+            with pytest.raises(Conflict) as refused:
+                await forks("once", n=number, at=at)
+            assert refused.value.param == "key"
+        assert set(await forks("onc", n=1)).isdisjoint(made), "a key that this one begins with"
+        (deeper,) = await forks("once", of=made[0], n=1)
+        assert (await place.head(deeper)).forked_from == made[0], "another process has keys of its own"
+        assert len(set(await forks("", n=2) + await forks("", n=2))) == 4
+        bodies = [decoded(event) for one in made for event in await events(place, one) if event.pid == one]
+        heads = [(await place.head(one)).key for one in made]
+        assert [body.key for body in bodies if isinstance(body, ProcForked)] == heads
+
+
+async def test_a_key_for_forks_is_none_for_a_start(database: Database, database_settings: Settings) -> None:
+    async with asking(database, database_settings) as (place, pid):
+        (made,) = await place.kernel.fork(ACCOUNT, pid, key="one")
+        for key in ("one", (await place.head(made)).key.replace("\n", " ")):
+            started = await place.kernel.spawn(ACCOUNT, (await place.head(pid)).program, "go", model="demo", key=key)
+            assert started not in (pid, made)
+        for wrong in ((await place.head(made)).key, "k" * 301):
+            with pytest.raises(InvalidRequest) as refused:
+                await place.kernel.fork(ACCOUNT, pid, key=wrong)
+            assert refused.value.param == "key"
+
+
 async def test_a_fork_spends_what_its_original_has(database: Database, database_settings: Settings) -> None:
     script = {**SCRIPT, "replies": [{"match": "^much$", **words(100)}, *SCRIPT["replies"]]}
     async with minds(database, database_settings, script) as place:

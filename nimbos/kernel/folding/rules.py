@@ -117,6 +117,7 @@ def _forked(view: View, body: ProcForked) -> None:
     """What was being done, and used, is its parent's; what was said and answered is the fork's as well."""
     view.forked_from = body.of
     view.forked_seq = body.at_seq
+    view.key = body.key
     view.withheld = True
     view.parent, view.detached = None, True
     view.state, view.reason, view.due_ms, view.about = State.READY, Reason.NONE, None, ()
