@@ -149,6 +149,16 @@ def test_the_least_recently_used_branch_is_forgotten_first() -> None:
     assert tree.match("a", list(range(200, 210))).length == 10
 
 
+def test_a_context_of_which_a_part_is_used_again_is_young() -> None:
+    """Whoever asked that will go on with it more likely than with what nobody came near."""
+    tree = ContextTree(cells=30, sequences=8)
+    for start in (0, 100, 200):
+        retired(tree, "a", list(range(start, start + 10)))
+    tree.open("a", tree.match("a", [0, 1, 2, 7]))
+    tree.make_room(1)
+    assert [tree.match("a", list(range(start, start + 10))).length for start in (0, 100, 200)] == [10, 0, 10]
+
+
 def test_common_length_finds_the_first_difference() -> None:
     assert common_length([1, 2, 3], [9, 1, 2, 3, 4], 1) == 3
     assert common_length([1, 2, 3], [1, 2, 9], 0) == 2
