@@ -413,12 +413,13 @@ class Engine:
         self._up.clear()
         await self._end_process()
         log.warning("engine died", model=self.model_id, asks=len(self._asks), restarts=self.restarts)
+        failed_starts = 0
         while not self._closing:
             now = time.monotonic()
             self._deaths.append(now)
             recent = sum(now - death < RESTART_WINDOW_S for death in self._deaths)
             fruitless = recent if not self._asks else min(a.strikes for a in self._asks.values())
-            if fruitless >= self._settings.engine.restart_limit:
+            if max(fruitless, failed_starts) >= self._settings.engine.restart_limit:
                 self._give_up(f"its process died {recent} times within {RESTART_WINDOW_S:.0f} s")
                 return
             for active in self._asks.values():
@@ -438,6 +439,7 @@ class Engine:
                 return
             except (NimbosError, OSError) as error:
                 log.warning("engine did not start", model=self.model_id, error=str(error))
+                failed_starts += 1  # for which nobody that waits is to blame, whoever came last
                 await asyncio.sleep(min(5.0, 0.1 * 2**recent))
                 continue
             for message in self._unanswered.values():

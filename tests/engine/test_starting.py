@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import itertools
 import json
 import os
 import signal
@@ -225,3 +226,33 @@ async def test_a_process_that_gives_up_by_itself_is_not_called_a_crash(tmp_path:
 )
 def test_each_end_has_its_reason(code: int, words: str) -> None:
     assert words in engine.ending_of(code, "x.log")
+
+
+async def test_an_engine_that_cannot_start_any_more_is_given_up_though_others_keep_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts, which may be why an engine dies, are not why another one does not start."""
+    running = await started("qwen2", tmp_path, restart_limit=3)
+    tries = itertools.count(1)
+    coming: list[asyncio.Task[Any]] = []
+
+    async def spawn() -> None:
+        assert next(tries) <= 3, "it would be tried for ever"
+        coming.append(asyncio.create_task(running.prepare(ask(f"{len(coming)}"))))
+        await asyncio.sleep(0)
+        raise EngineFailed("no memory")
+
+    monkeypatch.setattr(running, "_spawn", spawn)
+    try:
+        prepared = await running.prepare(ask(limit_tokens=1500))
+        async with aclosing(running.generate(prepared.ask)) as chunks:
+            await anext(chunks)
+            assert running.pid is not None
+            os.kill(running.pid, signal.SIGKILL)
+            with pytest.raises(EngineFailed, match="its process died"):
+                async for _ in chunks:
+                    pass
+        assert running.given_up
+        assert all(isinstance(end, EngineFailed) for end in await asyncio.gather(*coming, return_exceptions=True))
+    finally:
+        await running.close()
