@@ -190,7 +190,7 @@ async def outcome_of(
     value: Any = answered.value
     error, child, shown = answered.error, answered.child, answered.shown
     try:
-        result = await segments.prepare(holding.view.account, value)
+        result = await segments.prepare(holding.view.account, value, wrapped=answered.wrapped)
     except (InvalidRequest, PayloadTooLarge) as problem:
         value, shown = problem.message, None
         error = "too_large" if isinstance(problem, PayloadTooLarge) else "not_json"

@@ -79,9 +79,10 @@ class Segments:
             await self._database.run(prepared.writing, quick=True)
         return self.written(prepared)
 
-    async def prepare(self, account: str, value: Any) -> Prepared:
-        """As `put`, for a transaction that names it and writes it, too: `written` when that is committed."""
-        return await self._prepared(account, canonical(value))
+    async def prepare(self, account: str, value: Any, *, wrapped: int = 0) -> Prepared:
+        """As `put`, for a transaction that names it and writes it, too: `written` when that is committed. `wrapped`:
+        levels around values that are kept already, which do not count."""
+        return await self._prepared(account, canonical(value, wrapped=wrapped))
 
     def written(self, prepared: Prepared) -> str:
         """Its hash."""
@@ -135,10 +136,10 @@ class Segments:
         return hash
 
 
-def canonical(value: Any) -> bytes:
-    """The one way to write a JSON value. Raises: InvalidRequest."""
+def canonical(value: Any, *, wrapped: int = 0) -> bytes:
+    """The one way to write a JSON value. `wrapped`: levels around it that do not count. Raises: InvalidRequest."""
     try:
-        if not _depth_within(value, JSON_DEPTH_MAX):
+        if not _depth_within(value, JSON_DEPTH_MAX + wrapped):
             raise InvalidRequest(f"A value nests more than {JSON_DEPTH_MAX} deep.")
         return _ENCODER.encode(value)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError, UnicodeError) as error:
@@ -146,8 +147,9 @@ def canonical(value: Any) -> bytes:
 
 
 def text_of(value: Any) -> str:
-    """A value as a model reads it, and as `read` pages through it: words as they are, anything else as JSON."""
-    return value if isinstance(value, str) else canonical(value).decode()
+    """A value that was kept, as a model reads it, and as `read` pages through it: words as they are, anything else as
+    JSON."""
+    return value if isinstance(value, str) else _ENCODER.encode(value).decode()
 
 
 def _depth_within(value: Any, limit: int) -> bool:

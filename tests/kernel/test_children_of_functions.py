@@ -8,7 +8,7 @@ from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.kernel import segments
 from nimbos.ledger import Allowance
-from tests.kernel.minds import minds
+from tests.kernel.minds import calling, minds
 from tests.kernel.test_durable import SCRIPT, function, start
 
 
@@ -108,3 +108,53 @@ return [*codes, kid.pid]
         *codes, child = await place.result(pid)
         assert codes == ["invalid_request", "not_found"]
         assert (await place.head(child)).name == "a b "
+
+
+async def test_a_result_is_as_deep_as_any_value_may_be_and_can_be_waited_for(
+    database: Database, database_settings: Settings
+) -> None:
+    also = """
+def nested(levels):
+    return [nested(levels - 1)] if levels else []
+
+@child
+async def deep(levels):
+    return nested(levels)
+"""
+    body = """
+kids = [await spawn(deep, levels) for levels in input]
+kept, refused = await wait(*kids)
+alone = (await wait(kids[0], any_of=True, name="alone"))[0].result
+try:
+    await each(deep, input[1:])
+except StepFailed as failed:
+    return [kept.result == alone == nested(input[0]), refused.reason, refused.error, failed.message]
+"""
+    most = segments.JSON_DEPTH_MAX
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body, also=also, input=[most, most + 1])
+        good, reason, *errors = await place.result(pid)
+        assert (good, reason) == (True, "failed")
+        assert all(f"more than {most} deep" in error for error in errors)
+        ends = [await place.head(child) for child in (await place.view(pid)).children]
+        assert [head.error for head in ends] == ["", errors[0], errors[0]], "the log of the child says so, too"
+
+
+async def test_an_agent_reads_a_result_that_is_as_deep_as_any_value_may_be(
+    database: Database, database_settings: Settings
+) -> None:
+    levels = segments.JSON_DEPTH_MAX
+    kid = function(f"value = []\nfor _ in range({levels}):\n    value = [value]\nreturn value")
+    part = {"nimbos.toml": b'name = "kid"\nentry = "main.py:main"\n', **kid}
+    script = {
+        "replies": [
+            {"match": "^go$", **calling("spawn", program="kid", input=None)},
+            {"match": "pid", "times": 1, **calling("wait")},
+            {"match": r"\[" * (levels + 1), "text": "Deep."},
+        ],
+        "default": {"text": "Not seen."},
+    }
+    async with minds(database, database_settings, script) as place:
+        files = {f"agents/kid/{path}": content for path, content in part.items()}
+        pid = await place.run(await place.program('[tools]\nbuiltin = ["spawn", "wait"]\n', files))
+        assert await place.result(pid) == "Deep."

@@ -17,7 +17,8 @@ class Answered:
     """`value`: a JSON value; with `error`, a code, a sentence for the model. `consumed`: the signals it came of, by
     seq. `drafts`, `also`: what else is written in the outcome's transaction; `also` may raise `Undone`. `child`: of a
     spawn. `shown`: what a model is shown, where that is not the head of the value. `before`: like `also`, but ahead of
-    the events, for what locks budgets. `printed`: by a tool, for people."""
+    the events, for what locks budgets. `printed`: by a tool, for people. `wrapped`: levels of the value around what
+    others were allowed to keep, and nest as deep as any value may."""
 
     value: Any
     error: str = ""
@@ -29,6 +30,7 @@ class Answered:
     shown: str | None = None
     origin: Origin = Origin.TOOL
     printed: str = ""
+    wrapped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from nimbos.kernel.fold import Child, Received, View
 
 
+_AROUND_RESULT = 3  # the answer, its `exited`, and the child's entry there
+_AROUND_MESSAGE = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """A call that waits. `arguments`: as `timed` left them. `asking`: children that are out of budget now, where that
@@ -75,7 +79,7 @@ async def _received(view: View, segments: Segments, at: Look) -> Answered | Wait
     if mail is not None:
         origin = Origin.TOOL if mail.source.startswith("process:") else Origin.USER
         told = {"from": mail.source, "message": await _words(view, segments, mail)}
-        return Answered(value=told, consumed=(mail.seq, *rung), origin=origin)
+        return Answered(value=told, consumed=(mail.seq, *rung), origin=origin, wrapped=_AROUND_MESSAGE)
     due_ms = at.arguments.get("due_ms")
     if due_ms is not None and (rung or at.now_ms >= due_ms):
         return Answered(value=None, consumed=rung, origin=Origin.USER)
@@ -106,7 +110,7 @@ async def _waited(view: View, segments: Segments, at: Look) -> Answered | Wait:
     if asking:
         value["asking"] = {pid: await _words(view, segments, short[pid][-1]) for pid in asking}
     told += [signal.seq for pid in (*over, *asking) for signal in short.get(pid, ())]  # nothing of it is news any more
-    return Answered(value=value, consumed=(*rung, *told))
+    return Answered(value=value, consumed=(*rung, *told), wrapped=_AROUND_RESULT)
 
 
 def out_of_budget(view: View) -> dict[str, list[Received]]:
