@@ -82,7 +82,7 @@ class Loop:
         """`swap_bytes`: of memory, for contexts that are written out. `swap`: for more of them. `guess_tokens`: that a
         step guesses ahead for a branch, at most."""
         self.model, self.costs, self.rules = model, costs, rules
-        sequences = model.options.sequences - 1  # the last id is for writing contexts out
+        sequences = model.options.sequences - share  # where contexts are written out, the last id is for that
         self.tree = ContextTree(cells=model.cells, sequences=sequences)
         self.residence = Residence(
             model, self.tree, scratch=sequences, budget_bytes=swap_bytes, perform=self._perform, swap=swap

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from nimbos.errors import Overloaded
+from nimbos.types import AskClass
 from tests.engine.asking import PROMPT, answer, ask, started
 
 
@@ -26,6 +27,25 @@ async def test_with_few_sequences_every_ask_is_answered(sequences: int, tmp_path
         for wanted in asks:
             told = await asyncio.wait_for(answer(engine, wanted), 60)
             assert [len(ids) for ids in told.ids.values()] == [24] * wanted.n
+    finally:
+        await engine.close()
+
+
+async def test_where_nothing_is_shared_every_sequence_computes_and_batch_work_gives_one_up(tmp_path: Path) -> None:
+    """Each sequence of a recurrent model costs a state, so it has few."""
+    engine = await started("qwen35", tmp_path, sequences=2)
+    try:
+        long = [ask(f"{n}", ask_class=AskClass.BATCH, limit_tokens=1500, ignore_eos=True) for n in range(2)]
+        streams = [engine.generate((await engine.prepare(each)).ask) for each in long]
+        for stream in streams:
+            await anext(stream)
+        assert (await engine.stats()).live[AskClass.BATCH] == 2
+        await answer(engine, ask("hello", limit_tokens=3))
+        stats = await engine.stats()
+        assert stats.live[AskClass.BATCH] + stats.waiting[AskClass.BATCH] == 2, "it waited for one of them to end"
+        assert stats.preemptions == 1
+        for stream in streams:
+            await stream.aclose()
     finally:
         await engine.close()
 
