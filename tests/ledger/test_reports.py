@@ -141,16 +141,11 @@ async def test_pages_of_a_report_are_the_report(database: Database, history: lis
         assert whole.next_page is None
         assert not whole.body()["has_more"]
         for limit in (1, len(whole.rows) - 1, len(whole.rows)):
-            rows, page = [], 0
-            while True:
+            for page in range(0, len(whole.rows), limit):
                 report = await usage(database, by=by, limit=limit, page=page)
                 assert report.total == whole.total
-                assert 0 < len(report.rows) <= limit
-                rows += report.rows
-                if report.next_page is None:
-                    break
-                page = report.next_page
-            assert rows == whole.rows
+                assert report.rows == whole.rows[page : page + limit]
+                assert report.next_page == (page + limit if page + limit < len(whole.rows) else None)
     beyond = await usage(database, by="process", page=10)
     assert (beyond.rows, beyond.total, beyond.next_page) == ([], whole.total, None)
 
