@@ -56,7 +56,7 @@ class Pins:
             pin = self._pins.get(id(node))
             if pin is not None:
                 self._uses += 1
-                pin.used, pin.until_ms = self._uses, max(pin.until_ms, now_ms + pin.duration_ms)
+                pin.used, pin.until_ms = self._uses, now_ms + pin.duration_ms
 
     def expire(self, now_ms: float) -> None:
         for key in [key for key, pin in self._pins.items() if pin.until_ms <= now_ms]:

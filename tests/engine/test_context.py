@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -232,3 +233,48 @@ def test_pins_leave_sequence_ids_to_others() -> None:
         retired(tree, "a", list(range(start, start + 10)), pin=10)
     live = [tree.open("b", tree.match("b", [n]))[0] for n in range(6)]
     assert len(set(live)) == 6
+
+
+def test_what_somebody_is_to_go_on_with_is_not_forgotten_for_their_room() -> None:
+    tree = ContextTree(cells=30, sequences=8)
+    for start in (0, 100):
+        retired(tree, "a", list(range(start, start + 10)))
+    match = tree.match("a", [0, 1, 2, 7])
+    tree.make_room(30, keep=match)
+    assert (match.length, tree.free_cells) == (3, 20)
+    assert tree.match("a", list(range(10))).length == 10
+
+
+def test_the_only_holder_of_what_somebody_is_to_go_on_with_keeps_its_id() -> None:
+    tree = ContextTree(cells=30, sequences=2)
+    retired(tree, "a", list(range(10)))
+    live, _ = tree.open("b", tree.match("b", [1]))
+    with pytest.raises(NoRoom):
+        tree.open("a", tree.match("a", [0, 1, 2, 7]))
+    tree.check()
+    assert tree.match("a", list(range(10))).length == 10
+    tree.drop(live)
+    tree.open("a", tree.match("a", [0, 1, 2, 7]))
+
+
+def test_a_pinned_context_stays_though_another_holds_the_same_tokens() -> None:
+    """The other one is nobody's promise, and may be forgotten."""
+    tree = ContextTree(cells=30, sequences=8)
+    other, own = (tree.open("a", tree.match("a", [1]))[0] for _ in range(2))
+    for branch in (other, own):
+        tree.extend(branch, list(range(10)))
+    tree.pin(own, 10, 0, 100)
+    assert tree.retire(own) == []
+    tree.drop(other)
+    tree.make_room(30)
+    assert (tree.match("a", list(range(10))).length, tree.pinned_cells) == (10, 10)
+
+
+def test_of_two_pins_on_one_prefix_the_longer_one_counts() -> None:
+    tree = ContextTree(cells=60, sequences=8)
+    retired(tree, "a", list(range(20)), pin=20, now=0, duration=100)
+    retired(tree, "a", [*range(20), 7], pin=20, now=5, duration=10)
+    tree.expire(104)
+    assert tree.pinned_cells == 20
+    tree.expire(105)
+    assert tree.pinned_cells == 0
