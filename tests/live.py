@@ -25,7 +25,7 @@ from nimbos.models import open_models
 from nimbos.runtime import Runtime, assemble
 from nimbos.server import address_of, bind, make_server
 from nimbos.types import Ask, Chunk
-from tests.databases import fresh_url
+from tests.databases import fresh_url, put_file
 
 OWNER_SECRET = "nb-test-owner"
 PATIENCE_S = 60
@@ -119,14 +119,17 @@ def serving(
 ) -> Iterator[Live]:
     """`models`: GGUF files that the operator names; their id is the file's stem. `database_url`: "" is SQLite in
     `home`; None is what the whole run uses (`tests/databases.py`)."""
+    home.mkdir(parents=True, exist_ok=True)
+    database_url = fresh_url() if database_url is None else database_url
+    if not database_url:
+        put_file(home)
     settings = Settings(
         home=str(home),
         server=msgspec.structs.replace(server or ServerSettings(), port=0),
         engine=engine or EngineSettings(),
         batches=batches or BatchSettings(),
-        storage=StorageSettings(database_url=fresh_url() if database_url is None else database_url),
+        storage=StorageSettings(database_url=database_url),
     )
-    home.mkdir(parents=True, exist_ok=True)
     sources = {name: WatchedSource.load(write_script(home, name, script)) for name, script in (scripts or {}).items()}
     hub = Hub(settings)
     named = {path.stem: replace(hub.find(str(path)), id=path.stem) for path in models}

@@ -21,6 +21,7 @@ from nimbos.kernel.events import BudgetSettled, CallDone, CallIntent, ModelInten
 from nimbos.kernel.tools.turns import Turns
 from nimbos.kernel.words import Verb
 from nimbos.ledger import Allowance, set_limit
+from tests.databases import put_file
 from tests.kernel.minds import ACCOUNT, Minds, minds
 from tests.kernel.running import PATIENCE_S
 
@@ -92,6 +93,7 @@ def function(body: str, *, also: str = "") -> dict[str, bytes]:
 @pytest.fixture
 async def sqlite(tmp_path: Path) -> AsyncIterator[tuple[Database, Settings]]:
     """For what has many cases and nothing to do with the database."""
+    put_file(tmp_path)
     settings = Settings(home=str(tmp_path))
     database = await Database.open(settings)
     yield database, settings
