@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpcore2
 import pytest
 from httpx2._config import DEFAULT_TIMEOUT_CONFIG
 from hypothesis import HealthCheck, settings
@@ -53,7 +56,33 @@ def pytest_configure() -> None:
     settings.load_profile("patient")
     for phase in ("connect", "read", "write", "pool"):
         setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE_S)
+    _trust_once()
     compileall.compile_dir(Path(__file__).parent.parent / "nimbos", quiet=2)
+
+
+def _trust_once() -> None:
+    """Clients in tests share what the system trusts: each would read its hundreds of certificates anew, which takes
+    longer than most requests."""
+    make, made = httpcore2.default_ssl_context, dict[tuple[bool, str | None, str | None], ssl.SSLContext]()
+
+    def shared(*, _trust_env: bool = True) -> ssl.SSLContext:
+        key = (_trust_env, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        if key not in made:
+            made[key] = make(_trust_env=_trust_env)
+        return made[key]
+
+    httpcore2.default_ssl_context = shared
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """What is imported for all tests stays to the end: the garbage collector need not walk it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # Those that take longest begin first: whichever began last would be waited for alone.
