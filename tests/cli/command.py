@@ -46,7 +46,7 @@ def run(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess
 def called(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The same within this process, without a second of start-up: for tests of many commands. Not where a server runs
     in a thread of this process, which prints as well."""
-    printed, told = io.StringIO(), io.StringIO()
+    printed, told = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
     before = dict(os.environ)
     with open(os.devnull) as nothing, redirect_stdout(printed), redirect_stderr(told):
         stdin, argv = sys.stdin, sys.argv
@@ -62,7 +62,9 @@ def called(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProc
             sys.stdin, sys.argv = stdin, argv
             os.environ.clear()
             os.environ.update(before)
-    return subprocess.CompletedProcess([NIMBOS, *arguments], code, printed.getvalue(), told.getvalue())
+    printed.flush()
+    written = printed.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess([NIMBOS, *arguments], code, written, told.getvalue())
 
 
 def document(home: Path, *arguments: str, **more: str) -> dict[str, Any]:

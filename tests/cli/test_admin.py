@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 import typer
@@ -28,9 +29,11 @@ from nimbos.cli.quantities import exact_money, micros_of, money_of, seconds_unti
 from nimbos.config import Settings
 from nimbos.errors import InvalidRequest, NimbosError
 from nimbos.presence import RunningServer, find_running, traced
-from tests.cli.command import NIMBOS, called, document, environment, refusal, refused, run
+from tests.batches.test_crash import Server
+from tests.cli.command import NIMBOS, called, environment, refusal, refused, run
 from tests.conftest import DEMO
-from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving
+from tests.databases import put_file
+from tests.live import OWNER_SECRET, PATIENCE_S, Live, serving, write_script
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -40,6 +43,7 @@ NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 def home(tmp_path: Path) -> Path:
     folder = tmp_path / "home"
     folder.mkdir(mode=0o700)
+    put_file(folder)
     return folder
 
 
@@ -48,6 +52,27 @@ def running(home: Path) -> Iterator[Live]:
     """A server of this home that commands find."""
     with serving(home, {"demo": DEMO}, database_url="") as live, traced(live.settings, live.url):
         yield live
+
+
+@contextmanager
+def started(home: Path) -> Iterator[httpx2.Client]:
+    """A server that is a process of its own, beside which commands may be `called`."""
+    server = Server(home, write_script(home, "demo", DEMO), "")
+    server.start().close()
+    try:
+        found = find_running(Settings(home=str(home)))
+        assert found is not None
+        with httpx2.Client(base_url=found.url, timeout=PATIENCE_S) as client:
+            yield client
+    finally:
+        server.process.terminate()
+        server.process.wait(PATIENCE_S)
+
+
+def document(home: Path, *arguments: str, **more: str) -> Any:
+    shown = called(home, *arguments, "--json", **more)
+    assert shown.returncode == 0, shown.stderr
+    return json.loads(shown.stdout)
 
 
 def made_key(home: Path, *arguments: str, by: Run = called, **more: str) -> str:
@@ -61,17 +86,17 @@ def made_key(home: Path, *arguments: str, by: Run = called, **more: str) -> str:
 
 def test_a_key_made_without_a_server_works_on_the_one_that_starts_later(home: Path) -> None:
     secret = made_key(home, "laptop", "--models", "demo", "--rpm", "2", by=run)
-    with running(home) as live:
+    with started(home) as http:
         headers = {"authorization": f"Bearer {secret}"}
         body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
-        statuses = [live.http.post("/v1/chat/completions", json=body, headers=headers).status_code for _ in range(3)]
+        statuses = [http.post("/v1/chat/completions", json=body, headers=headers).status_code for _ in range(3)]
         assert statuses == [200, 200, 429]
-        done = run(home, "key", "revoke", "laptop", NIMBOS_API_KEY=OWNER_SECRET)
+        done = called(home, "key", "revoke", "laptop", NIMBOS_API_KEY=OWNER_SECRET)
         assert (done.returncode, done.stdout) == (0, "")
-        refused = live.http.post("/v1/chat/completions", json=body, headers=headers)
+        refused = http.post("/v1/chat/completions", json=body, headers=headers)
         assert refused.status_code == 401  # at once: the command spoke to the server
         assert "revoked" in refused.text
-    (key,) = json.loads(run(home, "key", "list", "--revoked", "--json").stdout)
+    (key,) = json.loads(called(home, "key", "list", "--revoked", "--json").stdout)
     assert (key["name"], key["x_nimbos"]["scopes"]) == ("laptop", ["model:demo"])
     assert key["x_nimbos"]["revoked_at"] is not None
 
@@ -148,17 +173,16 @@ def test_what_is_wrong_is_said(home: Path, monkeypatch: pytest.MonkeyPatch, argu
 
 def test_usage_tells_who_used_what(home: Path) -> None:
     env = {"NIMBOS_API_KEY": OWNER_SECRET}
-    assert run(home, "prices", "set", "demo", "--input", "2", "--output", "8").returncode == 0
-    with running(home) as live:
-        secret = made_key(home, "=counted", by=run, **env)
+    assert called(home, "prices", "set", "demo", "--input", "2", "--output", "8").returncode == 0
+    with started(home) as http:
+        secret = made_key(home, "=counted", **env)
         body = {"model": "demo", "messages": [{"role": "user", "content": "count"}]}
-        told = live.http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}).json()[
-            "usage"
-        ]
+        headers = {"authorization": f"Bearer {secret}"}
+        told = http.post("/v1/chat/completions", json=body, headers=headers).json()["usage"]
         report = document(home, "usage", **env)
-        lines = run(home, "usage", "--csv", **env).stdout
+        lines = called(home, "usage", "--csv", **env).stdout
         asks = run(home, "usage", "--by", "ask", "--json", **env).stdout
-        shown = run(home, "usage", "--by", "model", **env).stdout
+        shown = called(home, "usage", "--by", "model", **env).stdout
     expected = {
         "asks": 1,
         "input_tokens": told["prompt_tokens"],
