@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import click
@@ -28,8 +29,9 @@ HEAVY = (
 )
 
 
+@cache
 def commands() -> dict[str, click.Command]:
-    """Every command with its full name."""
+    """Every command with its full name. Made once: to make them takes longer than each of the tests."""
     found: dict[str, click.Command] = {}
     left = [("", typer.main.get_command(app))]
     while left:
