@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nimbos.adk import Client, Program, Refused, ask, client
+from nimbos.adk import Client, Program, Refused, client
 from nimbos.errors import NotReady
+from tests.adk.asking import curious
 from tests.live import OWNER_SECRET, Live, serving
 
 PROGRAMS = Path(__file__).parent.parent.parent / "programs"
@@ -105,7 +106,3 @@ async def test_who_follows_a_process_does_not_hold_a_server_that_stops(tmp_path:
             later = [one.seq async for one in again.events(after=last)]
             assert later[0] == last + 1
             assert await again.result() == "It goes on."
-
-
-async def curious(input: object) -> object:
-    return await ask("And now?")
