@@ -287,14 +287,12 @@ def _holds_up(job: Job, step: _Step, clock: FairClock, rules: Rules) -> bool:
 
 
 def _inherited_ranks(live: Sequence[Job], clock: FairClock, rules: Rules, now_ms: float) -> dict[int, int]:
-    """A job that others wait for is as urgent as the most urgent of them."""
+    """A job that others wait for is as urgent as the most urgent of them. It waits for nobody itself."""
     inherited: dict[int, int] = {}
     for job in live:
-        urgency = rank(job, clock, rules, now_ms)
-        leader = job.leader
-        while leader is not None:
-            inherited[id(leader)] = min(urgency, inherited.get(id(leader), 9))
-            leader = leader.leader
+        if job.leader is not None:
+            urgency = rank(job, clock, rules, now_ms)
+            inherited[id(job.leader)] = min(urgency, inherited.get(id(job.leader), 9))
     return inherited
 
 

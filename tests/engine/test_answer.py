@@ -464,6 +464,13 @@ def test_a_stop_string_does_not_reach_over_thinking_and_all_comes_in_order() -> 
     assert target.finish is None
 
 
+@pytest.mark.parametrize(("stop", "text"), [("aab", "aaab"), ("abab", "ababbabab"), ("abac", "ababac")])
+def test_a_stop_string_may_begin_within_its_own_beginning(stop: str, text: str) -> None:
+    whole, single = StopMatcher([stop]), StopMatcher([stop])
+    assert whole.feed(text + "z") == "".join(single.feed(character) for character in text) == text.partition(stop)[0]
+    assert whole.hit == single.hit == stop
+
+
 def test_what_was_given_out_begins_no_stop_string() -> None:
     matcher = StopMatcher(["aab"])
     assert [matcher.feed("a"), matcher.flush(), matcher.feed("ab")] == ["", "a", "ab"]

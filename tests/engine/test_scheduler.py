@@ -188,10 +188,13 @@ def test_the_table_of_accounts_is_bounded() -> None:
     clock = FairClock()
     for number in range(3000):
         clock.charge(f"account {number}", number)
+        clock.served(f"account {number}", AskClass.BATCH, number)
     clock.forget_idle({"account 0"})
     assert clock.virtual("account 0") == 0.0
     assert clock.virtual("account 2999") == 2999
     assert clock.virtual("account 5") == 0.0
+    assert clock.unserved_since(job(AskClass.BATCH, account="account 2999")) == 2999
+    assert clock.unserved_since(job(AskClass.BATCH, account="account 5")) == 0.0, "when it was served is still known"
 
 
 def test_a_flood_of_interactive_jobs_leaves_a_place_for_every_other_account() -> None:
@@ -209,6 +212,14 @@ def test_the_latest_of_the_lowest_class_gives_way() -> None:
     agent, early, late = running(AskClass.AGENT), running(AskClass.BATCH), running(AskClass.BATCH)
     assert victim([early, late, agent], job()) is late
     assert victim([agent], job(AskClass.AGENT)) is None
+
+
+def test_one_that_is_parked_gives_way_before_any_that_runs_whatever_its_class() -> None:
+    early, late, batch = running(), running(), running(AskClass.BATCH)
+    early.parked = late.parked = True
+    assert victim([early, late, batch, running()], job()) is late
+    assert victim([early, running()], job(AskClass.BATCH)) is early
+    assert victim([batch, running()], job(AskClass.BATCH)) is None
 
 
 def test_two_backlogged_accounts_are_served_alike() -> None:
