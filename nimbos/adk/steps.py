@@ -230,7 +230,7 @@ async def wait(
 
 
 async def ask(question: str, *, choices: Sequence[str] = (), name: str = "ask") -> Any:
-    """Asks a person, for as long as it takes; gives what they answer."""
+    """Asks a person, for as long as it takes; gives what they answer: one of the `choices`, where there are any."""
     asked: dict[str, Any] = {"question": question}
     if choices:
         asked["choices"] = list(choices)

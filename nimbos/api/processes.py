@@ -170,7 +170,7 @@ class ProcessRoutes:
                 SignalKind(body.signal),
                 source=source,
                 external_id=external_id,
-                about=body.about or "",
+                about=body.about or (head.asked if body.signal == "answer" else ""),
                 body=content,
             )
         return json_reply(SignalTold(id=external_id, process=await self._now(account, pid)))

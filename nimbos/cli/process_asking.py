@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,8 @@ def hint(pid: str, asked: Mapping[str, Any]) -> str:
         "budget": f"nimbos answer {pid} --tokens N",
         "auth": f"nimbos resume {pid}, once the key is good again",
     }
-    return ways.get(asked["reason"], f"nimbos answer {pid} 'YOUR ANSWER'")
+    words = " | ".join(shlex.quote(safe(choice)) for choice in _only(asked)) or "'YOUR ANSWER'"
+    return ways.get(asked["reason"], f"nimbos answer {pid} {words}")
 
 
 def signal_of(asked: Mapping[str, Any], words: str, *, why: str = "", result: str | None = None) -> dict[str, Any]:
@@ -53,7 +55,23 @@ def signal_of(asked: Mapping[str, Any], words: str, *, why: str = "", result: st
         raise InvalidRequest("It asks for budget: say how much more, with --tokens, --money, --seconds or --calls.")
     if reason == "auth":
         raise InvalidRequest("The key that it runs with is good no more. Mend the key, then `nimbos resume` it.")
-    return {"signal": "answer", **about, "body": words}
+    return {"signal": "answer", **about, "body": _chosen(words, _only(asked))}
+
+
+def _only(asked: Mapping[str, Any]) -> list[str]:
+    """The answers to a question that takes no others."""
+    return asked["what"].get("choices") or []
+
+
+def _chosen(words: str, choices: list[str]) -> str:
+    """As the choice is written. Raises: InvalidRequest."""
+    if not choices or words in choices:
+        return words
+    alike = {choice for choice in choices if choice.strip().casefold() == words.strip().casefold()}
+    if len(alike) != 1:
+        listed = ", ".join(repr(short(choice, 60)) for choice in choices)
+        raise InvalidRequest(f"{words[:60]!r} is none of the answers that it takes: {listed}.")
+    return alike.pop()
 
 
 def value_of(text: str) -> Any:
@@ -73,7 +91,7 @@ def describe(asked: Mapping[str, Any], console: Console) -> None:
         shown = short(what["arguments"], _ARGUMENTS_CHARACTERS)
         console.print(Text(f"  {safe(what['resource'])} {shown}", style="dim"), soft_wrap=True)
     arguments = what.get("arguments")
-    choices = arguments.get("choices") if isinstance(arguments, dict) else None
+    choices = _only(asked) or (arguments.get("choices") if isinstance(arguments, dict) else None)
     if asked["reason"] == "input" and isinstance(choices, list):
         console.print(Text(f"  {', '.join(short(choice, 60) for choice in choices)}", style="dim"), soft_wrap=True)
 

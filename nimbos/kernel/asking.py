@@ -1,4 +1,8 @@
-"""What a process that is asking wants of people, in words: read from its log when somebody looks."""
+"""What a process that is asking wants of people, in words: read from its log when somebody looks, or answers.
+
+The choices of a function's question are its only answers: its code goes by them. Those of a model's are what it
+suggests; what a person may say is not a model's to narrow.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from sqlalchemy import BigInteger, Text, bindparam, literal_column, select
 
+from nimbos.db import Database, Statement
+from nimbos.db.tables.kernel import process_events
+from nimbos.errors import InvalidRequest
+from nimbos.kernel.chain import decoded, event_of
+from nimbos.kernel.events import CallIntent
 from nimbos.kernel.log import Log
 from nimbos.kernel.processes import Head
 from nimbos.kernel.segments import Segments
@@ -20,8 +30,8 @@ ARGUMENTS_SHOWN_BYTES = 16 * 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """`about`: the call that an answer is for, "" where it is for none. `what`: that call (`verb`, `resource`,
-    `effect`, and `arguments` unless they are large), or the budget that is spent (`meter`, `owner`, `limit`,
-    `used`)."""
+    `effect`, `arguments` unless they are large, and `choices` where no other answer is taken), or the budget that is
+    spent (`meter`, `owner`, `limit`, `used`)."""
 
     reason: Reason
     about: str
@@ -47,6 +57,39 @@ async def asks_of(log: Log, segments: Segments, head: Head) -> list[Asked]:
     return [await _asked(segments, view, call) for call in _open(calls, view.reason)]
 
 
+async def check_choice(database: Database, log: Log, segments: Segments, head: Head, about: str, answer: Any) -> None:
+    """Whether it asks this now is the mailbox's to say. Raises: InvalidRequest for what is none of the choices."""
+    asked = bool(head.asked_seq) and about in head.about
+    intent = await _intent_of(database, log, head, about) if asked else None
+    if intent is None:
+        return
+    choices = _choices(intent, await segments.get(head.account, intent.arguments))
+    if choices and answer not in choices:
+        raise InvalidRequest(
+            f"This question takes one of its {len(choices)} choices, word for word: "
+            f"`GET /v1/processes/{head.pid}` has them in `asks`. It is still open.",
+            param="body",
+        )
+
+
+async def _intent_of(database: Database, log: Log, head: Head, call_id: str) -> CallIntent | None:
+    """Of the newest call with this id, also in what was before a fork."""
+    for span in reversed(await log.spans(head.pid)):
+        rows = await database.read(_INTENT(pid=span.pid, after=span.after, upto=span.upto, call_id=call_id))
+        if rows:
+            intent = decoded(event_of(rows[0]))
+            assert isinstance(intent, CallIntent)
+            return intent
+    return None
+
+
+def _choices(intent: CallIntent, arguments: Any) -> tuple[str, ...]:
+    """None where any answer will do."""
+    if intent.verb is not Verb.ASK or not intent.step or not isinstance(arguments, dict):
+        return ()
+    return tuple(arguments.get("choices") or ())
+
+
 def _open(calls: Iterable[Call], reason: Reason) -> list[Call]:
     """What is waited for besides is nobody's to answer."""
     if reason is Reason.INPUT:
@@ -59,13 +102,16 @@ def _open(calls: Iterable[Call], reason: Reason) -> list[Call]:
 async def _asked(segments: Segments, view: View, call: Call) -> Asked:
     intent = call.intent
     content = await segments.get_bytes(view.account, intent.arguments)
-    arguments = msgspec.json.decode(content) if len(content) <= ARGUMENTS_SHOWN_BYTES else None
-    what = {
+    small = len(content) <= ARGUMENTS_SHOWN_BYTES
+    arguments = msgspec.json.decode(content) if small or intent.verb is Verb.ASK else None
+    what: dict[str, Any] = {
         "verb": intent.verb.value,
         "resource": intent.resource,
         "effect": intent.effect.value,
-        "arguments": arguments,
+        "arguments": arguments if small else None,
     }
+    if choices := _choices(intent, arguments):
+        what["choices"] = list(choices)
     return Asked(
         reason=view.reason, about=intent.call_id, question=_question(view.reason, intent.resource, arguments), what=what
     )
@@ -90,3 +136,17 @@ def _budget(view: View) -> Asked:
         question=f"The budget of the {spent.owner} is spent: {spent.used} of {spent.limit} {spent.meter}.",
         what={"meter": spent.meter, "owner": spent.owner, "limit": spent.limit, "used": spent.used},
     )
+
+
+_INTENT = Statement(
+    select(*process_events.c)
+    .where(
+        process_events.c.pid == bindparam("pid", type_=Text),
+        process_events.c.seq > bindparam("after", type_=BigInteger),
+        process_events.c.seq <= bindparam("upto", type_=BigInteger),
+        process_events.c.call_id == bindparam("call_id", type_=Text),
+        process_events.c.kind == literal_column("'call.intent'"),
+    )
+    .order_by(process_events.c.seq.desc())
+    .limit(1)
+)

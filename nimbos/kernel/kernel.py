@@ -19,6 +19,7 @@ from nimbos.blobs import Blobs
 from nimbos.db import Database, Transaction
 from nimbos.errors import Conflict, Forbidden, InvalidRequest, NimbosError
 from nimbos.kernel import budgets, heads
+from nimbos.kernel.asking import check_choice
 from nimbos.kernel.bells import Bells
 from nimbos.kernel.children import Birth, create
 from nimbos.kernel.driving import driver
@@ -175,12 +176,15 @@ class Kernel(Looking):
     ) -> bool:
         """False: this very signal (source and id) was there before.
 
-        Raises: NotFound; Conflict for a process that is over, or an answer to what is not asked; Overloaded when its
-        mailbox is full; PayloadTooLarge for a message.
+        Raises: NotFound; Conflict for a process that is over, or an answer to what is not asked; InvalidRequest for one
+        that is none of the choices; Overloaded when its mailbox is full; PayloadTooLarge for a message.
         """
         for what, word in (("source", source), ("id", external_id), ("about", about)):
             _check_word(word, what, ID_CHARACTERS_MAX)
-        await self.find(account, pid)
+        head = await self.find(account, pid)
+        if kind is SignalKind.ANSWER:
+            about = about or head.asked  # another question may be asked by the time that the answer arrives
+            await check_choice(self.database, self.log, self.segments, head, about, body)
         segment = None
         if body is not None:
             content = message_of(body) if kind is SignalKind.MESSAGE else canonical(body)

@@ -187,7 +187,7 @@ def _answering(head: Head, mail: Mail) -> Transaction[Mail]:
     """An answer belongs to one question that is open. Raises: Conflict."""
     if not head.asked_seq or not head.about:  # a budget, or a key, is no question
         raise Conflict(f"The process {head.pid} asks nothing; it is {_doing(head)}.", param="pid")
-    about = mail.about or (head.about[0] if len(head.about) == 1 else "")
+    about = mail.about or head.asked
     if not about:
         asked = ", ".join(head.about)
         raise Conflict(f"The process {head.pid} asks more than one thing: say which of {asked}.", param="about")

@@ -82,6 +82,11 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         """Nothing runs it, and a signal may make it ready."""
         return self.state in (State.WAITING, State.ASKING, State.PAUSED)
 
+    @property
+    def asked(self) -> str:
+        """What an answer is for that does not say so: the one thing that it asked last; "" where that is not one."""
+        return self.about[0] if self.asked_seq and len(self.about) == 1 else ""
+
 
 def first_head(pid: str, new: NewHead, now_ms: int) -> Head:
     """Before its first event; `after` makes the rest."""

@@ -256,6 +256,23 @@ def test_only_what_happened_has_a_result(mine: Processes) -> None:
     assert mine.over(pid)["result"] == "It is Paris."
 
 
+def test_of_a_question_with_choices_one_of_them_is_the_answer(mine: Processes) -> None:
+    choosing = {**DECIDING, "main.py": DECIDING["main.py"].replace('city?")', 'city?", choices=["Paris", "Oslo"])')}
+    pid = mine.spawn(mine.put(choosing))
+    (asked,) = mine.until(pid, "asking")["asks"]
+    assert asked["what"]["choices"] == ["Paris", "Oslo"]
+    for about in ({}, {"about": asked["about"]}):
+        refusal = error_of(mine.signal(pid, "answer", body="Rome", **about), 400)
+        assert (refusal["param"], "Rome" in refusal["message"], "2 choices" in refusal["message"]) == (
+            "body",
+            False,
+            True,
+        )
+    assert mine.process(pid)["asks"] == [asked]
+    assert mine.signal(pid, "answer", body="Paris").status_code == 200
+    assert mine.over(pid)["result"][1] == "Paris"
+
+
 def test_an_answer_to_what_is_not_asked_is_refused(mine: Processes, plain: str, curious: str) -> None:
     pid = mine.spawn(curious, "Ask me.")
     mine.until(pid, "asking")

@@ -236,6 +236,17 @@ def test_an_answer_is_given_once(home: Path, mine: Processes, asking: str, busy:
     assert "asks nothing; it is running" in refusal(home, "answer", busy, "Paris")
 
 
+def test_of_a_question_with_choices_one_of_them_is_the_answer(home: Path, mine: Processes) -> None:
+    step = 'await ask("Send it?", choices=["Yes", "not yet"])'
+    code = f"from nimbos.adk import ask\n\n\nasync def main(input):\n    return {step}\n"
+    pid = mine.spawn(mine.put({"nimbos.toml": 'name = "choosing"\nentry = "main.py:main"\n', "main.py": code}))
+    mine.until(pid, "asking")
+    assert f"nimbos answer {pid} Yes | 'not yet'" in refusal(home, "answer", pid)
+    assert "'Yes', 'not yet'" in refusal(home, "answer", pid, "perhaps")
+    assert pid in shell(home, "answer", pid, " NOT yet")
+    assert mine.over(pid)["result"] == "not yet"
+
+
 def test_a_budget_is_topped_up(home: Path, mine: Processes) -> None:
     pid = mine.spawn("plain", "Count slowly.", budget={"tokens": 12})
     mine.until(pid, "asking")
