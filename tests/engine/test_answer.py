@@ -273,6 +273,25 @@ def thinking(**fields: object) -> Thinking:
     return Thinking(**{"open": "<think>", "close": "</think>", "budget_tokens": 100, "started": True, **fields})  # type: ignore[arg-type]
 
 
+def test_an_end_that_brings_a_stop_string_to_light_is_not_the_budgets() -> None:
+    """What may begin a mark is held back, and may be a stop string."""
+    target = answer(ask(stop=("<th",), thinking=thinking(started=False)))
+    target.allow(len(spell("<th")), last=True)
+    take(target, spell("<th"))
+    assert (target.finish, target.stopped_by, target.budget_ended) == (FinishReason.STOP, "<th", False)
+
+
+def test_a_closing_mark_that_is_being_written_is_beyond_no_budget() -> None:
+    """It is several tokens here, which look like thinking until the last of them has come."""
+    target = answer(ask(thinking=thinking(close="(end)", budget_tokens=2, farewell="(end)")), max_tokens=5)
+    take(target, spell("hm"))
+    for token in spell("(en"):
+        assert target.forced()[0] == token
+        target.accept(token)
+        assert target.thinking_tokens == 2
+    assert (target.finish, target.thinking_tokens, target.output_tokens) == (FinishReason.LENGTH, 2, 5)
+
+
 def drive(target: Answer, sampled: list[int]) -> list[TokenChunk]:
     """The worker's loop; `sampled` says what the model would choose."""
     chunks: list[TokenChunk] = []
