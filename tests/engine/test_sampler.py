@@ -251,6 +251,19 @@ def test_logprobs_are_the_models_own(size: int) -> None:
     assert picked.logprob.top[0].piece == str(best[0]).encode()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("forbidden", ["mask", "banned"])
+def test_what_may_not_come_has_its_logprob_all_the_same(forbidden: str, temperature: float) -> None:
+    values = draw_logits(9, 100)
+    best, expected = int(values.argmax()), np.log(softmax(values)).max()
+    options = {"mask": np.arange(100) != best} if forbidden == "mask" else {"banned": (best,)}
+    picked = run(values, Sampling(temperature=temperature, logprobs=1), **options)
+    assert picked.id != best
+    assert picked.logprob is not None
+    assert picked.logprob.top[0].id == best
+    assert picked.logprob.top[0].logprob == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_cold_temperature_is_nearly_greedy_and_extreme_logits_are_fine() -> None:
     values = np.array([-1e30, 3.0, 3.5, 1e30], dtype=np.float32)
     assert run(values.copy(), Sampling(temperature=1e-9)).id == 3
