@@ -29,7 +29,7 @@ from tests.live import Live, serving, user, write_script
 
 TALK = {"replies": [{"match": "slow", "text": "word " * 400, "tokens_per_second": 400}], "default": {"text": "a b c"}}
 LEFT_AFTER = 9  # tokens
-LIVE = {"default": {"text": "so it goes " * 60, "thinking": "hm " * 9}}
+LIVE = {"default": {"text": "so it goes " * 40, "thinking": "hm " * 9}}  # more than anybody hears before leaving
 
 
 @dataclass
