@@ -7,7 +7,6 @@ from contextlib import aclosing
 from typing import Literal
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +17,7 @@ from nimbos.api.exchange import headers_of, json_reply
 from nimbos.api.fields import Tier, class_of
 from nimbos.api.prompts import prompts_of
 from nimbos.api.sse import or_gone
+from nimbos.api.vectors import floats, shortened
 from nimbos.batches import AnswerJournal, Reply
 from nimbos.config import ServerSettings
 from nimbos.errors import InvalidRequest, UnsupportedField
@@ -92,7 +92,7 @@ class Embeddings:
         async with aclosing(generated) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, VectorChunk):
-                    vectors[chunk.index] = _cut(chunk.values, body.dimensions)
+                    vectors[chunk.index] = shortened(chunk.values, body.dimensions)
                 elif isinstance(chunk, Final):
                     listed = _listed(ask, vectors, chunk.usage, body.encoding_format)
                     if journal is not None:
@@ -120,16 +120,7 @@ def _listed(ask: Ask, vectors: dict[int, bytes], usage: Usage, encoding: str | N
     return wire.EmbeddingList(data=data, model=ask.model, usage=counted)
 
 
-def _cut(values: bytes, dimensions: int | None) -> bytes:
-    """The first `dimensions` values at length 1 again, as OpenAI does it."""
-    if dimensions is None:
-        return values
-    vector = np.frombuffer(values, dtype="<f4")[:dimensions]
-    length = float(np.linalg.norm(vector))
-    return (vector / length if length else vector).astype("<f4").tobytes()
-
-
 def _written(values: bytes, encoding: str | None) -> list[float] | str:
     if encoding == "base64":
         return base64.b64encode(values).decode("ascii")
-    return [float(value) for value in np.frombuffer(values, dtype="<f4")]
+    return floats(values)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from contextlib import aclosing
 from dataclasses import dataclass
-
-import numpy as np
 
 from nimbos.errors import InvalidRequest, UnsupportedField
 from nimbos.service import Service
@@ -25,6 +25,7 @@ from nimbos.types import (
 )
 
 TEXTS_MAX = 2_048
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Vectors:
     usage: Usage
 
     def floats(self) -> list[list[float]]:
-        return [np.frombuffer(vector, dtype="<f4").astype(float).tolist() for vector in self.vectors]
+        return [floats(vector) for vector in self.vectors]
 
 
 def embedding_ask(card: ModelCard, account: Account, texts: list[str], *, param: str, ask_class: AskClass) -> Ask:
@@ -81,9 +82,14 @@ async def embed(
 
 
 def shortened(values: bytes, dimensions: int | None) -> bytes:
-    """The first `dimensions` values, at length 1 again."""
+    """The first `dimensions` values, at length 1 again, as OpenAI does it."""
     if dimensions is None:
         return values
-    vector = np.frombuffer(values, dtype="<f4")[:dimensions]
-    length = float(np.linalg.norm(vector))
-    return (vector / length if length else vector).astype("<f4").tobytes()
+    vector = floats(values[: dimensions * _FLOAT_BYTES])
+    length = math.hypot(*vector) or 1.0
+    return struct.pack(f"<{len(vector)}f", *(value / length for value in vector))
+
+
+def floats(values: bytes) -> list[float]:
+    """Of a vector in bytes. By hand: numpy would take a tenth of a server's start."""
+    return list(struct.unpack(f"<{len(values) // _FLOAT_BYTES}f", values))

@@ -27,6 +27,7 @@ HEAVY = (
     "nimbos.hub.hub",
     "nimbos.service",
 )
+ELSEWHERE = ("alembic", "asyncpg", "numpy", "nimbos.engine.worker")  # what engines and other databases need
 
 
 @cache
@@ -58,7 +59,15 @@ def test_every_command_and_each_of_its_options_says_what_it_is_for(name: str) ->
     assert [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)] == []
 
 
-def test_the_command_loads_nothing_heavy_before_it_is_needed() -> None:
-    code = f"import sys, nimbos.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("what", "heavy"),
+    [
+        ("nimbos.cli", HEAVY),
+        ("nimbos.cli.serve, nimbos.runtime, nimbos.api.app, nimbos.kernel.kernel", ELSEWHERE),
+    ],
+    ids=["command", "server"],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(what: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, {what}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
