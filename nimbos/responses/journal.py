@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import msgspec
-from sqlalchemy import BigInteger, Integer, Text, bindparam, delete, select
+from sqlalchemy import BigInteger, Executable, Integer, Text, bindparam, delete, exists, not_, or_, select
 
-from nimbos.db import Database, Statement, Transaction, insert
+from nimbos.db import Database, Dialect, Statement, Transaction, insert
 from nimbos.db.tables.responses import response_events as events
 from nimbos.db.tables.responses import responses
 from nimbos.responses.store import begun
@@ -134,7 +134,8 @@ class Journal:
                 await _first_of(started, _POLL_S)
 
     async def prune(self, *, kept_s: float = KEPT_S) -> None:
-        """Takes away events that nobody will come back for."""
+        """Takes away events that nobody will come back for: all of a response that has been over for so long, and never
+        a part of them. The numbers count from the first."""
         before_ms = time.time_ns() // 1_000_000 - int(kept_s * 1000)
 
         def remove() -> Transaction[None]:
@@ -156,6 +157,8 @@ class Journal:
     async def _written(self, response_id: str, number: int) -> AsyncGenerator[bytes, None]:
         while rows := await self._database.read(_BATCHES(response=response_id, number=number, most=_ROWS_AT_ONCE)):
             for row in rows:
+                if row["first"] > number:  # those before are gone: what follows would take their numbers
+                    return
                 batch = msgspec.msgpack.decode(row["body"], type=list[bytes])
                 for event in batch[max(0, number - row["first"]) :]:
                     yield event
@@ -170,10 +173,20 @@ async def _first_of(event: asyncio.Event, seconds: float) -> None:
         return
 
 
+def _pruning(_: Dialect) -> Executable:
+    """All events of a response that is over, when the newest of them is too old."""
+    before, later = bindparam("before_ms", type_=BigInteger), events.alias()
+    of_it = select(later.c.at_ms).where(later.c.response == events.c.response)
+    newest_ms = of_it.order_by(later.c.first.desc()).limit(1).scalar_subquery()
+    running = or_(responses.c.status == "queued", responses.c.status == "in_progress")
+    over = not_(exists().where(responses.c.id == events.c.response, running))
+    return delete(events).where(events.c.at_ms < before, newest_ms < before, over)
+
+
 _RESPONSE = bindparam("response", type_=Text)
 _ADD = insert(events)
 _REMOVE = Statement(delete(events).where(events.c.response == _RESPONSE))
-_PRUNE = Statement(delete(events).where(events.c.at_ms < bindparam("before_ms", type_=BigInteger)))
+_PRUNE = Statement(_pruning)
 _BATCHES = Statement(
     select(events.c.first, events.c.last, events.c.body)
     .where(events.c.response == _RESPONSE, events.c.last >= bindparam("number", type_=Integer))
