@@ -141,6 +141,7 @@ def _agents() -> dict[str, Query]:
             _flag("stream"),
             _flag("watch"),
         ),
+        "GET /v1/processes/{pid}/tree": _page(processes.LIST_MAX),
         "GET /v1/programs": _page(programs.LIST_MAX),
     }
 

@@ -74,8 +74,8 @@ class ProcessList(msgspec.Struct, kw_only=True):
     has_more: bool
 
 
-class Family(msgspec.Struct, kw_only=True):
-    """Parents before their children."""
+class Forks(msgspec.Struct, kw_only=True):
+    """Those that were made at once."""
 
     object: Literal["list"] = "list"
     data: list[ProcessTold]

@@ -6,6 +6,7 @@ the organisation look and send nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,10 +22,10 @@ from nimbos.api.exchange import event_stream, json_reply
 from nimbos.api.fields import class_of
 from nimbos.api.process_signals import BudgetBody, SignalBody, checked_body, checked_id, top_up_of
 from nimbos.api.process_telling import ProcessTeller
-from nimbos.api.process_wire import CostTold, Family, ProcessList, ProcessTold, SignalTold, VerifiedTold
+from nimbos.api.process_wire import CostTold, Forks, ProcessList, ProcessTold, SignalTold, VerifiedTold
 from nimbos.api.query import choice_of, limit_of, only
 from nimbos.errors import Forbidden
-from nimbos.kernel import SignalKind, State
+from nimbos.kernel import Head, SignalKind, State
 from nimbos.runtime import Runtime
 from nimbos.types import Account, AskClass, new_id
 
@@ -118,15 +119,7 @@ class ProcessRoutes:
             states=_OPEN if state == "open" else (State(state),) if state else (),
             prefix=query.get("prefix", ""),
         )
-        told = await self._teller.every(account, heads[:limit])
-        return json_reply(
-            ProcessList(
-                data=told,
-                first_id=told[0].id if told else None,
-                last_id=told[-1].id if told else None,
-                has_more=len(heads) > limit,
-            )
-        )
+        return json_reply(await self._page(account, heads, limit))
 
     async def retrieve(self, request: Request) -> Response:
         return json_reply(await self._now(account_of(request), request.path_params["pid"]))
@@ -178,7 +171,10 @@ class ProcessRoutes:
     async def tree(self, request: Request) -> Response:
         """Parents before children."""
         account, pid = account_of(request), request.path_params["pid"]
-        return json_reply(Family(data=await self._teller.every(account, await self._kernel.tree(account, pid))))
+        query = only(request, "after", "limit")
+        limit = limit_of(query, default=LIST_MAX, most=LIST_MAX)
+        heads = await self._kernel.tree(account, pid, after=query.get("after", ""), limit=limit + 1)
+        return json_reply(await self._page(account, heads, limit))
 
     async def cost(self, request: Request) -> Response:
         account, pid = account_of(request), request.path_params["pid"]
@@ -188,7 +184,7 @@ class ProcessRoutes:
         body = await self._body(request, ForkBody)
         account, pid = _changing(request), request.path_params["pid"]
         made = await self._kernel.fork(account, pid, at=body.at, n=body.n, key=body.key or "")
-        return json_reply(Family(data=[await self._now(account, fork) for fork in made]))
+        return json_reply(Forks(data=[await self._now(account, fork) for fork in made]))
 
     async def adopt(self, request: Request) -> Response:
         account, pid = _changing(request), request.path_params["pid"]
@@ -216,6 +212,16 @@ class ProcessRoutes:
 
     async def _now(self, account: Account, pid: str) -> ProcessTold:
         return await self._teller.one(account, await self._kernel.find(account, pid))
+
+    async def _page(self, account: Account, heads: Sequence[Head], limit: int) -> ProcessList:
+        """`heads`: one more than the page has, if there is one."""
+        told = await self._teller.every(account, heads[:limit])
+        return ProcessList(
+            data=told,
+            first_id=told[0].id if told else None,
+            last_id=told[-1].id if told else None,
+            has_more=len(heads) > limit,
+        )
 
     async def _body(self, request: Request, into: type[T]) -> T:
         content = await bodies.read(

@@ -82,11 +82,11 @@ def tree(pid: PID, json: Annotated[bool, typer.Option("--json", help=_JSON)] = F
 
     from nimbos import config
     from nimbos.cli.process_lines import amounts, safe, state_of
-    from nimbos.cli.remote import Remote, place
+    from nimbos.cli.remote import Remote
     from nimbos.cli.tables import show_document
 
     with Remote(config.load()) as remote:
-        found = remote.get(place(remote.find(pid), "tree"))["data"]
+        found = list(remote.tree(remote.find(pid)))
     if json:
         show_document({"object": "list", "data": found})
         return

@@ -102,14 +102,12 @@ class Remote:
         return [one["id"] for one in made["data"]]
 
     def processes(self, **query: str | int) -> Iterator[dict[str, Any]]:
-        """Newest first, page by page."""
-        after: dict[str, str] = {}
-        while True:
-            page = self.get("/v1/processes", limit=_PAGE, **query, **after)
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            after = {"after": page["last_id"]}
+        """Newest first."""
+        return self._pages("/v1/processes", **query)
+
+    def tree(self, pid: str) -> Iterator[dict[str, Any]]:
+        """It and all below it, parents before children."""
+        return self._pages(place(pid, "tree"))
 
     def find(self, given: str) -> str:
         """The id that this is, or begins. Raises: NotFound, Conflict."""
@@ -173,6 +171,15 @@ class Remote:
                 response.read()
                 _answer(response, passing=True)
             yield from _messages(response.iter_lines())
+
+    def _pages(self, path: str, **query: str | int) -> Iterator[dict[str, Any]]:
+        after: dict[str, str] = {}
+        while True:
+            page = self.get(path, limit=_PAGE, **query, **after)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = {"after": page["last_id"]}
 
     def _insist(self, send: Callable[[], T]) -> T:
         """Once more, when the answer was lost: only for what is one thing however often it is sent."""

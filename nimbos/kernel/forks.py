@@ -28,7 +28,7 @@ from nimbos.kernel.fork_points import last_answer, point
 from nimbos.kernel.holding import adopted
 from nimbos.kernel.log import Draft, Log
 from nimbos.kernel.mailbox import Mail, post, queue_of, wake
-from nimbos.kernel.processes import Head, NewHead, head_of, locked_head
+from nimbos.kernel.processes import Head, NewHead, locked_head
 from nimbos.kernel.releasing import MARK
 from nimbos.kernel.tools import Workspaces
 from nimbos.kernel.words import SignalKind, State
@@ -150,8 +150,7 @@ class Forks:
         posted: list[tuple[str, bool]] = []
         seen: set[str] = set()
         while True:
-            rows = yield heads.family(pid)
-            found = [head for head in map(head_of, rows) if head.pid not in seen]
+            found = [head for head in (yield from heads.whole_family(pid)) if head.pid not in seen]
             if not found:
                 return _Told(posted=tuple(posted))
             if found[0].pid == pid and found[0].forked_from is None:
@@ -222,7 +221,7 @@ class Forks:
     def _killing(self, pid: str, source: str) -> Transaction[_Told]:
         """Those that its exit does not cancel would withhold for ever what they do."""
         posted = []
-        for member in map(head_of, (yield heads.family(pid))):
+        for member in (yield from heads.whole_family(pid)):
             if member.pid != pid and not (member.detached and member.withheld and member.forked_from is None):
                 continue
             if (yield from locked_head(member.pid)).state is not State.DONE:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import ColumnClause, ColumnElement, Integer, Text, bindparam, literal_column, select
+from sqlalchemy import ColumnClause, ColumnElement, Integer, Text, and_, bindparam, literal_column, or_, select
 
-from nimbos.db import Bound, Statement
+from nimbos.db import Bound, Statement, Transaction
 from nimbos.db.tables.processes import processes
+from nimbos.kernel.processes import Head, head_of
 from nimbos.kernel.words import State
 
 _BEHIND_ALL = "proc_g"  # no id sorts behind it
 _BEHIND_DIGITS = "g"
-_FAMILY_MAX = 10_000
+FAMILY_PAGE = 1_000
 _OPEN = frozenset(State) - {State.DONE}
 
 _ID = bindparam("id", type_=Text)
@@ -39,9 +40,20 @@ def page(account: str, *, after: str, limit: int, states: tuple[State, ...], pre
     return _page(tuple(sorted(set(states))))(account=account, before=last, since=prefix, most=limit)
 
 
-def family(pid: str) -> Bound:
-    """The process and all below it, parents before children."""
-    return _FAMILY(id=pid, most=_FAMILY_MAX)
+def family(pid: str, *, after: Head | None = None, most: int | None = None) -> Bound:
+    """The process and all below it, parents before children: a page of them. `after`: the last of the page before."""
+    depth, last = (after.depth, after.pid) if after is not None else (-1, "")
+    return _FAMILY(id=pid, depth=depth, last=last, most=FAMILY_PAGE if most is None else most)
+
+
+def whole_family(pid: str) -> Transaction[list[Head]]:
+    """All of it, however large."""
+    found: list[Head] = []
+    while True:
+        rows = yield family(pid, after=found[-1] if found else None)
+        found += map(head_of, rows)
+        if len(rows) < FAMILY_PAGE:
+            return found
 
 
 @cache
@@ -70,9 +82,14 @@ def _descend() -> Statement:
     way = select(processes.c.id).where(processes.c.id == _ID).cte("way", recursive=True)
     below = processes.alias()
     way = way.union(select(below.c.id).join(way, below.c.parent == way.c.id))
+    depth = bindparam("depth", type_=Integer)
+    behind = or_(
+        processes.c.depth > depth,
+        and_(processes.c.depth == depth, processes.c.id > bindparam("last", type_=Text)),
+    )
     return Statement(
         select(processes)
-        .where(processes.c.id.in_(select(way.c.id)))
+        .where(processes.c.id.in_(select(way.c.id)), behind)
         .order_by(processes.c.depth, processes.c.id)
         .limit(bindparam("most", type_=Integer))
     )

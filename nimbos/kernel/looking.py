@@ -41,10 +41,20 @@ class Looking:
             raise missing(pid)
         return head_of(rows[0])
 
-    async def tree(self, account: Account, pid: str) -> list[Head]:
-        """The process and all below it, parents before children. Raises: NotFound."""
+    async def tree(self, account: Account, pid: str, *, after: str = "", limit: int | None = None) -> list[Head]:
+        """The process and all below it, parents before children. `after`: the last of the page before. `limit`: no more
+        than that; None: all of it. Raises: NotFound."""
         await self.find(account, pid)
-        return [head_of(row) for row in await self.database.read(heads.family(pid))]
+        last = await self.find(account, after) if after else None
+        found: list[Head] = []
+        while limit is None or len(found) < limit:
+            most = heads.FAMILY_PAGE if limit is None else min(heads.FAMILY_PAGE, limit - len(found))
+            page = heads.family(pid, after=found[-1] if found else last, most=most)
+            rows = await self.database.read(page)
+            found += map(head_of, rows)
+            if len(rows) < most:
+                break
+        return found
 
     async def cost(self, account: Account, pid: str) -> Cost:
         """Raises: NotFound."""

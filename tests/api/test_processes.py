@@ -385,6 +385,23 @@ def test_cost_and_tree_name_the_process(mine: Processes, plain: str) -> None:
     assert cost["used"] == cost["total"]
 
 
+def test_a_tree_is_told_in_pages(mine: Processes) -> None:
+    code = (
+        "from nimbos.adk import child, each\n\n\n@child\nasync def kid(n):\n    return n\n\n\n"
+        "async def main(input):\n    return await each(kid, [1, 2, 3, 4])\n"
+    )
+    pid = mine.spawn(mine.put({"nimbos.toml": 'name = "parent"\nentry = "main.py:main"\n', "main.py": code}))
+    assert mine.over(pid)["result"] == [1, 2, 3, 4]
+    whole = mine.get(f"processes/{pid}/tree").json()
+    ids = [one["id"] for one in whole["data"]]
+    assert (len(ids), ids[0], whole["has_more"]) == (5, pid, False)
+    first = mine.get(f"processes/{pid}/tree", limit=3).json()
+    rest = mine.get(f"processes/{pid}/tree", limit=2, after=first["last_id"]).json()
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+    assert first["data"] + rest["data"] == whole["data"]
+    assert error_of(mine.get(f"processes/{pid}/tree", limit=0), 400)["param"] == "limit"
+
+
 def test_forks_share_the_past_and_are_adopted_or_dropped(mine: Processes, curious: str) -> None:
     pid = mine.spawn(curious, "Ask me.")
     mine.until(pid, "asking")

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from nimbos.cli import remote
 from tests.batches.test_crash import Server
 from tests.cli.command import NIMBOS, called, environment, make_home, refused
 from tests.live import OWNER_SECRET, PATIENCE_S, write_script
@@ -177,6 +178,21 @@ def test_tree_and_cost_show_who_spent_what(home: Path, mine: Processes, done: st
     assert cost["total"]["calls"] == 1
     shown = shell(home, "cost", done)
     assert f"{cost['total']['output']:,}" in next(line for line in shown.splitlines() if line.startswith("total"))
+
+
+def test_a_tree_that_comes_in_pages_is_shown_whole(
+    home: Path, mine: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAGE", 2)
+    spawning = "[(await spawn(kid, number)).pid for number in range(4)]"
+    code = (
+        "from nimbos.adk import child, spawn\n\n\n@child\nasync def kid(n):\n    return n\n\n\n"
+        f"async def main(input):\n    return {spawning}\n"
+    )
+    pid = mine.spawn(mine.put({"nimbos.toml": 'name = "parent"\nentry = "main.py:main"\n', "main.py": code}))
+    children = mine.over(pid)["result"]
+    assert [one["id"] for one in document(home, "tree", pid)["data"]] == [pid, *sorted(children)]
+    assert shell(home, "tree", pid).count("proc_") == 5
 
 
 def test_pause_resume_and_kill(home: Path, mine: Processes, busy: str) -> None:

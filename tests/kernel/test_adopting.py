@@ -12,7 +12,7 @@ import pytest
 from nimbos.config import Settings
 from nimbos.db import Database
 from nimbos.errors import Conflict, NotFound
-from nimbos.kernel import Reason, SignalKind, State
+from nimbos.kernel import Reason, SignalKind, State, heads
 from nimbos.kernel.events import Note
 from nimbos.kernel.holding import Holding
 from nimbos.kernel.log import Draft
@@ -276,6 +276,35 @@ async def test_a_fork_that_is_dropped_leaves_no_child_that_goes_on_for_nobody(
         await at.place.kernel.drop(ACCOUNT, made)
         for one in (made, *children):
             assert (await at.place.over(one)).reason is Reason.KILLED
+
+
+@pytest.mark.parametrize("detached", [False, True])
+async def test_a_family_of_any_size_is_adopted_and_dropped_whole(
+    database: Database, database_settings: Settings, monkeypatch: pytest.MonkeyPatch, detached: bool
+) -> None:
+    monkeypatch.setattr(heads, "FAMILY_PAGE", 2)
+    count = 4 if detached else 5  # with the fork itself, pages that are full and one that is not
+    async with with_children(database, database_settings, wait_on, count=count, detached=detached) as (
+        at,
+        made,
+        children,
+    ):
+        kernel = at.place.kernel
+        for limit in (1, 2, 3, count + 1, count + 2):
+            pages, last = [], ""
+            while page := await kernel.tree(ACCOUNT, made, after=last, limit=limit):
+                assert len(page) <= limit
+                pages += [head.pid for head in page]
+                last = pages[-1]
+            assert pages == [made, *children]
+        with pytest.raises(NotFound):
+            await kernel.tree(ACCOUNT, made, after="proc_none")
+        if detached:
+            await kernel.drop(ACCOUNT, made)
+            assert [(await at.place.over(one)).reason for one in children] == [Reason.KILLED] * count
+        else:
+            await kernel.adopt(ACCOUNT, made)
+            assert not any([(await at.place.head(one)).withheld for one in (made, *children)])
 
 
 async def wait_on(holding: Holding) -> None:
