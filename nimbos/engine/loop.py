@@ -245,9 +245,10 @@ class Loop:
             if self._share and self._follows(job):
                 self._changed = True  # somebody behind it may be looked at
                 continue
-            if not self._finds_place(job):
+            leaving = self._in_the_way(job)
+            if leaving is None:
                 continue  # the limit is on its account's rows; another account may have a place
-            if not self._make_live(job):
+            if not self._make_live(job, leaving):
                 short_of_cells = min(short_of_cells, RANK[job.ask_class])
                 continue
             self._changed = True
@@ -279,26 +280,31 @@ class Loop:
     def _root(self, job: Job) -> str:
         return job.account if self._share else f"{job.account}\0{job.number}"
 
-    def _finds_place(self, job: Job) -> bool:
-        """Those that are parked take no place, except of a sequence."""
-        while not may_live(job, working := [j for j in self._live if not j.parked], self.costs, self.rules):
+    def _in_the_way(self, job: Job) -> list[Job] | None:
+        """Those that must leave for it to have a place; None when there would be none. Those that are parked take no
+        place, except of a sequence."""
+        working, parked = [j for j in self._live if not j.parked], [j for j in self._live if j.parked]
+        leaving: list[Job] = []
+        if not may_live(job, working, self.costs, self.rules):
             loser = victim(working, job) if len(working) >= self.rules.live_jobs else None
             if loser is None:
-                return False
-            others = [other for other in working if other is not loser]
-            if not may_live(job, others, self.costs, self.rules):
-                return False  # its place would help nobody
-            self._preempt(loser)
-        while len(self._live) >= self.rules.live_jobs:
-            self._preempt(next(j for j in self._live if j.parked))
-        return True
+                return None
+            working.remove(loser)
+            if not may_live(job, working, self.costs, self.rules):
+                return None  # its place would help nobody
+            leaving.append(loser)
+        too_many = len(working) + len(parked) + 1 - self.rules.live_jobs
+        return [*leaving, *parked[: max(0, too_many)]]
 
-    def _make_live(self, job: Job) -> bool:
-        """False when there are not enough cells for it, now."""
+    def _make_live(self, job: Job, leaving: list[Job]) -> bool:
+        """False when there are not enough cells for it, now. `leaving`: from `_in_the_way`."""
         match = self._match(job)
         kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
         if not self._has_room(job, match, kept):
             return False  # though all others gave way to it, and nobody does for nothing
+        for loser in leaving:
+            self._preempt(loser)
+            match = self._match(job)
         while not self._has_room(job, match, self._live):
             loser = victim(self._live, job)
             if loser is None:

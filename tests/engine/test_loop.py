@@ -71,8 +71,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
     model.close()
 
 
-def test_nobody_gives_way_to_an_ask_that_still_would_not_fit(place: Place) -> None:
-    """What an account leaves to others is not enough for another ask of its own, whoever of a lower class stops."""
+@pytest.mark.parametrize("places", [64, 2])
+def test_nobody_gives_way_to_an_ask_that_still_would_not_fit(place: Place, places: int) -> None:
+    """What an account leaves to others is not enough for another ask of its own, whoever of a lower class stops; also
+    when one would have to stop for its place alone."""
+    place.loop.rules = Rules(max_rows=256, live_jobs=places)
     first = place.submit("a", AskClass.INTERACTIVE, range(7, 207), 150)
     batch = place.submit("b", AskClass.BATCH, range(30, 90), 20)
     place.steps(5)
