@@ -302,8 +302,8 @@ class Loop:
         kept = [j for j in self._live if not j.parked and RANK[j.ask_class] <= RANK[job.ask_class]]
         if not self._has_room(job, match, kept):
             return False  # though all others gave way to it, and nobody does for nothing
-        for loser in leaving:
-            self._preempt(loser)
+        for other in leaving:
+            self._preempt(other)
             match = self._match(job)
         while not self._has_room(job, match, self._live):
             loser = victim(self._live, job)
