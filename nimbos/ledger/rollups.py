@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import bindparam, literal_column, select, update
+from sqlalchemy import ColumnElement, Executable, TextClause, bindparam, column, literal_column, select, text, update
 
-from nimbos.db import Database, ManyRows, Row, Statement, Transaction, Value, upsert
+from nimbos.db import Database, Dialect, ManyRows, Row, Statement, Transaction, Value, upsert
 from nimbos.db.tables.ledger import usage_days, usage_hours, usage_months
 from nimbos.ledger.periods import DAY_MS, HOUR_MS, start_ms
 
@@ -24,13 +25,28 @@ _ADD_HOUR = ManyRows(usage_hours, key=("hour_ms", *_KEY), add=_SUMS)
 _ADD_DAY = upsert(usage_days, key=("day_ms", *_KEY), add=_SUMS)
 _ADD_MONTH = upsert(usage_months, key=("month_ms", *_KEY), add=_SUMS)
 _PRIMARY = tuple(usage_hours.primary_key.columns)
-_UNFOLDED = Statement(
-    select(usage_hours)
-    .where(literal_column("quantity <> folded_quantity"))  # as the partial index has it
-    .order_by(*_PRIMARY)
-    .limit(_AT_ONCE)
-    .with_for_update()
-)
+UNFOLDED: ColumnElement[Any] = literal_column("quantity <> folded_quantity")  # as the partial index has it
+
+
+def unfolded_hours(dialect: Dialect) -> TextClause:
+    """The hours, to select from those that are `UNFOLDED`. SQLite takes the index of those few only when it is told to:
+    it would read every hour there ever was."""
+    return text("usage_hours INDEXED BY ix_usage_hours_unfolded" if dialect == "sqlite" else "usage_hours")
+
+
+def _unfolded(dialect: Dialect) -> Executable:
+    columns: list[ColumnElement[Any]] = [column(one.name) for one in usage_hours.columns]
+    return (
+        select(*columns)
+        .select_from(unfolded_hours(dialect))
+        .where(UNFOLDED)
+        .order_by(*(column(one.name) for one in _PRIMARY))
+        .limit(_AT_ONCE)
+        .with_for_update()
+    )
+
+
+_UNFOLDED = Statement(_unfolded)
 _FOLDED = Statement(
     update(usage_hours)
     .where(*(column == bindparam(f"the_{column.name}") for column in _PRIMARY))

@@ -5,16 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, Executable, and_, bindparam, delete, func, literal_column, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    Select,
+    bindparam,
+    column,
+    delete,
+    func,
+    literal_column,
+    select,
+    text,
+    update,
+)
 
 from nimbos.db import Dialect, Statement, Transaction, insert
-from nimbos.db.tables.ledger import budgets, usage_days, usage_hours
+from nimbos.db.tables.ledger import budgets, usage_days
 from nimbos.errors import InvalidRequest, NotFound
 from nimbos.ledger import alerts, periods
 from nimbos.ledger.budgets import COST, TOKENS, Budget, budget_of
 from nimbos.ledger.owners import DEPTHS, OWNER_KINDS
 from nimbos.ledger.prices import PRICED
+from nimbos.ledger.rollups import UNFOLDED, unfolded_hours
 from nimbos.types import new_id
 
 LIMIT_MAX = 10**15
@@ -156,20 +171,20 @@ def _sum_of(owner_kind: str, meter: str) -> Statement:
     brought up to date meanwhile."""
     name = "cost_micros" if meter == COST else "quantity"
     counted = ("asks",) if meter == COST else PRICED
-    meters: list[ColumnElement[str]] = [literal_column(f"'{one}'") for one in counted]
-    days, hours = usage_days.c, usage_hours.c
-    of_days = [days.day_ms >= bindparam("since_ms"), days.meter.in_(meters)]
-    of_hours = [
-        literal_column("quantity <> folded_quantity"),  # as the partial index has it
-        hours.hour_ms >= bindparam("since_ms"),
-        hours.meter.in_(meters),
-    ]
+    of_owner: list[ColumnElement[bool]] = [column("meter").in_([literal_column(f"'{one}'") for one in counted])]
     if owner_kind != "organisation":  # there is one
-        of_days.append(days[owner_kind] == bindparam("owner"))
-        of_hours.append(hours[owner_kind] == bindparam("owner"))
-    folded = select(func.sum(days[name])).where(and_(*of_days)).scalar_subquery()
-    rest = select(func.sum(hours[name] - hours[f"folded_{name}"])).where(and_(*of_hours)).scalar_subquery()
-    return Statement(select((func.coalesce(folded, 0) + func.coalesce(rest, 0)).label("used")))
+        of_owner.append(column(owner_kind) == bindparam("owner"))
+    since_ms = bindparam("since_ms", type_=BigInteger)
+    of_days, of_hours = column("day_ms") >= since_ms, column("hour_ms") >= since_ms
+    days: Select[Any] = select(func.sum(column(name))).select_from(usage_days).where(of_days, *of_owner)
+    rest: Select[Any] = select(func.sum(column(name) - column(f"folded_{name}"))).where(of_hours, *of_owner)
+
+    def build(dialect: Dialect) -> Executable:
+        hours = rest.select_from(unfolded_hours(dialect)).where(UNFOLDED)
+        sums = [func.coalesce(part.scalar_subquery(), 0) for part in (days, hours)]
+        return select((sums[0] + sums[1]).label("used"))
+
+    return Statement(build)
 
 
 def _used_already(owner_kind: str, owner_id: str, *, meter: str, period: str, now_ms: int) -> Transaction[int]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from nimbos.db import Database
+from nimbos.db import Bound, Database
 from nimbos.errors import InvalidRequest
 from nimbos.ledger import Price, Span, Used, export_asks, set_prices, usage, usage_buckets
 from nimbos.ledger import ledger as module
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
 from nimbos.ledger.reports import FILTER_VALUES_MAX
+from nimbos.ledger.rollups import fold
 from nimbos.ledger.sums import Part, Source, sums
 from nimbos.types import Account, AskClass, Usage
 from tests.databases import sqlite_template
@@ -152,9 +153,18 @@ async def test_pages_of_a_report_are_the_report(database: Database, history: lis
 
 def plan_of(source: Source, **filters: list[str]) -> list[str]:
     part = Part(source=source, since_ms=0, until_ms=2**62)
-    text, values = sums([part], groups=("model",), filters=filters, limit=1).prepared("sqlite")
+    return explained(sums([part], groups=("model",), filters=filters, limit=1))
+
+
+def explained(asked: Bound) -> list[str]:
+    text, values = asked.prepared("sqlite")
     with closing(sqlite3.connect(sqlite_template())) as connection:
         return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+
+
+def test_hours_that_the_days_have_are_not_read_again() -> None:
+    first = next(fold())
+    assert "SCAN usage_hours USING INDEX ix_usage_hours_unfolded" in explained(first)
 
 
 def test_what_others_used_is_not_read() -> None:
