@@ -63,6 +63,7 @@ class Desk:
         def begin() -> Transaction[Batch]:
             if not (yield from self._files.lock(account.id, input_file)):
                 raise missing(input_file)
+            yield from self._files.lock_all(account.id)
             (row,) = yield rows.OPEN(project=account.id)
             if row["open"] >= self._settings.open_batches:
                 raise Overloaded(

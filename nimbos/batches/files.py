@@ -119,6 +119,10 @@ class Files:
         rows = yield _FIND(project=project, id=file_id)
         return bool(rows)
 
+    def lock_all(self, project: str) -> Transaction[None]:
+        """Until the transaction ends, no other counts what this project has."""
+        yield _LOCK_TOTAL(project=project)
+
     def _delete(self, project: str, file_id: str) -> Transaction[str]:
         rows = yield _FIND(project=project, id=file_id)
         if not rows:
@@ -179,6 +183,9 @@ def _page(*, newest_first: bool) -> Statement:
 _ADD = insert(files)
 _COUNT = upsert(file_totals, key=("project",), add=("size_bytes", "files"))
 _TOTAL = Statement(select(file_totals).where(file_totals.c.project == bindparam("project", type_=Text)))
+_LOCK_TOTAL = Statement(
+    select(file_totals.c.project).where(file_totals.c.project == bindparam("project", type_=Text)).with_for_update()
+)
 _GET = Statement(select(files).where(_is("project"), _is("id"), _in_time()))
 _FIND = Statement(select(files).where(_is("project"), _is("id")).with_for_update())
 _SIZE = Statement(select(files.c.size_bytes).where(_is("id")))

@@ -79,7 +79,8 @@ class Running:
         batch_id, number = batch_of_lines(claim.kind), int(claim.ref)
         found = await self._database.read(rows.GET(id=batch_id))
         lines = await self._database.read(rows.GET_LINE(batch=batch_id, number=number))
-        if not found or not lines or lines[0]["state"] != "waiting":
+        begun = found and found[0]["state"] == State.IN_PROGRESS  # else it was cancelled since the line was claimed
+        if not begun or not lines or lines[0]["state"] != "waiting":
             await self._database.run(lambda: self._work.finish(claim))
             return
         batch = batch_of(found[0])

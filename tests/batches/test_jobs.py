@@ -470,6 +470,54 @@ async def test_a_project_has_no_more_open_batches_than_it_may(shops: Callable[..
     await shop.over(await shop.submit([line("a")]))
 
 
+async def test_batches_that_are_made_at_once_are_no_more_than_there_may_be(
+    database: Database, shops: Callable[..., Shop]
+) -> None:
+    """Each sees the others, whichever server they come to."""
+    made = [shops(open_batches=2) for _ in range(2)]
+
+    async def content() -> AsyncIterator[bytes]:
+        yield line("a")
+
+    files = [
+        await made[0].batches.files.keep(
+            ALICE, await made[0].batches.files.receive(content()), filename="a.jsonl", purpose="batch"
+        )
+        for _ in range(8)
+    ]
+    told = await asyncio.gather(
+        *(
+            made[number % 2].batches.desk.create(
+                ALICE, dialect="openai", endpoint=ENDPOINT, input_file=file.id, completion_window="24h", window_s=86_400
+            )
+            for number, file in enumerate(files)
+        ),
+        return_exceptions=True,
+    )
+    assert sorted(type(one).__name__ for one in told) == ["Batch"] * 2 + ["Overloaded"] * 6
+
+
+async def test_a_line_that_was_only_claimed_when_its_batch_was_cancelled_is_not_begun(
+    shops: Callable[..., Shop],
+) -> None:
+    shop = shops()
+    batches = shop.batches
+    batches.serve([shop.echo.endpoint()])
+    batches._jobs.start()
+    batch = await shop.submit([line("a"), line("b")])
+    await shop.until(batch, lambda found: found.state is State.IN_PROGRESS)
+    claims = await shop.database.run(lambda: batches._claim_lines(2))
+    assert len(claims) == 2
+    await batches.desk.cancel(batch.project, batch.id, dialect="openai")
+    batches.wake()
+    for claim in claims:
+        await batches._running.run(claim)
+    over = await shop.over(batch)
+    assert (over.state, over.completed, over.failed) == (State.CANCELLED, 0, 2)
+    assert shop.echo.asked == []
+    assert [row["error"]["code"] for row in await shop.rows(over.error_file)] == ["batch_cancelled"] * 2
+
+
 async def test_windows_end_while_what_lapsed_is_being_removed(
     shops: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
