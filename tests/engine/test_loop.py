@@ -13,7 +13,7 @@ from nimbos.engine import llama
 from nimbos.engine.calibrate import StepTime
 from nimbos.engine.llama import Library
 from nimbos.engine.loop import Loop
-from nimbos.engine.model import Model, ModelOptions
+from nimbos.engine.model import Model, ModelOptions, Rows
 from nimbos.engine.protocol import FromEngine, Produced, Submit
 from nimbos.engine.scheduler import Rules
 from nimbos.types import Ask, AskClass, Final, Sampling, new_id
@@ -139,6 +139,40 @@ def test_a_pin_whose_time_is_over_costs_nobody_a_cell(place: Place, monkeypatch:
     place.steps()
     assert sorted(place.ended[1:]) == sorted(long)
     assert (place.loop.tree.pinned_cells, place.loop.counters.preemptions) == (0, 0)
+
+
+def test_no_ask_keeps_cells_for_longer_than_an_hour(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("nimbos.engine.loop._now_ms", lambda: now)
+    place.submit("p", AskClass.INTERACTIVE, range(7, 207), 1, pin_s=1e9)
+    place.steps()
+    now += 3_599_000.0
+    place.steps()
+    assert place.loop.tree.pinned_cells == 200
+    now += 2_000.0
+    place.steps()
+    assert place.loop.tree.pinned_cells == 0
+
+
+def test_a_prompt_that_was_whole_when_its_step_was_stopped_still_gets_its_answer(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last token is computed again: there are no logits of a step that was stopped."""
+    decode = place.loop.model.decode
+    stopped: list[int] = []
+
+    def stop_once(rows: Sequence[Rows]) -> int:
+        if stopped or len(rows) < 2:
+            return decode(rows)
+        stopped.append(len(rows))
+        decode(rows[:1])
+        return llama.ABORTED
+
+    monkeypatch.setattr(place.loop.model, "decode", stop_once)
+    asks = [place.submit(account, AskClass.BATCH, range(7, 47), 4) for account in ("a", "b")]
+    place.steps()
+    assert stopped == [2]
+    assert sorted(place.ended) == sorted(asks)
 
 
 @pytest.mark.parametrize(
