@@ -62,6 +62,13 @@ def naive_cut(values: np.ndarray, sampling: Sampling) -> set[int]:
     return set(order)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5])
+def test_top_k_keeps_so_many_and_of_fewer_all(top_k: int) -> None:
+    values = np.array([0.0, 3.0, 1.0, 2.0], dtype=np.float32)
+    kept = cut(values, Sampling(top_k=top_k))
+    assert (list(range(4)) if kept is None else kept.tolist()) == sorted([1, 3, 2, 0][:top_k])
+
+
 @given(st.integers(0, 2**32), st.sampled_from(SIZES), st.integers(1, 3000), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_largest_equals_a_full_sort(seed: int, size: int, count: int, ties: bool, masked: bool) -> None:
