@@ -156,15 +156,16 @@ class Process:
                 return (await self.now())["result"]
         raise AssertionError("a stream ends with `end`")
 
-    async def signal(self, signal: str, body: Any = None, *, about: str = "") -> dict[str, Any]:
-        """`answer`, `message`, `top_up`, `pause`, `resume`, `cancel`, `kill`, `adopt`; the process then."""
-        sent = {"signal": signal, "id": new_id("sig"), "body": body, "about": about or None}
+    async def signal(self, signal: str, body: Any = None, *, about: str = "", id: str = "") -> dict[str, Any]:
+        """`answer`, `message`, `top_up`, `pause`, `resume`, `cancel`, `kill`; the process then. `id`: with the same one
+        it is the same signal, however often it is sent."""
+        sent = {"signal": signal, "id": id or new_id("sig"), "body": body, "about": about or None}
         told: dict[str, Any] = (await self.client.send("POST", self._place("signals"), json=sent))["process"]
         return told
 
-    async def answer(self, body: Any, *, about: str = "") -> dict[str, Any]:
-        """To what it asks; `about` where it asks several things."""
-        return await self.signal("answer", body, about=about)
+    async def answer(self, body: Any, *, about: str = "", id: str = "") -> dict[str, Any]:
+        """To what it asks; `about` where it asks several things. `id`: as of any signal."""
+        return await self.signal("answer", body, about=about, id=id)
 
     async def fork(self, *, at: int | None = None, n: int = 1, key: str = "") -> list[Process]:
         """What if: `n` processes that share its past, to event `at` or all of it. `key`: the same one never makes

@@ -92,7 +92,7 @@ class Remote:
 
     def signal_once(self, pid: str, signal: str, **fields: Any) -> dict[str, Any]:
         """The same, also to the next server if this one went away: under one id it is one signal."""
-        fields["id"] = new_id("sig")
+        fields["id"] = fields.get("id") or new_id("sig")
         return self._insist(lambda: self.signal(pid, signal, **fields))
 
     def fork(self, pid: str, *, at: int | None, n: int) -> list[str]:

@@ -52,7 +52,7 @@ def send(
         raise InvalidRequest("The message is empty.")
     with Remote(config.load()) as remote:
         whole = remote.find(pid)
-        remote.signal(whole, "message", body=value_of(message), id=id)
+        remote.signal_once(whole, "message", body=value_of(message), id=id)
     typer.echo(f"{whole} has your message.")
 
 
@@ -93,7 +93,7 @@ def answer(
     with Remote(config.load()) as remote:
         whole = remote.find(pid)
         fields = {"signal": "top_up", "body": more} if more else _answer(remote, whole, words, about, why, result)
-        remote.signal(whole, **fields)
+        remote.signal_once(whole, **fields)
     typer.echo(f"{whole} has {'more to spend' if more else 'its answer'}.")
 
 

@@ -70,6 +70,35 @@ async def test_what_a_process_asks_is_answered_and_forks_are_made(live: Live) ->
         assert caught.value.code == "killed"
 
 
+async def test_best_of_n_over_forks_is_one_line(live: Live, hello: Program) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        process = await nimbos.run(hello, "Please count.", model="demo")
+        await process.result()
+        best = max([await fork.result() for fork in await process.fork(n=3, key="best")], key=len)
+        assert best == "one two three four five"
+        forks = await process.fork(n=3, key="best")
+        assert len({fork.pid for fork in forks}) == 3
+        for fork in forks:
+            seen = [one async for one in fork.events() if one.kind == "model.intent"]
+            assert [one.data["pid"] for one in seen] == [fork.pid], "each has said it anew"
+
+
+async def test_the_same_signal_is_given_once(live: Live) -> None:
+    async with Client(live.url, OWNER_SECRET) as nimbos:
+        process = await nimbos.run(Program("curious", entry=curious), model="demo", budget={"tokens": 50})
+        async with aclosing(process.events()) as events:
+            async for one in events:
+                if one.kind == "proc.state" and one.data["body"]["to"] == "asking":
+                    break
+        for _ in range(2):
+            await process.signal("top_up", {"tokens": 7}, id="once")
+        cost = await nimbos.send("GET", f"/v1/processes/{process.pid}/cost")
+        assert {one["meter"]: one["limit"] for one in cost["budgets"]}["tokens"] == 57
+        for _ in range(2):
+            await process.answer("Well.", id="mine")
+        assert await process.result() == "Well."
+
+
 async def test_what_the_server_refuses_is_told(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Client(live.url, OWNER_SECRET) as nimbos:
         with pytest.raises(Refused) as caught:

@@ -300,6 +300,20 @@ def test_a_fork_whose_answer_was_lost_is_made_once(tmp_path: Path, mine: Process
     assert sorted(printed) == sorted(children)
 
 
+def test_a_top_up_whose_answer_was_lost_is_given_once(tmp_path: Path, mine: Processes) -> None:
+    elsewhere = make_home(tmp_path)
+    pid = mine.spawn("plain", "Count slowly.", budget={"tokens": 12})
+    mine.until(pid, "asking")
+    with losing_the_first_answer(mine) as (url, asked):
+        (elsewhere / "run").mkdir(mode=0o700)
+        (elsewhere / "run" / "server.json").write_text(json.dumps({"pid": 1, "url": url}))
+        assert "more to spend" in shell(elsewhere, "answer", pid, "--tokens", "5000")
+    assert (len(asked), asked[0]) == (2, asked[1])
+    limits = {one["meter"]: one["limit"] for one in mine.get(f"processes/{pid}/cost").json()["budgets"]}
+    assert limits["tokens"] == 5012
+    assert mine.over(pid)["reason"] == "ok"
+
+
 @contextmanager
 def losing_the_first_answer(mine: Processes) -> Iterator[tuple[str, list[bytes]]]:
     """Its address, and what it was asked: it hands that on, and nobody hears the first answer."""
