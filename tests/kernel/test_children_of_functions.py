@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from nimbos.adk.steps import CHILD_KEY
 from nimbos.config import Settings
 from nimbos.db import Database
-from nimbos.kernel import segments
+from nimbos.kernel import SignalKind, State, segments
+from nimbos.kernel.segments import canonical
+from nimbos.kernel.steps import Occurrences
 from nimbos.ledger import Allowance
-from tests.kernel.minds import calling, minds
+from nimbos.toolwire import Step
+from tests.kernel.minds import ACCOUNT, calling, minds
 from tests.kernel.test_durable import SCRIPT, function, start
+
+GIVEN = {"input": {CHILD_KEY: "kid", "input": 7}}  # to a step that spawns it
 
 
 async def test_each_has_no_more_children_at_a_time_than_its_program_may(
@@ -25,6 +31,23 @@ async def square(n):
         pid = await start(place, body, also=also, manifest="[limits]\nchildren = 2\n", input=[1, 2, 3, 1, 2])
         assert await place.result(pid) == [1, 4, 9, 1, 4]
         assert len((await place.view(pid)).children) == 5
+
+
+async def test_a_start_with_any_key_does_not_stand_in_the_way_of_a_child(
+    database: Database, database_settings: Settings
+) -> None:
+    body = "await receive()\nreturn await (await spawn(kid, 7)).result()"
+    async with minds(database, database_settings, SCRIPT) as place:
+        pid = await start(place, body, also="@child\nasync def kid(n):\n    return n\n")
+        await place.until(pid, State.WAITING)
+        asked = Occurrences().read(Step(number=1, verb="spawn", name="spawn", arguments=canonical(GIVEN)))
+        program = (await place.head(pid)).program
+        for key in (f"{pid}/{asked.call_id}", f"spawn {pid} {asked.call_id}"):
+            await place.kernel.spawn(ACCOUNT, program, None, model="demo", key=key)
+        await place.send(pid, SignalKind.MESSAGE, body="go")
+        assert await place.result(pid) == 7
+        (child,) = (await place.view(pid)).children
+        assert (await place.head(child)).key.endswith(asked.call_id), "the key that was guessed is the child's"
 
 
 async def test_where_there_may_be_no_children_each_says_so(database: Database, database_settings: Settings) -> None:

@@ -75,7 +75,7 @@ class Spawning:
             ask_class=view.ask_class,
             parent=view.pid,
             detached=bool(arguments.get("detached", False)),
-            key=f"{view.pid}/{call_id}",
+            key=f"spawn\n{view.pid}\n{call_id}",  # with a line break, as no key has that comes from outside
             actor=f"process:{view.pid}",
             depth_most=await self._depth_most(holding),
             children_most=manifest.limits.children,
