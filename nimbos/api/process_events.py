@@ -29,7 +29,7 @@ from nimbos.kernel import Delta, Event, Kernel, Replayed
 from nimbos.types import Account
 
 TEXT_BYTES_MAX = 64 * 1024  # of a segment that is told with its event
-
+PAGE_TEXT_BYTES = 4 << 20  # of all in a page, which ends behind the event that reaches it
 SEQ_DIGITS_MAX = 15
 _ORIGINS = ("external", "tool", "user")
 _SECRECIES = ("public", "private", "credential")
@@ -87,9 +87,13 @@ class EventTeller:
         events = await self._kernel.events(account, pid, after=after, limit=limit + 1)
         named = (hash for event in events for hash in _named(event.kind, msgspec.json.decode(event.body)))
         await self._kernel.segments.look_up(account.id, named)
-        return EventList(
-            data=[await self.told(account, event) for event in events[:limit]], has_more=len(events) > limit
-        )
+        data, left = list[EventTold](), PAGE_TEXT_BYTES
+        for event in events[:limit]:
+            if left <= 0:
+                break
+            data.append(await self.told(account, event))
+            left -= sum(len(bytes(text)) for text in data[-1].texts.values())
+        return EventList(data=data, has_more=len(events) > len(data))
 
     async def stream(
         self, account: Account, pid: str, *, after: int, watch: bool, ended: Callable[[], Awaitable[ProcessTold]]

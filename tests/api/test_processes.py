@@ -14,6 +14,7 @@ from sqlalchemy import Text, bindparam, update
 
 from nimbos.accounts import Accounts, Role, people
 from nimbos.accounts.words import DEFAULT_PROJECT, LOCAL, Grant
+from nimbos.api import process_events as told_events
 from nimbos.config import Settings
 from nimbos.db import Database, Statement, Transaction
 from nimbos.db.tables.kernel import process_events
@@ -185,6 +186,24 @@ def test_pages_of_events_are_the_same_as_the_stream(mine: Processes, plain: str)
         paged += page["data"]
         after, more = page["data"][-1]["seq"], page["has_more"]
     assert paged == streamed
+
+
+def test_a_page_of_events_is_as_long_as_its_texts_allow(
+    mine: Processes, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = mine.spawn(plain, "x" * 1_000)
+    mine.over(pid)
+    streamed = [one.data for one in mine.stream(pid) if one.id]
+    monkeypatch.setattr(told_events, "PAGE_TEXT_BYTES", 500)
+    after, paged, sizes, more = 0, [], list[int](), True
+    while more:
+        page = mine.get(f"processes/{pid}/events", stream="false", limit=500, after=after).json()
+        paged += page["data"]
+        sizes.append(len(page["data"]))
+        after, more = page["data"][-1]["seq"], page["has_more"]
+    assert paged == streamed
+    assert sizes[0] == 1, "what it was given is more than a page holds"
+    assert len(sizes) < len(streamed)
 
 
 def test_a_segment_that_an_event_names_can_be_fetched(mine: Processes, others: Processes, plain: str) -> None:
