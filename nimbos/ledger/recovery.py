@@ -21,6 +21,7 @@ from nimbos.db import Database, Row, Statement, Transaction, upsert
 from nimbos.db.tables.ledger import asks, servers
 from nimbos.errors import NimbosError
 from nimbos.ledger.ledger import Ledger
+from nimbos.ledger.rollups import keep_folding
 from nimbos.ledger.rows import Settlement
 from nimbos.meterfile import is_dead, leftovers
 from nimbos.types import Usage, new_id
@@ -87,11 +88,12 @@ class Recovery:
         return [server for server in others if is_dead(self._run_dir / f"{server}.bin")]
 
     def start(self) -> None:
-        """Says from now on that this server lives. With SQLite nobody else asks; a copy of such a file in another home
-        brings along servers that are not of it."""
+        """Says from now on that this server lives, and adds up what was used. With SQLite nobody else asks; a copy of
+        such a file in another home brings along servers that are not of it."""
         if self._database.dialect == "postgresql":
             self._tasks.append(asyncio.create_task(self._keep_beating(), name="ledger heartbeat"))
         self._tasks.append(asyncio.create_task(self._keep_tidying(), name="ledger servers"))
+        self._tasks.append(asyncio.create_task(keep_folding(self._database), name="ledger sums"))
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -1,5 +1,5 @@
 """Sums by hour, kept in the transaction that settles an ask, and by day and month, added up from them when somebody
-reads. `reports.py` reads them.
+reads, and from time to time before: who reads after a month must not wait for that month. `reports.py` reads them.
 
 An hour's row remembers how much of it the days and months have, so what is settled late, or by a server whose clock is
 wrong, comes into them as well, once.
@@ -7,20 +7,24 @@ wrong, comes into them as well, once.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 from sqlalchemy import ColumnElement, Executable, TextClause, bindparam, column, literal_column, select, text, update
 
 from nimbos.db import Database, Dialect, ManyRows, Row, Statement, Transaction, Value, upsert
 from nimbos.db.tables.ledger import usage_days, usage_hours, usage_months
+from nimbos.errors import NimbosError
 from nimbos.ledger.periods import DAY_MS, HOUR_MS, start_ms
 
 ASKS = "asks"
 _KEY = ("project", "key", "model", "class", "process", "meter")
 _SUMS = ("quantity", "cost_micros")
-_AT_ONCE = 2_000
+_AT_ONCE = 200  # asks are settled in between
+FOLD_S = 600.0
 _ADD_HOUR = ManyRows(usage_hours, key=("hour_ms", *_KEY), add=_SUMS)
 _ADD_DAY = upsert(usage_days, key=("day_ms", *_KEY), add=_SUMS)
 _ADD_MONTH = upsert(usage_months, key=("month_ms", *_KEY), add=_SUMS)
@@ -53,6 +57,8 @@ _FOLDED = Statement(
     .values(folded_quantity=bindparam("in_quantity"), folded_cost_micros=bindparam("in_cost_micros"))
 )
 
+_log = structlog.get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
@@ -84,6 +90,16 @@ def add(line: Line, quantities: dict[str, int], *, cost_micros: int, ended_ms: i
         for meter, quantity in sorted({**quantities, ASKS: 1}.items())
     ]
     yield _ADD_HOUR(rows)
+
+
+async def keep_folding(database: Database) -> None:
+    """Until it is cancelled."""
+    while True:
+        await asyncio.sleep(FOLD_S)
+        try:
+            await fold_all(database)
+        except NimbosError as error:
+            _log.warning("ledger.sums_not_added_up", code=error.code)
 
 
 async def fold_all(database: Database) -> None:

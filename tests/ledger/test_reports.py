@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -9,13 +10,14 @@ import random
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nimbos.db import Bound, Database
 from nimbos.errors import InvalidRequest
-from nimbos.ledger import Price, Span, Used, export_asks, set_prices, usage, usage_buckets
+from nimbos.ledger import Price, Recovery, Span, Used, export_asks, rollups, set_prices, usage, usage_buckets
 from nimbos.ledger import ledger as module
 from nimbos.ledger.periods import DAY_MS, HOUR_MS
 from nimbos.ledger.reports import FILTER_VALUES_MAX
@@ -24,6 +26,7 @@ from nimbos.ledger.sums import Part, Source, sums
 from nimbos.types import Account, AskClass, Usage
 from tests.databases import sqlite_template
 from tests.ledger.books import ASKS, DAYS, HOURS, METERS, MONTHS, Books, an_ask
+from tests.live import PATIENCE_S
 
 BEGIN_MS = int(datetime(2026, 3, 30, 21, 30, tzinfo=UTC).timestamp() * 1000)
 MODELS = ("demo",)
@@ -134,6 +137,21 @@ async def test_what_one_project_or_process_used_is_what_its_asks_say(
             for by in ("model", "day"):
                 report = (await usage(database, by=by, span=span)).body()
                 assert {row.pop(by): row for row in report["rows"]} == expected(inside, by), (filters, since, until)
+
+
+async def test_days_and_months_are_added_up_when_nobody_reads(
+    database: Database, history: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollups, "FOLD_S", 0.01)
+    books = Books(database)
+    recovery = Recovery(database=database, ledger=books.ledger, run_dir=tmp_path)
+    recovery.start()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while sum(row["quantity"] for row in await books.rows(MONTHS) if row["meter"] == "asks") < len(history):
+                await asyncio.sleep(0.01)
+    finally:
+        await recovery.close()
 
 
 async def test_pages_of_a_report_are_the_report(database: Database, history: list[dict[str, Any]]) -> None:
