@@ -19,7 +19,8 @@ from nimbos.engine.llama import Library
 from nimbos.engine.loop import Loop
 from nimbos.engine.model import Model, ModelOptions, Rows
 from nimbos.engine.protocol import FromEngine, Produced, Submit
-from nimbos.engine.scheduler import Rules
+from nimbos.engine.scheduler import Job, Rules
+from nimbos.errors import AnswerFailed
 from nimbos.types import Ask, AskClass, Final, Grammar, Sampling, Thinking, TokenChunk, Usage, new_id
 from tests import tiny_gguf
 
@@ -279,6 +280,25 @@ def test_many_asks_that_come_and_go_are_answered_as_they_would_be_alone(model: M
     assert len(whole) > 20, "the others were cancelled"
     for wanted, prompt in whole:
         assert is_greedy(model, prompt, together[wanted.id].ids[0], wanted.sampling.logit_bias)
+
+
+def test_a_branch_that_ends_with_another_in_the_middle_of_a_step_leaves_no_guess_in_memory(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(model, guess_tokens=15)
+    choose, failed = bench.loop._choose_one, list[Job]()
+
+    def fail(job: Job, *given: Any, **named: Any) -> None:
+        if any(other.overhang for other in bench.loop._live if other is not job):
+            failed.append(job)
+            raise AnswerFailed("It cannot go on.")
+        choose(job, *given, **named)
+
+    monkeypatch.setattr(bench.loop, "_choose_one", fail)
+    told = bench.submit(ask(sampling=Sampling(temperature=1.0, seed=5, logit_bias={30: 10.0}), n=2, limit_tokens=300))
+    bench.run()
+    assert len(failed) == 1, "both guessed in one step"
+    assert (bench.loop.idle, told.reasons) == (True, [])
 
 
 def test_a_family_that_cannot_take_back_does_not_guess(tmp_path: Path) -> None:
