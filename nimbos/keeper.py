@@ -17,6 +17,7 @@ Source: `man 2 prctl` (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG), `man 5 proc` (
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import runpy
 import select
@@ -49,6 +50,7 @@ def main() -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:  # it was killed before that was in force
             os._exit(1)
+    gc.disable()  # what the worker imports stays; walking it again and again is a tenth of its start
     runpy.run_module("nimbos.adk.worker", run_name="__main__", alter_sys=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import inspect
 import socket
 import sys
@@ -250,6 +251,8 @@ def _verified(number: int, outcome: Any, result_bytes: int) -> VerifyDone:
 
 
 def main() -> None:
+    gc.freeze()
+    gc.enable()  # the keeper has begun without
     pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
     confinement.end_with_server(int(sys.argv[2]))
     wanted = pipe.receive()

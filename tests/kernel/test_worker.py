@@ -130,6 +130,12 @@ def itself() -> int:
     return os.getpid()
 
 @tool(effect="pure")
+def collects() -> bool:
+    """Whether what nobody needs is let go."""
+    import gc
+    return gc.isenabled()
+
+@tool(effect="pure")
 def greedy() -> int:
     """Takes memory."""
     return len(bytearray(900_000_000))
@@ -393,6 +399,10 @@ async def test_a_cancelled_call_kills_the_worker(bench: Bench) -> None:
     with pytest.raises(asyncio.CancelledError):
         await call
     await ended(pid)
+
+
+async def test_a_programs_garbage_is_collected(bench: Bench) -> None:
+    assert (await bench.worker().call("collects", {}, deadline_s=PATIENCE_S)).value is True
 
 
 async def test_memory_has_a_limit(bench: Bench) -> None:
