@@ -174,6 +174,16 @@ class Process:
         made = await self.client.send("POST", self._place("fork"), json=body)
         return [Process(self.client, one["id"]) for one in made["data"]]
 
+    async def adopt(self) -> dict[str, Any]:
+        """Makes a fork real: what it withheld is done, and what it does from now on; the process then."""
+        told: dict[str, Any] = await self.client.send("POST", self._place("adopt"), json={})
+        return told
+
+    async def drop(self) -> dict[str, Any]:
+        """Ends a fork that is not wanted, with its files; the process then."""
+        told: dict[str, Any] = await self.client.send("DELETE", self._place())
+        return told
+
     async def _streamed(self, after: int, watch: bool) -> AsyncGenerator[Seen, None]:
         headers = {"last-event-id": str(after)} if after else {}
         query = {"watch": "true"} if watch else {}

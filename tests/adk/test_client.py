@@ -68,6 +68,17 @@ async def test_what_a_process_asks_is_answered_and_forks_are_made(live: Live) ->
         with pytest.raises(Refused) as caught:
             await fork.result()
         assert caught.value.code == "killed"
+        kept, left = await process.fork(n=2)
+        async with aclosing(kept.events()) as events:
+            async for one in events:  # while it runs, its own server makes it real, a moment later
+                if one.kind == "proc.state" and one.data["pid"] == kept.pid and one.data["body"]["to"] == "asking":
+                    break
+        assert not (await kept.adopt())["withheld"]
+        assert (await left.drop())["state"] == "done"
+        for real in (process, kept):
+            with pytest.raises(Refused) as caught:
+                await real.drop()
+            assert (caught.value.status, caught.value.code) == (409, "conflict")
 
 
 async def test_best_of_n_over_forks_is_one_line(live: Live, hello: Program) -> None:
