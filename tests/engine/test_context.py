@@ -257,6 +257,16 @@ def test_the_only_holder_of_what_somebody_is_to_go_on_with_keeps_its_id() -> Non
     tree.open("a", tree.match("a", [0, 1, 2, 7]))
 
 
+def test_of_two_that_computed_the_same_by_themselves_one_stays() -> None:
+    tree = ContextTree(cells=30, sequences=8)
+    first, second = (tree.open("a", tree.match("a", [1]))[0] for _ in range(2))
+    for branch in (first, second):
+        tree.extend(branch, list(range(10)))
+    assert tree.retire(first) == [Drop(first)]
+    assert tree.retire(second) == []
+    assert (tree.used_cells, tree.match("a", list(range(10))).length) == (10, 10)
+
+
 def test_a_pinned_context_stays_though_another_holds_the_same_tokens() -> None:
     """The other one is nobody's promise, and may be forgotten."""
     tree = ContextTree(cells=30, sequences=8)

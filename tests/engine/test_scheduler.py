@@ -149,6 +149,13 @@ def test_an_interactive_prompt_goes_before_all_else() -> None:
     assert chosen.slices[0].samples
 
 
+@pytest.mark.parametrize(("prompt", "rides"), [(8, 0), (400, 1)])
+def test_a_row_of_a_lower_class_rides_beside_a_waiting_person_only_where_it_costs_nothing(
+    prompt: int, rides: int
+) -> None:
+    assert planned([running(AskClass.BATCH), job(prompt=prompt)]).rows == prompt + rides
+
+
 def test_what_others_wait_for_is_as_urgent_as_they_are() -> None:
     leader, other = job(AskClass.BATCH, prompt=900), job(AskClass.AGENT, prompt=900)
     follower = job(AskClass.INTERACTIVE, prompt=900)
