@@ -100,12 +100,15 @@ async def _assemble(settings: Settings, owner: OwnerKey, hub: Hub, chosen: Chose
     """
     named = {model.id: model for model in chosen.local}
     models = open_models(settings, hub=hub, scripted=chosen.scripted, named=named, first=chosen.first)
+    gc.disable()  # what is imported stays: walking it again and again is a tenth of this
     try:
         for module in ("nimbos.runtime", "nimbos.api.app"):
             await asyncio.to_thread(import_module, module)
     except BaseException:
         await models.close()
         raise
+    finally:
+        gc.enable()
     from nimbos.runtime import assemble
 
     return await assemble(settings, owner=owner, models=models)
