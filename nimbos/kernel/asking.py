@@ -18,6 +18,7 @@ from nimbos.db.tables.kernel import process_events
 from nimbos.errors import InvalidRequest
 from nimbos.kernel.chain import decoded, event_of
 from nimbos.kernel.events import CallIntent
+from nimbos.kernel.faults import FromNewerVersion
 from nimbos.kernel.log import Log
 from nimbos.kernel.processes import Head
 from nimbos.kernel.segments import Segments
@@ -77,7 +78,10 @@ async def _intent_of(database: Database, log: Log, head: Head, call_id: str) -> 
     for span in reversed(await log.spans(head.pid)):
         rows = await database.read(_INTENT(pid=span.pid, after=span.after, upto=span.upto, call_id=call_id))
         if rows:
-            intent = decoded(event_of(rows[0]))
+            try:
+                intent = decoded(event_of(rows[0]))
+            except FromNewerVersion:  # whose server takes the answer as it is
+                return None
             assert isinstance(intent, CallIntent)
             return intent
     return None
