@@ -121,7 +121,9 @@ def test_checking_changes_nothing(story: Story, data: st.DataObject) -> None:
     events = logged(story.bodies)
     view = fold(events[:cut])
     before = view.copy()
-    view.check(story.bodies[cut:])
+    rest = story.bodies[cut:]
+    taken = [place for place, body in enumerate(rest) if isinstance(body, ProcState) and body.to is State.RUNNING]
+    view.check(rest[: min(taken, default=len(rest))])  # by one hand: whoever takes it next has an epoch of its own
     assert view == before
     assert fold(events[cut:], view) == fold(events)
 

@@ -263,10 +263,11 @@ async def test_an_engine_killed_at_any_moment_bills_nothing_twice(
         assert rows.keys() == {told.ask.id for told in tolds}
         for told in tolds:
             found = ledger_of(rows[told.ask.id])
-            assert told.output <= found.output <= told.output + 8
             if told.complete:
                 assert found == told.usage
                 assert found.output == told.output == told.ask.limit_tokens
+            else:  # its client left; how many steps pass until the engine hears of it is a matter of the machine
+                assert told.output <= found.output <= told.ask.limit_tokens
         assert sum(row["recomputed"] for row in rows.values()) > 0
         assert max(row["restarts"] for row in rows.values()) >= 1
         spent = await opened.books.look(budget)
