@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from nimbos.engine.script import Reply, Script
 from nimbos.engine.scripted import TEMPLATE_SHA256, ScriptedSource
 from nimbos.hub import Hub, LocalModel
 from nimbos.ledger import Desk, Fired, Journal, Recovery
-from nimbos.meterfile import MeterFile
+from nimbos.meterfile import MeterFile, _used_rows
 from nimbos.service import Service
 from nimbos.sources import Sources
 from nimbos.types import Account, Admission, Ask, Final, Sampling, Text, TokenChunk, Usage, new_id
@@ -54,13 +55,14 @@ class Shop:
         text: str = "say",
         *,
         leave_after: int | None = None,
+        leave: Callable[[], None] = lambda: None,
         account: Account = ACCOUNT,
         admission: Admission | None = None,
         journal: Journal | None = None,
         told: Told | None = None,
         **fields: Any,
     ) -> Told:
-        """The whole answer, or what came before the caller left."""
+        """The whole answer, or what came before the caller left. `leave` is called right before."""
         told = told or Told(an_ask(text, **fields))
         chunks = self.service.generate(account, told.ask, admission=admission, journal=journal)
         async with aclosing(chunks):
@@ -70,6 +72,7 @@ class Shop:
                 elif isinstance(chunk, Final):
                     told.finals.append(chunk)
                 if leave_after is not None and told.output >= leave_after:
+                    leave()
                     break
         return told
 
@@ -79,6 +82,14 @@ class Shop:
         for row in await self.books.rows(METERS):
             found[row["ask"]]["meters"][row["meter"]] = row["quantity"]
         return found
+
+    def counted(self, ask_id: str) -> Usage:
+        """What the meter says of an ask that is not settled."""
+        descriptor = self.meters.descriptor()
+        try:
+            return dict(_used_rows(descriptor))[ask_id].usage()
+        finally:
+            os.close(descriptor)
 
     @property
     def rows_in_use(self) -> int:
