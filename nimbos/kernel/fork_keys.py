@@ -1,7 +1,7 @@
 """What forks were asked for with, so that who asks again, as an answer was lost, gets the same forks and no others.
 
 A key holds within the process that is forked. It stands with each fork where a spawn's stands, so that of two that ask
-at once one alone can make them; no spawn's key has a line break.
+at once one alone can make them. No key from outside has a line break, and a child's begins otherwise.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 What is there is summed up before a project adds to it for the first time since the start, then about once a minute for
 each project that does, and more seldom where that takes long; what this server adds in between counts on top. So what
 was deleted counts a little longer, and several servers together can pass the bound by what each of them adds within
-that time. Bytes count once however often they are said, as that is
-how they are kept (`segments.py`), and every item, response and conversation counts besides.
+that time. Bytes count once however often they are said, as that is how they are kept (`segments.py`), and every item,
+response and conversation counts besides.
 """
 
 from __future__ import annotations
